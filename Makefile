@@ -1,0 +1,46 @@
+# make demo         sets itself up, trains on the digits, samples; ends by printing where the pictures are
+# make test-local   sets itself up, runs the tests
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test-local test-gpu lint bench
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "gmdist needs Python 3.11 or 3.12; set PYTHON=/path/to/it" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup
+	@$(BIN)/gmdist data make digits data/digits
+	@$(BIN)/gmdist train configs/digits/autoencoder_kl.yaml run.dir=$(DEMO)/autoencoder_kl
+	@$(BIN)/gmdist train configs/digits/latent_diffusion.yaml \
+		family.first_stage=$(DEMO)/autoencoder_kl run.dir=$(DEMO)/latent_diffusion
+	@$(BIN)/gmdist sample $(DEMO)/latent_diffusion --num-images 100 --out $(DEMO)/latent_diffusion/digits.png
+	@$(BIN)/gmdist report $(DEMO)/autoencoder_kl $(DEMO)/latent_diffusion
+	@echo "ten of each digit:  $(DEMO)/latent_diffusion/digits.png"
+	@echo "the whole story:    $(DEMO)/latent_diffusion/report.html"
+
+test-local: setup
+	$(BIN)/python -m pytest
+
+# On a machine with a GPU; needs neither Ray nor DeepSpeed, and says what it could not run.
+test-gpu:
+	python3 -m pytest -m gpu -rs tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/rng.py

@@ -1,0 +1,181 @@
+"""The `gmdist` command: one subcommand, one call.
+
+Exit codes: 0 done; 1 failed, the reason in one line on stderr; 2 wrong usage or config; 130 stopped on request, with a
+checkpoint to go on from.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from gmdist import __version__
+from gmdist.errors import ConfigError, GmdistError
+
+_REPORTED_IMAGES = 100
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.call(options)
+    except ConfigError as error:
+        print(f"gmdist: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except GmdistError as error:
+        print(f"gmdist: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` is no failure
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        print("gmdist: stopped", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gmdist", description="Distributed training of generative image models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train a run, or go on with it")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/digits/autoencoder_kl.yaml")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
+
+    sample = _command(commands, "sample", _sample, "draw images from a run")
+    sample.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
+    sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
+    sample.add_argument("--out", required=True, help="NAME.png for a grid, or a folder for one PNG an image")
+    sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
+    sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
+    sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+
+    report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders; the page is written into the last one")
+
+    data = commands.add_parser("data", help="make, pack, index and check data sets")
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
+    make.add_argument("name", metavar="NAME", help="digits")
+    make.add_argument("destination", metavar="DEST")
+    pack = _command(actions, "pack", _data_pack, "pack a folder of images into shards")
+    pack.add_argument("source", metavar="SRC", help="a folder of images, or of one folder for each class")
+    pack.add_argument("destination", metavar="DEST", help="a folder or s3://bucket/prefix")
+    pack.add_argument("--image-size", type=int, help="cut the centre square and resize it to so many pixels a side")
+    pack.add_argument("--shard-mib", type=float, default=64.0, help="size of a shard; default: %(default)s")
+    index = _command(actions, "index", _data_index, "index plain WebDataset shards")
+    index.add_argument("location", metavar="URL", help="a folder or s3://bucket/prefix")
+    check = _command(actions, "check", _data_check, "read all shards and compare them with their index")
+    check.add_argument("location", metavar="URL", help="a folder or s3://bucket/prefix")
+
+    _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    call: Callable[[argparse.Namespace], int],
+    description: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(call=call)
+    return parser
+
+
+# Each command imports what it needs: `gmdist --help` answers at once, and `data` works where Ray is not installed.
+
+
+def _train(options: argparse.Namespace) -> int:
+    from gmdist.config import load
+
+    config = load(options.config, options.overrides)
+    from gmdist.launch.progress import Display
+    from gmdist.launch.train import train
+
+    with Display(config.name) as display:
+        outcome = train(config, display.progress, display.message)
+        display.message(
+            f"{config.run.dir}: step {outcome.step}, {outcome.seen} images, order digest {outcome.digest}"
+            + ("" if outcome.finished else "; stopped, the same command goes on from here")
+        )
+    return EXIT_DONE if outcome.finished else EXIT_STOPPED
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from gmdist.launch.sample import SampleRequest, draw, save
+
+    request = SampleRequest(options.num_images, options.label, options.seed, options.steps, options.guidance)
+    print(save(draw(options.run, request), options.out))
+    return EXIT_DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from gmdist.launch.sample import SampleRequest, draw
+    from gmdist.report.page import write
+
+    print(write(options.runs, draw(options.runs[-1], SampleRequest(_REPORTED_IMAGES))))
+    return EXIT_DONE
+
+
+def _data_make(options: argparse.Namespace) -> int:
+    from gmdist.data.samples import make
+
+    for split, manifest in make(options.name, options.destination).items():
+        print(f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards")
+    return EXIT_DONE
+
+
+def _data_pack(options: argparse.Namespace) -> int:
+    from gmdist.data.pack import pack
+
+    if options.image_size is not None and options.image_size < 1:
+        raise ConfigError(f"--image-size: {options.image_size}; must be at least 1")
+    if not options.shard_mib > 0:
+        raise ConfigError(f"--shard-mib: {options.shard_mib}; must be above 0")
+    packed = pack(options.source, options.destination, options.image_size, options.shard_mib)
+    for line in packed.unreadable:
+        print(f"gmdist: left out {line}", file=sys.stderr)
+    manifest = packed.manifest
+    classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+    print(f"{options.destination}: {manifest.num_samples} images in {len(manifest.shards)} shards{classes}")
+    return EXIT_DONE
+
+
+def _data_index(options: argparse.Namespace) -> int:
+    from gmdist.data.shard import index_folder
+
+    manifest, problems = index_folder(options.location)
+    if not problems:
+        print(f"{options.location}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    return _tell(problems)
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from gmdist.data.shard import check_folder
+
+    problems = check_folder(options.location)
+    if not problems:
+        print(f"{options.location}: sound")
+    return _tell(problems)
+
+
+def _tell(problems: list[str]) -> int:
+    for problem in problems:
+        print(f"gmdist: {problem}", file=sys.stderr)
+    return EXIT_FAILED if problems else EXIT_DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gmdist.doctor import examine
+
+    lines, sound = examine()
+    print("\n".join(lines))
+    return EXIT_DONE if sound else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

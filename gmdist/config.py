@@ -1,0 +1,267 @@
+"""Configs: load, compose, override, check. Every error names the key, the value, and what would be valid."""
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gmdist import storage
+from gmdist.data.loader import DataConfig
+from gmdist.errors import ConfigError
+from gmdist.families import CATALOGUE
+from gmdist.train.optim import OptimConfig
+from gmdist.train.trainer import TrainConfig, micro_batch_size
+
+
+@dataclass
+class ClusterConfig:
+    """The Ray cluster and what the run takes of it."""
+
+    address: str = "local"  # "local" starts one; "auto" finds the one this machine belongs to; or ray://..., host:port
+    num_workers: int = 1
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    max_failures: int = 3  # restarts of the workers before the run fails
+    timeout_s: float = 1800.0  # that a worker waits for the others before the run fails
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that cannot be."""
+        for key in ("num_workers", "cpus_per_worker"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"cluster.{key}: {getattr(self, key)}; must be at least 1")
+        if self.gpus_per_worker not in (0, 1):
+            raise ConfigError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU")
+        if self.max_failures < 0:
+            raise ConfigError(f"cluster.max_failures: {self.max_failures}; must be at least 0")
+
+
+@dataclass
+class RunConfig:
+    """Where the run's folder is."""
+
+    dir: str  # local folder, shared folder or s3:// prefix
+    overwrite: bool = False  # delete the run that is there; false: go on with it
+
+
+@dataclass
+class Config:
+    """A whole run. `family` is the dataclass of the family that `family.name` names."""
+
+    name: str
+    family_name: str
+    family: Any
+    data: DataConfig
+    optim: dict[str, OptimConfig]
+    train: TrainConfig
+    cluster: ClusterConfig
+    run: RunConfig
+
+    def to_yaml(self) -> str:
+        """The config file that repeats this run."""
+        tree = {
+            "name": self.name,
+            "family": {"name": self.family_name, **_plain(self.family)},
+            "data": _plain(self.data),
+            "optim": {child: _plain(optim) for child, optim in self.optim.items()},
+            "train": _plain(self.train),
+            "cluster": _plain(self.cluster),
+            "run": {"dir": self.run.dir},
+        }
+        return yaml.safe_dump(tree, sort_keys=False)
+
+
+_SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig, "cluster": ClusterConfig, "run": RunConfig}
+_TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
+
+
+def load(path: str, overrides: list[str] | None = None) -> Config:
+    """Read a config file with the files that its `base:` names, apply `key=value` overrides, and check the whole.
+
+    Raises:
+        ConfigError: a file that is missing or no YAML, an unknown or mistyped key, a value that cannot be.
+    """
+    tree = _compose(path)
+    for override in overrides or []:
+        _apply(tree, override)
+    return from_tree(tree)
+
+
+def from_yaml(text: str, location: str) -> Config:
+    """A config from the text of a resolved config.yaml; `location` is for errors."""
+    return from_tree(_parse(text, location))
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """Check a tree of plain values against the dataclasses."""
+    tree = {key: value for key, value in tree.items() if key != "base"}
+    _refuse_unknown(tree, list(_TOP_KEYS), "")
+    for key in ("name", "family", "data", "optim", "train", "run"):
+        if tree.get(key) is None:
+            raise ConfigError(f"{key}: missing")
+    for key in ("family", "optim", *_SECTIONS):
+        if not isinstance(tree.get(key, {}), dict):
+            raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
+
+    family = dict(tree["family"])
+    family_name = family.pop("name", None)
+    if family_name not in CATALOGUE:
+        hint = _suggest(str(family_name), list(CATALOGUE))
+        raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}{hint}")
+    config = Config(
+        name=_name(tree["name"]),
+        family_name=family_name,
+        family=_structured(CATALOGUE[family_name][1], family, "family"),
+        data=_structured(DataConfig, tree["data"], "data"),
+        optim={
+            str(child): _structured(OptimConfig, values, f"optim.{child}") for child, values in tree["optim"].items()
+        },
+        train=_structured(TrainConfig, tree["train"], "train"),
+        cluster=_structured(ClusterConfig, tree.get("cluster", {}), "cluster"),
+        run=_structured(RunConfig, tree["run"], "run"),
+    )
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    config.data.validate()
+    config.train.validate()
+    config.cluster.validate()
+    for child, optim in config.optim.items():
+        optim.validate(f"optim.{child}")
+    problem = config.family.problem(config.data.image_size)
+    if problem:
+        raise ConfigError(f"family.{problem}")
+    micro_batch_size(config.train, config.data.batch_size, config.cluster.num_workers)
+    for location in (config.run.dir, config.data.train, config.data.test):
+        if location is not None:
+            storage.is_s3(location)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"name: {value!r}; must be a text")
+    return value
+
+
+def _compose(path: str, including: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file's tree on top of its base's. A base is named relative to the file that names it."""
+    if os.path.abspath(path) in including:
+        raise ConfigError(f"{path}: base: includes itself")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    tree = _parse(text, path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: {base!r}; must be the path of a config file")
+    below = _compose(os.path.join(os.path.dirname(path), base), (*including, os.path.abspath(path)))
+    return _merged(below, tree)
+
+
+def _parse(text: str, location: str) -> dict[str, Any]:
+    try:
+        # OmegaConf's loader refuses duplicate keys and reads 1e-4 as a number, which YAML 1.1 does not.
+        node = OmegaConf.create(text)
+        tree = OmegaConf.to_container(node, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError) as error:
+        raise ConfigError(f"{location}: not a valid YAML config: {' '.join(str(error).split())}") from error
+    if not isinstance(node, DictConfig) or not isinstance(tree, dict):
+        raise ConfigError(f"{location}: not a valid YAML config: must be a mapping of keys to values")
+    if "${" in str(tree):
+        raise ConfigError(f"{location}: '${{' has no meaning here: values are written out")  # oc.env would read secrets
+    return {str(key): value for key, value in tree.items()}
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+    return above
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"'{override}': not an override; write key=value, for example train.num_steps=100")
+    value = _parse(f"value: {text}", override).get("value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: no such key; '{parent}' has no keys below it")
+        node = child
+    node[last] = value
+
+
+def _structured(kind: type, values: Any, prefix: str) -> Any:
+    """An instance of a dataclass from plain values; unknown keys, wrong types and missing values are refused."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix}: {values!r}; must be a mapping of keys to values")
+    _refuse_unknown_fields(kind, values, prefix)
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(kind), values)
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError(f"{prefix}.{missing[0]}: missing")
+        return _tupled(OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        key = f"{prefix}.{error.full_key}" if error.full_key else prefix
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{key}: {reason}") from error
+
+
+def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _refuse_unknown(values, list(fields), prefix)
+    for key, value in values.items():
+        inner = fields[str(key)].type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            _refuse_unknown_fields(inner, value, f"{prefix}.{key}")
+
+
+def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            dotted = f"{prefix}.{key}" if prefix else str(key)
+            raise ConfigError(f"{dotted}: no such key{_suggest(str(key), known)}")
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    # "lrate" and "lr" are not close by letters in common, but one begins with the other.
+    close = close or [name for name in known if key.startswith(name) or name.startswith(key)][:1]
+    return f"; did you mean '{close[0]}'?" if close else f"; the keys here are {', '.join(known)}"
+
+
+def _tupled(value: Any) -> Any:
+    """OmegaConf turns tuples into lists: turn them back, as the dataclasses say."""
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item):
+            _tupled(item)
+        elif isinstance(item, list):
+            object.__setattr__(value, f.name, tuple(item))
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as plain values, for YAML."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+

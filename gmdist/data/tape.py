@@ -1,0 +1,198 @@
+"""The order of samples: which sample is number t, for any t, as a pure function of the seed and the shards' sizes.
+
+An epoch is an exact permutation of the data set. The shards are laid end to end in an order drawn for the epoch, and
+that tape is cut by sample count into lanes. Number t of the epoch comes from lane `t % lanes`, so neighbours in a batch
+come from shards far apart; inside a lane, blocks of samples are shuffled. A worker r of W owns the numbers with
+`t % W == r`: nothing about the order depends on W.
+
+Nothing here reads a file, and nothing keeps state but the shard order of the last few epochs, which is derived again
+when it is asked for.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gmdist.errors import ConfigError, DataError
+
+VERSION = 1  # raise it with any change of the order: a run refuses to go on with another one
+
+Int64Array = npt.NDArray[np.int64]
+_Uint64Array = npt.NDArray[np.uint64]
+
+_FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that the order depends on. Two runs with equal fingerprints see the same samples in the same order."""
+
+    version: int
+    seed: int
+    lanes: int
+    block: int  # samples
+    manifest: str  # hash of the data set's shards
+
+    def check(self, saved: Mapping[str, object]) -> None:
+        """Raise DataError if a run that was started with the `saved` fingerprint cannot go on with this one."""
+        for key, value in asdict(self).items():
+            if key not in saved:
+                raise DataError(f"the checkpoint's data fingerprint has no '{key}': it was written by another version")
+            if saved[key] != value:
+                what, remedy = {
+                    "version": ("order algorithm", "resume with the version of gmdist that started it"),
+                    "seed": ("data.seed", f"set data.seed={saved[key]}"),
+                    "lanes": ("number of lanes", f"set data.lanes={saved[key]}"),
+                    "block": ("data.block", f"set data.block={saved[key]}"),
+                    "manifest": ("data set", "point data.train at the data set that the run was started with"),
+                }[key]
+                raise DataError(
+                    f"cannot resume: the {what} was {saved[key]} when the run was started and is {value} now; "
+                    f"{remedy}, or start anew in another run.dir"
+                )
+
+
+def _mix(x: _Uint64Array) -> _Uint64Array:
+    """The finalizer of splitmix64 (Steele 2014): a bijection of 64-bit words that looks random."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def keyed_hash(*words: int | npt.NDArray[np.integer]) -> _Uint64Array:
+    """A 64-bit hash of a few integers or arrays of integers, broadcast against each other: at least one dimension."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        # Python's and numpy's negative integers wrap to the same 64-bit word.
+        bits = np.atleast_1d(np.asarray(word)).astype(np.int64).astype(np.uint64)
+        state = _mix(state ^ bits)
+    return state
+
+
+def permute(index: Int64Array, size: Int64Array, key: _Uint64Array) -> Int64Array:
+    """The image of each index under a random permutation of [0, size) drawn by its key.
+
+    A Feistel network permutes the next power of four, and walks on while it lands outside (Black and Rogaway 2002).
+
+    Args:
+        index: [N], 0 <= index < size.
+        size: [N], at least 1.
+        key: [N]; equal keys with equal sizes give one permutation.
+    """
+    half_bits = np.ones(len(size), np.uint64)
+    while True:
+        short = (np.uint64(1) << (np.uint64(2) * half_bits)) < size.astype(np.uint64)
+        if not short.any():
+            break
+        half_bits[short] += np.uint64(1)
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+
+    x = index.astype(np.uint64)
+    todo = np.ones(len(x), bool)
+    while todo.any():
+        left, right, m = x[todo] >> half_bits[todo], x[todo] & mask[todo], mask[todo]
+        for round_number in range(_FEISTEL_ROUNDS):
+            f = _mix(key[todo] ^ _mix(right ^ (np.uint64(round_number + 1) << np.uint64(40)))) & m
+            left, right = right, left ^ f
+        x[todo] = (left << half_bits[todo]) | right
+        todo &= x >= size.astype(np.uint64)
+    return x.astype(np.int64)
+
+
+class Tape:
+    """The order of a data set's samples."""
+
+    def __init__(self, samples: Sequence[int], *, seed: int, lanes: int, block: int, manifest: str) -> None:
+        """Lay out the order.
+
+        Args:
+            samples: how many samples each shard holds; zeros are allowed.
+            seed: draws the order.
+            lanes: places of the tape that are read in turn; at most the number of shards that are not empty counts.
+            block: samples that are shuffled among themselves.
+            manifest: hash that identifies the data set.
+
+        Raises:
+            DataError: there is no sample at all.
+            ConfigError: lanes or block is not positive.
+        """
+        if lanes < 1:
+            raise ConfigError(f"data.lanes: {lanes}; must be at least 1")
+        if block < 1:
+            raise ConfigError(f"data.block: {block}; must be at least 1")
+        self._samples = np.asarray(samples, np.int64).reshape(-1)
+        self.num_samples = int(self._samples.sum())
+        if self.num_samples == 0:
+            raise DataError("the data set has no samples")
+        lanes = min(lanes, int(np.count_nonzero(self._samples)))
+        self.fingerprint = Fingerprint(VERSION, seed, lanes, block, manifest)
+        # Two epochs are in use where a batch spans them, and prefetching may be one ahead of the step.
+        self._shard_order = functools.lru_cache(maxsize=4)(self._draw_shard_order)
+
+    def _draw_shard_order(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """The shards in the epoch's order, and where on the tape each of them ends."""
+        keys = keyed_hash(self.fingerprint.seed, 1, epoch, np.arange(len(self._samples)))
+        order = np.argsort(keys, kind="stable")
+        return order, np.cumsum(self._samples[order])
+
+    def locate(self, numbers: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
+        """Where the samples with these numbers are.
+
+        Args:
+            numbers: [N], any non-negative integers, in any order.
+
+        Returns:
+            Shards [N] and the samples' indices inside them [N].
+        """
+        t = np.asarray(numbers, np.int64).reshape(-1)
+        epochs, slots = np.divmod(t, self.num_samples)
+        lanes, block = self.fingerprint.lanes, self.fingerprint.block
+
+        place, lane = np.divmod(slots, lanes)
+        quotient, remainder = divmod(self.num_samples, lanes)
+        lane_start = lane * quotient + np.minimum(lane, remainder)
+        lane_size = quotient + (lane < remainder)
+        block_number, index = np.divmod(place, block)
+        block_start = block_number * block
+        block_size = np.minimum(block, lane_size - block_start)
+        key = keyed_hash(self.fingerprint.seed, 2, epochs, lane, block_number)
+        position = lane_start + block_start + permute(index, block_size, key)
+        return self._on_tape(epochs, position)
+
+    def replacement(self, number: int, attempt: int) -> tuple[int, int]:
+        """The sample (shard, index) that stands in for number t when its own cannot be decoded, at the n-th attempt."""
+        position = keyed_hash(self.fingerprint.seed, 3, number, attempt) % np.uint64(self.num_samples)
+        shard, index = self._on_tape(np.array([number // self.num_samples]), position.astype(np.int64))
+        return int(shard[0]), int(index[0])
+
+    def _on_tape(self, epochs: Int64Array, position: Int64Array) -> tuple[Int64Array, Int64Array]:
+        shard, index = np.empty_like(position), np.empty_like(position)
+        for epoch in np.unique(epochs):
+            order, ends = self._shard_order(int(epoch))
+            here = epochs == epoch
+            rank = np.searchsorted(ends, position[here], side="right")
+            shard[here] = order[rank]
+            index[here] = position[here] - (ends[rank] - self._samples[order[rank]])
+        return shard, index
+
+
+def owned(start: int, stop: int, rank: int, world_size: int) -> Int64Array:
+    """The numbers in [start, stop) that a worker owns: t % world_size == rank."""
+    return np.arange(start + (rank - start) % world_size, stop, world_size, dtype=np.int64)
+
+
+def digest(numbers: Int64Array, crc32: Int64Array) -> int:
+    """The order digest of some samples: a sum, so that workers add up theirs in any order.
+
+    Args:
+        numbers: [N], the samples' numbers.
+        crc32: [N], the checksums of their bytes.
+
+    Returns:
+        A signed 64-bit integer (sums wrap).
+    """
+    return int(keyed_hash(numbers, crc32).sum(dtype=np.uint64).astype(np.int64)) if len(numbers) else 0

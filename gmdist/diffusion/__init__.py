@@ -1,0 +1,1 @@
+"""Diffusion as mathematics: schedules, predictions, samplers."""

@@ -1,0 +1,44 @@
+"""What this machine has for gmdist, and what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+_REQUIRED = ("torch", "numpy", "omegaconf", "safetensors", "pillow", "simplejpeg", "boto3", "ray", "deepspeed")
+_LOW_SHM_BYTES = 1 << 30
+
+
+def examine() -> tuple[list[str], bool]:
+    """One line for each thing looked at, and whether gmdist can train here."""
+    lines = [f"ok       Python {platform.python_version()}, {os.cpu_count()} CPUs"]
+    sound = True
+    if sys.version_info < (3, 11):
+        lines[0] = f"MISSING  Python 3.11 or newer; this is {platform.python_version()}"
+        sound = False
+    for name in _REQUIRED:
+        try:
+            lines.append(f"ok       {name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"MISSING  {name}; run `make setup`")
+            sound = False
+    lines.append(_accelerator())
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        enough = free >= _LOW_SHM_BYTES
+        lines.append(f"{'ok ' if enough else 'LOW'}      /dev/shm has {free / 2**30:.1f} GiB free; Ray keeps objects there")
+    free = shutil.disk_usage(".").free
+    lines.append(f"ok       {free / 2**30:.0f} GiB free in this folder")
+    return lines, sound
+
+
+def _accelerator() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "MISSING  torch; run `make setup`"
+    if not torch.cuda.is_available():
+        return "ok       no GPU: training runs on CPUs"
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"ok       {torch.cuda.device_count()} GPUs ({names}); set cluster.gpus_per_worker=1"

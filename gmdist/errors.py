@@ -1,0 +1,21 @@
+"""The errors that are meant for users: one line that says what, where, and what would be right."""
+
+
+class GmdistError(Exception):
+    """A failure that a user can mend. Its message is one line; no traceback is shown for it."""
+
+
+class ConfigError(GmdistError):
+    """Wrong usage or config. Names the key, the value, and what would be valid. Exit code 2."""
+
+
+class DataError(GmdistError):
+    """A data set that is missing, unsound, or not the one that a run was started with. Exit code 1."""
+
+
+class CheckpointError(GmdistError):
+    """A checkpoint that cannot be written, or that does not fit what is to be loaded. Exit code 1."""
+
+
+class StorageError(GmdistError):
+    """A file that cannot be read or written: no space, no permission, no such bucket. Exit code 1."""

@@ -1,0 +1,68 @@
+"""Denoising diffusion in pixel space (Ho 2020)."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from gmdist.diffusion.process import Diffusion, DiffusionConfig
+from gmdist.families.denoising import denoising_loss, drop_labels, sample_denoiser
+from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
+from gmdist.nets.unet import UNet, UNetConfig
+
+
+@dataclass
+class DDPMConfig:
+    """A UNet on images; class-conditional where the data has classes."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    label_dropout: float = 0.1  # share of samples trained without their label, for guidance
+
+    def problem(self, image_size: int) -> str | None:
+        """Why these settings cannot be; None if they can."""
+        if image_size % self.unet.downsampling:
+            return f"unet.multipliers: the UNet needs image sides divisible by {self.unet.downsampling}, not {image_size}"
+        problem = self.diffusion.problem()
+        return f"diffusion.{problem}" if problem else None
+
+
+class DDPM(Family):
+    """A denoiser of pixels."""
+
+    averaged = ("denoiser",)
+
+    def __init__(self, config: DDPMConfig, surroundings: Surroundings) -> None:
+        super().__init__()
+        self.config, self.seed = config, surroundings.seed
+        self.num_classes = surroundings.num_classes
+        self.shape = (surroundings.image_channels, surroundings.image_size, surroundings.image_size)
+        self.diffusion = Diffusion(config.diffusion)
+        self.denoiser = UNet(config.unet, surroundings.image_channels, self.num_classes)
+
+    def phases(self) -> list[Phase]:
+        """One network, one loss."""
+        return [Phase("denoiser", "denoiser", self.loss)]
+
+    def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """Mean squared error of the prediction."""
+        label = None
+        if self.num_classes:
+            label = drop_labels(batch["label"], batch["key"], self.num_classes, self.config.label_dropout, self.seed)
+        return self._mse(batch, label)
+
+    def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        """Images [N, C, H, W] for keys [N]."""
+        label = conditioned_labels(keys, condition, self.num_classes)
+        images = sample_denoiser(
+            self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed, clip=1.0
+        )
+        return images.clamp(-1.0, 1.0)
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """The training loss with every label given."""
+        return self._mse(batch, batch.get("label"))[1]
+
+    def _mse(self, batch: Batch, label: Tensor | None) -> tuple[Tensor, Metrics]:
+        errors = denoising_loss(self.denoiser, self.diffusion, batch["image"], label, batch["key"], self.seed)
+        loss = errors.mean()
+        return loss, {"loss": loss.detach()}

@@ -1,0 +1,100 @@
+"""The contract of a family: what the trainer, the sampler and the evaluation know of a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]  # image: float32 [N, C, H, W] in [-1, 1]; label: int64 [N]; key: int64 [N], sample numbers
+Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer update: the child it trains, the loss it follows, how often it runs."""
+
+    name: str  # prefix of its metrics: "d_r1"
+    trains: str  # direct child of the Family: one network, or a ModuleDict
+    loss: Callable[[Batch, int], tuple[Tensor, Metrics]]  # (micro-batch, images seen) -> mean loss
+    every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
+    higher_order: bool = False  # the loss differentiates a gradient
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What samples are asked to show; None leaves it to the family."""
+
+    label: Tensor | None = None  # int64 [N]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a family is told of the run it is built for, beside its own config."""
+
+    image_size: int  # pixels a side
+    image_channels: int
+    num_classes: int  # 0 without labels
+    seed: int  # of noise, timesteps and dropout
+    open_run: Callable[[str], "Family"]  # another run's family with its averaged weights, in eval mode
+
+
+class Family(nn.Module):
+    """Networks, losses, sampler. Knows no rank, device, engine, optimizer or file.
+
+    Children that a phase trains are trained; all others are frozen. Parameters live in children, and what optimizers
+    must not touch (codebooks, statistics, scales) in buffers. Random numbers come from `gmdist.rng`, keyed by sample.
+    """
+
+    averaged: tuple[str, ...] = ()  # trained children that the EMA follows
+
+    def initialize(self, batch: Batch) -> None:
+        """Set what depends on data: a latent's scale, actnorm. Once, at the start of a run.
+
+        Every worker gets the same batch, the first samples of the data set.
+        """
+
+    def phases(self) -> list[Phase]:
+        """The optimizer updates of one step, in order."""
+        raise NotImplementedError
+
+    def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image."""
+        raise NotImplementedError
+
+    def preview(self, batch: Batch) -> Tensor:
+        """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
+        return self.sample(batch["key"])
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO."""
+        return {}
+
+    def after_step(self, seen: int) -> None:
+        """What follows an optimizer step: adaptive augmentation, codebook revival."""
+
+    def worker_state(self) -> dict[str, Tensor]:
+        """State that differs between workers: a replay buffer."""
+        return {}
+
+    def load_worker_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `worker_state` gave."""
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all workers; the tensor itself where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def conditioned_labels(keys: Tensor, condition: Condition | None, num_classes: int) -> Tensor | None:
+    """The label of each sample: the one asked for, or all classes in turn; None without classes. int64 [N]."""
+    if num_classes == 0:
+        return None
+    if condition is not None and condition.label is not None:
+        return condition.label
+    return torch.remainder(keys, num_classes)

@@ -1,0 +1,44 @@
+"""Tensors to PNG files: single images and grids."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] on the CPU."""
+    levels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255)
+    return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def png(image: Tensor | np.ndarray) -> bytes:
+    """One image, uint8 [H, W, C] with C 1 or 3, as a PNG file."""
+    array = np.asarray(image)
+    buffer = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Lay images out in rows.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        columns: images a row; None: ten where that fills the rows, else about a square.
+        gap: white pixels between images.
+
+    Returns:
+        uint8 [H', W', C].
+    """
+    count, height, width, channels = images.shape
+    if columns is None:
+        columns = 10 if count % 10 == 0 else max(1, round((count * height / width) ** 0.5))
+    rows = -(-count // columns)
+    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas

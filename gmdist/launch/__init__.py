@@ -1,0 +1,1 @@
+"""Ray: workers, sweeps, sampling. The only importer of ray."""

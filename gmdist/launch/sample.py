@@ -1,0 +1,79 @@
+"""Images from a run: a grid, or one PNG each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gmdist import images, runs, storage
+from gmdist.config import Config
+from gmdist.errors import ConfigError
+from gmdist.families.family import Condition
+
+_AT_ONCE = 64  # images in one pass
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw."""
+
+    num_images: int
+    label: int | None = None  # class of all images; None: all classes in turn
+    seed: int = 0  # another seed, other images
+    num_steps: int | None = None  # of the sampler; None: the run's own setting
+    guidance: float | None = None  # strength of the guidance; None: the run's own setting
+
+
+def with_sampler(config: Config, num_steps: int | None, guidance: float | None) -> Config:
+    """The config with other settings of the sampler; ConfigError for a family without one, or values that cannot be."""
+    changes = {"num_steps": num_steps, "guidance": guidance}
+    diffusion = getattr(config.family, "diffusion", None)
+    for key, value in changes.items():
+        if value is None:
+            continue
+        if diffusion is None:
+            raise ConfigError(f"--{key.replace('num_', '')}: family '{config.family_name}' has no sampler to set")
+        setattr(diffusion.sampler, key, value)
+    problem = config.family.problem(config.data.image_size)
+    if problem:
+        raise ConfigError(f"family.{problem}")
+    return config
+
+
+def draw(run: str, request: SampleRequest) -> Tensor:
+    """Images uint8 [N, H, W, C] of a run's averaged weights. The same request gives the same images."""
+    config = with_sampler(runs.read_config(run), request.num_steps, request.guidance)
+    classes = config.data.num_classes or 0
+    if request.num_images < 1:
+        raise ConfigError(f"--num-images: {request.num_images}; must be at least 1")
+    if request.label is not None and not 0 <= request.label < classes:
+        valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
+        raise ConfigError(f"--label: {request.label}; {valid}")
+    _, family = runs.open_run(run, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = family.to(device)
+    parts = []
+    for start in range(0, request.num_images, _AT_ONCE):
+        numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
+        condition = None
+        if classes:
+            label = torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
+            condition = Condition(label)
+        with torch.inference_mode():
+            parts.append(images.to_uint8(family.sample(numbers + (request.seed << 32), condition)))
+    return torch.cat(parts)
+
+
+def save(pictures: Tensor, out: str) -> str:
+    """Write images uint8 [N, H, W, C] as a grid (a name that ends in .png) or one PNG each (any other: a folder).
+
+    Returns:
+        A line that says what was written.
+    """
+    if out.endswith(".png"):
+        storage.write(out, images.png(images.grid(pictures)))
+        return f"{out}: {len(pictures)} images"
+    width = max(5, len(str(len(pictures) - 1)))
+    for number, picture in enumerate(pictures):
+        storage.write(storage.join(out, f"{number:0{width}d}.png"), images.png(picture))
+    return f"{out}/: {len(pictures)} images"

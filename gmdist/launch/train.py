@@ -1,0 +1,307 @@
+"""Training on Ray: start the workers, watch them, stop them gracefully, start them again when they fail."""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError, RayError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from gmdist import runs, storage
+from gmdist.config import Config, from_yaml
+from gmdist.errors import CheckpointError, ConfigError, DataError, GmdistError, StorageError
+from gmdist.launch.cluster import connected
+from gmdist.train.trainer import Hooks, Outcome, Progress
+
+_POLL_S = 0.25
+_BACKOFF_S = 1.0  # before the first restart; doubles with each
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, StorageError)}
+# Large temporaries come from the heap and stay there: without these, a CPU worker spends its time in page faults.
+_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+@dataclass
+class Failure:
+    """Why a worker failed."""
+
+    kind: str  # the error's class
+    message: str
+    trace: str
+
+
+@dataclass
+class News:
+    """What workers have said since the last look."""
+
+    progress: Progress | None = None
+    messages: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Mailbox:
+    """An actor between the driver and its workers: progress one way, the request to stop the other."""
+
+    def __init__(self) -> None:
+        self._news = News()
+        self._stop = False
+
+    def exchange(self, progress: Progress | None, messages: list[str]) -> bool:
+        """A worker's news; answers whether it should stop."""
+        self._news.progress = progress or self._news.progress
+        self._news.messages += messages
+        return self._stop
+
+    def fail(self, failure: Failure) -> None:
+        """A worker's last words."""
+        self._news.failures.append(failure)
+
+    def collect(self) -> News:
+        """The driver takes what has come."""
+        news, self._news = self._news, News()
+        return news
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and return."""
+        self._stop = True
+
+
+class RunFailedError(GmdistError):
+    """The workers failed more often than cluster.max_failures allows. Exit code 1."""
+
+
+def train(config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None]) -> Outcome:
+    """Train a run to its end, going on from its newest checkpoint.
+
+    SIGINT and SIGTERM make the workers save a checkpoint and return; a second signal ends the process at once.
+
+    Args:
+        config: the run.
+        on_progress: called with where the run stands, about once a logging interval.
+        on_message: called with a line that the user should read.
+
+    Returns:
+        Where the run ended; `finished` is False if it was stopped.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, StorageError: what a user can mend.
+        RunFailedError: anything else, after cluster.max_failures restarts.
+    """
+    for warning in runs.check_start(config):
+        on_message(warning)
+    if config.run.overwrite:
+        runs.clear(storage.absolute(config.run.dir))
+    with connected(config.cluster):
+        failures = 0
+        while True:
+            try:
+                return _attempt(config, on_progress, on_message)
+            except _WorkersFailedError as error:
+                failures += 1
+                _write_trace(config, error.failure)
+                if error.failure.kind in _ERRORS:
+                    raise _ERRORS[error.failure.kind](error.failure.message) from error
+                reason = f"{error.failure.kind}: {error.failure.message}"
+                if failures > config.cluster.max_failures:
+                    trace = storage.join(config.run.dir, "error.txt")
+                    raise RunFailedError(f"{config.run.dir}: {reason}; the traceback is in {trace}") from error
+                on_message(f"a worker failed ({reason}); restart {failures} of {config.cluster.max_failures}")
+                time.sleep(_BACKOFF_S * 2 ** (failures - 1))
+
+
+class _WorkersFailedError(Exception):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _attempt(config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None]) -> Outcome:
+    """Start the workers once, and watch them to their end."""
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    result: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="gmdist-ray-") as scratch:
+        trainer = _ray_trainer(config, mailbox, scratch)
+
+        def fit() -> None:
+            try:
+                result.append(trainer.fit())
+            except (TrainingFailedError, RayError) as error:
+                result.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        failures: list[Failure] = []
+
+        def look() -> None:
+            news: News = ray.get(mailbox.collect.remote())
+            for message in news.messages:
+                on_message(message)
+            if news.progress is not None:
+                on_progress(news.progress)
+            failures.extend(news.failures)
+
+        with _stopping(mailbox, on_message):
+            thread.start()
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                look()
+        look()
+    ray.kill(mailbox)
+    ended = result[0]
+    if isinstance(ended, Exception):
+        raise _WorkersFailedError(_cause(failures, ended)) from ended
+    return ended.return_value
+
+
+def _ray_trainer(config: Config, mailbox: Any, scratch: str) -> TorchTrainer:
+    cluster = config.cluster
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)} | ({} if cluster.gpus_per_worker else _MALLOC)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.to_yaml(), "mailbox": mailbox, "folder": os.getcwd()},
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(cluster.timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        # Checkpoints are the run's own business: Ray keeps none, and its folder is thrown away.
+        run_config=RayRunConfig(
+            name=f"{config.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig("CRITICAL"),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _worker(settings: dict[str, Any]) -> Outcome:
+    """What each Ray worker runs."""
+    mailbox = settings["mailbox"]
+    rank = dist.get_rank()
+    _quiet()
+    if os.path.isdir(settings["folder"]):
+        os.chdir(settings["folder"])  # relative paths mean what they mean to the user
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        with _correspondence(mailbox if rank == 0 else None) as hooks:
+            return runs.train_worker(from_yaml(settings["config"], "config"), device, hooks)
+    except BaseException as error:
+        message = str(error) if isinstance(error, GmdistError) else (str(error).splitlines() or [""])[0]
+        failure = Failure(type(error).__name__, message, traceback.format_exc())
+        ray.get(mailbox.fail.remote(failure))
+        raise
+
+
+def _quiet() -> None:
+    """Leave libraries' chatter out of a worker's output."""
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+@contextmanager
+def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
+    """Rank 0's connection to the mailbox: a thread that exchanges news, so that no step waits for it."""
+    if mailbox is None:
+        yield Hooks()
+        return
+    stop, done, lock = threading.Event(), threading.Event(), threading.Lock()
+    news = News()
+
+    def on_progress(progress: Progress) -> None:
+        with lock:
+            news.progress = progress
+
+    def on_message(message: str) -> None:
+        with lock:
+            news.messages.append(message)
+
+    def exchange() -> None:
+        with lock:
+            progress, messages = news.progress, news.messages
+            news.progress, news.messages = None, []
+        if ray.get(mailbox.exchange.remote(progress, messages)):
+            stop.set()
+
+    def run() -> None:
+        try:
+            while not done.wait(_POLL_S):
+                exchange()
+        except RayActorError:
+            stop.set()  # the driver is gone: save and return
+
+    thread = threading.Thread(target=run, name="mailbox", daemon=True)
+    thread.start()
+    try:
+        yield Hooks(on_progress, on_message, stop.is_set)
+    finally:
+        done.set()
+        thread.join()
+        exchange()
+
+
+@contextmanager
+def _stopping(mailbox: Any, on_message: Callable[[str], None]) -> Iterator[None]:
+    """While this holds, the first SIGINT or SIGTERM asks the workers to stop, the second ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        on_message("stopping: the workers save a checkpoint first; once more to stop at once")
+        mailbox.request_stop.remote()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cause(failures: list[Failure], ended: Exception) -> Failure:
+    """The failure to blame: a user's error before any other, the first before the ones that followed from it."""
+    users = [failure for failure in failures if failure.kind in _ERRORS]
+    if users or failures:
+        return (users or failures)[0]
+    if isinstance(ended, TrainingFailedError):
+        lost = "a worker process died without a word: killed, or out of memory"
+        return Failure("WorkerLost", lost, str(ended))
+    return Failure(type(ended).__name__, str(ended).splitlines()[0], str(ended))
+
+
+def _write_trace(config: Config, failure: Failure) -> None:
+    """Keep the traceback in the run's folder; where even that cannot be written, the line on stderr has to do."""
+    try:
+        storage.write(storage.join(storage.absolute(config.run.dir), "error.txt"), failure.trace.encode())
+    except StorageError:
+        return

@@ -1,0 +1,129 @@
+"""Convolutional encoder and decoder of a KL-regularised autoencoder (Rombach 2022, App. G)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmdist.nets.blocks import Downsample, ResBlock, SelfAttention2d, Upsample, group_norm
+
+
+@dataclass
+class AutoencoderConfig:
+    """Sizes of the autoencoder; the defaults are those of Stable Diffusion's kl-f8 (83,653,863 parameters)."""
+
+    channels: int = 128  # width at full resolution
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / channels; every level but the last halves
+    num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
+    latent_channels: int = 4
+
+    @property
+    def downsampling(self) -> int:
+        """Image side / latent side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Middle(nn.Module):
+    """Residual, attention, residual at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.before = ResBlock(channels, channels)
+        self.attention = SelfAttention2d(channels)
+        self.after = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, C, h, w]."""
+        return self.after(self.attention(self.before(x)))
+
+
+class Encoder(nn.Module):
+    """Image to the mean and log-variance of its latent."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        width = widths[0]
+        for level, out in enumerate(widths):
+            blocks: list[nn.Module] = []
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResBlock(width, out))
+                width = out
+            if level < len(widths) - 1:
+                blocks.append(Downsample(width, asymmetric=True))
+            self.levels.append(nn.Sequential(*blocks))
+        self.middle = Middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w]."""
+        h = self.conv_in(image)
+        for level in self.levels:
+            h = level(h)
+        h = self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        mean, logvar = self.quant(h).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+
+class Decoder(nn.Module):
+    """Latent to image."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = Middle(widths[0])
+        self.levels = nn.ModuleList()
+        width = widths[0]
+        for level, out in enumerate(widths):
+            blocks: list[nn.Module] = []
+            for _ in range(config.num_res_blocks + 1):
+                blocks.append(ResBlock(width, out))
+                width = out
+            if level < len(widths) - 1:
+                blocks.append(Upsample(width))
+            self.levels.append(nn.Sequential(*blocks))
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
+        h = self.middle(self.conv_in(self.quant(latent)))
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder in one network, so that one optimizer trains both."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(config, image_channels)
+        self.decoder = Decoder(config, image_channels)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [N, C, H, W] in [-1, 1] -> mean and log-variance of the latent, each [N, Z, h, w]."""
+        return self.encoder(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
+        return self.decoder(latent)
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats a sample (Kingma 2014, App. B).
+
+    Args:
+        mean, logvar: [N, Z, h, w].
+
+    Returns:
+        [N].
+    """
+    return 0.5 * torch.sum(mean.square() + logvar.exp() - 1.0 - logvar, dim=(1, 2, 3))

@@ -1,0 +1,116 @@
+"""The blocks that convolutional networks are built from: residual, attention, resampling, time embedding."""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with the field's 32 groups, fewer where that would leave less than 4 channels a group."""
+    return nn.GroupNorm(min(32, max(channels // 4, 1)), channels, eps=1e-6)
+
+
+def zero_init(module: Layer) -> Layer:
+    """Zero the weights of a residual branch's last layer, so that the branch starts as the identity."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding, cosines first (Ho 2020, Sec. B; frequencies as in Vaswani 2017, Sec. 3.5).
+
+    Args:
+        timesteps: [N], fractional values allowed.
+        channels: width of the embedding, even.
+
+    Returns:
+        [N, channels], float32.
+    """
+    assert channels % 2 == 0, channels
+    half = channels // 2
+    exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+    frequencies = torch.exp(-math.log(max_period) * exponents)
+    angles = timesteps.float()[:, None] * frequencies  # [N, half]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm - SiLU - conv, twice, with an optional embedding added in between (Ho 2020, App. B)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_channels: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """x [N, C_in, H, W], embedding [N, E] or None -> [N, C_out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.embedding is not None:
+            assert embedding is not None
+            h = h + self.embedding(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class SelfAttention2d(nn.Module):
+    """Residual self-attention over the pixels of a feature map."""
+
+    def __init__(self, channels: int, num_heads: int = 1) -> None:
+        super().__init__()
+        assert channels % num_heads == 0, (channels, num_heads)
+        self.num_heads = num_heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
+        n, c, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
+        qkv = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C / heads]
+        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = self.out(attended.transpose(1, 2).reshape(n, height * width, c))
+        return x + attended.transpose(1, 2).view(n, c, height, width)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution.
+
+    `asymmetric` pads right and below only, as the latent diffusion first stages do; UNets pad all sides.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H / 2, W / 2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution (Odena 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

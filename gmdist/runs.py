@@ -1,0 +1,181 @@
+"""A run's folder: build its family from its config, open it with its weights, and train one worker's share of it.
+
+This is where config, data, families and trainer meet; Ray is not needed for any of it.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import PurePosixPath
+
+import torch
+
+from gmdist import storage
+from gmdist.config import Config, from_yaml
+from gmdist.data.loader import Loader, check_labels
+from gmdist.data.shard import Manifest
+from gmdist.errors import CheckpointError, ConfigError
+from gmdist.families import CATALOGUE
+from gmdist.families.family import Family, Surroundings
+from gmdist.rng import derive
+from gmdist.train import checkpoint
+from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
+from gmdist.train.engine import rank, world_size
+from gmdist.train.trainer import (
+    Hooks,
+    Outcome,
+    RunIdentity,
+    Trainer,
+    check_identity,
+    load_tensor,
+    shapes_of,
+    trained_children,
+)
+
+CONFIG_NAME = "config.yaml"
+# All that a run writes into its folder.
+_WRITTEN = ("checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json")
+_WRITTEN_TOO = ("report.html", "error.txt")
+
+_log = logging.getLogger(__name__)
+
+
+def build_family(config: Config) -> Family:
+    """The family of a config with freshly drawn weights: the same on every worker."""
+    kind, _ = CATALOGUE[config.family_name]
+    surroundings = Surroundings(
+        image_size=config.data.image_size,
+        image_channels=config.data.channels,
+        num_classes=config.data.num_classes or 0,
+        seed=config.train.seed,
+        open_run=_open_on_host,
+    )
+    torch.manual_seed(derive(config.train.seed, "weights", 0))
+    family = kind(config.family, surroundings)  # type: ignore[call-arg] # the catalogue pairs each class with its config
+    trained_children(family, config.optim)
+    return family
+
+
+def _open_on_host(run: str) -> Family:
+    with torch.device("cpu"):  # `check_start` builds on the meta device, which holds no weights
+        return open_run(run)[1]
+
+
+def split_run(location: str) -> tuple[str, str | None]:
+    """A run's folder and, where a checkpoint of it is named, that checkpoint's location."""
+    location = storage.absolute(location)
+    path = PurePosixPath(location.removeprefix("s3://"))
+    if checkpoint.step_of(path.name) is not None and path.parent.name == "checkpoints":
+        return location.rsplit("/", 2)[0], location
+    return location, None
+
+
+def read_config(run: str) -> Config:
+    """The resolved config of a run; ConfigError if there is no run."""
+    run_dir, _ = split_run(run)
+    location = storage.join(run_dir, CONFIG_NAME)
+    try:
+        return from_yaml(storage.read(location).decode(), location)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
+
+
+def open_run(run: str, config: Config | None = None) -> tuple[dict[str, object], Family]:
+    """A run's family with its averaged weights, in eval mode, and the checkpoint's meta.
+
+    Args:
+        run: a run's folder (its newest sound checkpoint is used), or one of its checkpoints.
+        config: in place of the run's own, where a setting of the sampler is changed.
+
+    Raises:
+        ConfigError: there is no such run.
+        CheckpointError: it has no sound checkpoint.
+    """
+    run_dir, location = split_run(run)
+    config = config or read_config(run_dir)
+    if location is None:
+        found, warnings = checkpoint.find_newest(run_dir)
+        for warning in warnings:
+            _log.warning("%s", warning)
+        if found is None:
+            raise CheckpointError(f"{run}: has no complete checkpoint yet")
+        location, meta = found.location, found.meta
+    else:
+        meta = checkpoint.read_meta(location)
+        checkpoint.verify(location, meta)
+    family = build_family(config)
+    checkpoint.check_shapes(location, meta, shapes_of(family))
+    trained = trained_children(family, config.optim)
+    with Reader(location, meta) as reader, torch.no_grad():
+        for name, parameter in family.named_parameters():
+            child = name.partition(".")[0]
+            kind = EMA_PARAM if child in family.averaged else PARAM if child in trained else FROZEN
+            load_tensor(reader, kind, name, parameter.data)
+        for name, buffer in family.named_buffers():
+            load_tensor(reader, BUFFER, name, buffer)
+    return meta, family.eval().requires_grad_(False)
+
+
+def check_start(config: Config) -> list[str]:
+    """Refuse what can be refused before any worker starts.
+
+    Returns:
+        Warnings about checkpoints that cannot be used.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
+            run folder that holds another run.
+    """
+    for folder in (config.data.train, config.data.test):
+        if folder is not None:
+            check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+    with torch.device("meta"):
+        build_family(config)
+    if config.run.overwrite:
+        return []
+    found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
+    if found is not None:
+        loader = Loader(config.data, config.data.train)
+        check_identity(found, _identity(config, loader), config.train.seed, loader.tape.fingerprint)
+    return warnings
+
+
+def clear(run_dir: str) -> None:
+    """Delete what an earlier run wrote into its folder, and nothing else that may be there."""
+    for name in storage.list_names(run_dir):
+        location = storage.join(run_dir, name)
+        if name in ("checkpoints", "samples"):
+            storage.delete_tree(location)
+        elif name in _WRITTEN or name in _WRITTEN_TOO or name.startswith("events.out.tfevents"):
+            storage.delete(location)
+
+
+def _identity(config: Config, loader: Loader) -> RunIdentity:
+    return RunIdentity(config.family_name, config.data.batch_size, asdict(loader.tape.fingerprint))
+
+
+def train_worker(config: Config, device: torch.device, hooks: Hooks | None = None) -> Outcome:
+    """Train one worker's share of a run, to its end or until a stop is requested.
+
+    Where there are several workers, torch.distributed is initialised before, and each calls this.
+    """
+    run_dir = storage.absolute(config.run.dir)
+    data = Loader(config.data, config.data.train, rank(), world_size())
+    test = Loader(config.data, config.data.test, rank(), world_size()) if config.data.test else None
+    trainer = Trainer(
+        build_family(config),
+        config.train,
+        config.optim,
+        _identity(config, data),
+        data.tape.fingerprint,
+        run_dir,
+        data,
+        test,
+        device,
+        hooks,
+    )
+    try:
+        if rank() == 0:
+            storage.write(storage.join(run_dir, CONFIG_NAME), config.to_yaml().encode())
+        return trainer.fit()
+    finally:
+        trainer.close()

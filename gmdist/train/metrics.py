@@ -1,0 +1,108 @@
+"""Metrics of a run: summed on the device, averaged over workers when they are logged, written as JSON lines."""
+
+import json
+import os
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gmdist import storage
+from gmdist.families.family import Metrics
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Averages:
+    """Means of scalars over steps, samples and workers, without a host synchronisation until they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Metrics, weight: float = 1.0) -> None:
+        """Add one observation of some metrics."""
+        for name, value in metrics.items():
+            weighted = value.detach().double() * weight if self._device.type == "cpu" else value.detach().float() * weight
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def reduce(self) -> dict[str, float]:
+        """The means over all workers, which must have added the same names; and begin anew."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([self._sums[name] for name in names])
+        weights = torch.tensor([self._weights[name] for name in names], dtype=sums.dtype, device=sums.device)
+        both = torch.stack([sums, weights])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(both)
+        self._sums, self._weights = {}, {}
+        return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
+
+
+class MetricsLog:
+    """A run's metrics.jsonl and TensorBoard events. Only rank 0 has one.
+
+    In a local folder lines are appended as they come. Object storage cannot append: there both files are kept in a
+    temporary folder and copied at every `flush`.
+    """
+
+    def __init__(self, run_dir: str, step: int) -> None:
+        """Open a run's log, without the lines after `step`: those steps will be made again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._location = storage.join(run_dir, FILE_NAME)
+        lines = [line for line in read_lines(run_dir) if line["step"] <= step]
+        self._scratch = None
+        folder = run_dir
+        if storage.is_s3(run_dir):
+            self._scratch = tempfile.TemporaryDirectory(prefix="gmdist-metrics-")
+            folder = self._scratch.name
+        self._run_dir, self._folder = run_dir, folder
+        local = os.path.join(folder, FILE_NAME)
+        storage.write(local, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._file = open(local, "a", encoding="utf-8")
+        self._events = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; it has "step", numbers, and the order digest as text."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                self._events.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+        self._file.flush()
+        self._events.flush()
+        if self._scratch is not None:
+            for name in os.listdir(self._folder):
+                storage.copy_from_local(os.path.join(self._folder, name), storage.join(self._run_dir, name))
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self.flush()
+        self._file.close()
+        self._events.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+
+def read_lines(run_dir: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; [] where there is none. A last line that was cut by a kill is dropped."""
+    try:
+        content = storage.read(storage.join(run_dir, FILE_NAME)).decode()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in content.splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

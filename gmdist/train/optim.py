@@ -1,0 +1,85 @@
+"""Optimizers by name, and the learning rate of each step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gmdist.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass
+class OptimConfig:
+    """How one child is optimized."""
+
+    name: str = "adamw"  # adamw, adam or sgd
+    lr: float = 1e-4  # after the warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw, adam
+    eps: float = 1e-8  # adamw, adam
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # constant, cosine or linear: from lr at the end of the warm-up to final_lr at the last step
+    final_lr: float = 0.0
+    warmup_steps: int = 0  # linear from 0
+    clip_norm: float | None = None  # largest norm of the child's whole gradient; None: not clipped
+
+    def validate(self, key: str) -> None:
+        """Raise ConfigError, its keys prefixed with `key`, for values that cannot be."""
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"{key}.name: '{self.name}'; must be one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"{key}.schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}")
+        if not self.lr > 0.0:
+            raise ConfigError(f"{key}.lr: {self.lr}; must be above 0")
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise ConfigError(f"{key}.clip_norm: {self.clip_norm}; must be above 0, or null for no clipping")
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of step number `step` (0 is the first) of a run of `num_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+    remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.final_lr + (config.lr - config.final_lr) * remaining
+
+
+def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the config names; its learning rate is set at every step."""
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def materialize_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's state, zero as before the first update, so that it can be saved and loaded at any time.
+
+    The state is made lazily by the first update: this makes one with no gradient and no learning rate, and takes the
+    count of updates back.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        group["lr"] = 0.0
+    optimizer.step()
+    set_num_updates(optimizer, 0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Set the number of updates that bias corrections see."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(count)

@@ -1,0 +1,576 @@
+"""The step and the loop. Knows the contract of a family, and no family."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gmdist import images, storage
+from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.families.family import Batch, Family
+from gmdist.rng import derive
+from gmdist.train import checkpoint
+from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, Saver, tensor_key
+from gmdist.train.ema import EMA
+from gmdist.train.engine import PRECISIONS, STAGES, Unit, make_unit, rank, world_size
+from gmdist.train.metrics import Averages, MetricsLog
+from gmdist.train.optim import OptimConfig, learning_rate
+
+_INITIALIZE_SAMPLES = 256
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass
+class TrainConfig:
+    """How long, how precise, how often."""
+
+    num_steps: int  # optimizer steps
+    precision: str = "fp32"  # fp32, or bf16: products and convolutions in bf16 on fp32 weights
+    zero_stage: int = 0  # 0: whole copies; 1: DeepSpeed shards optimizer state; 2: gradients too
+    micro_batch_size: int | None = None  # samples a worker passes through at once; None: its whole part of the batch
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000  # steps; the last step is saved too
+    keep_checkpoints: int | None = 2  # newest ones; None keeps all
+    sample_every: int | None = 1000  # steps between sample grids; None: none
+    num_preview_images: int = 40  # in a sample grid
+    evaluate_every: int | None = None  # steps between evaluations on data.test; None: none
+    ema_halflife_kimg: float = 500.0  # thousands of images after which an old weight counts half
+    ema_ramp: float | None = 0.05  # the half-life is at most this share of the images seen; None: no bound
+    seed: int = 0  # of initial weights, noise and dropout
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that cannot be."""
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"train.precision: '{self.precision}'; must be one of {', '.join(PRECISIONS)}")
+        if self.zero_stage == 3:
+            raise ConfigError(
+                "train.zero_stage: 3; parameters that are sharded themselves are not supported yet; use 0, 1 or 2"
+            )
+        if self.zero_stage not in STAGES:
+            raise ConfigError(f"train.zero_stage: {self.zero_stage}; must be 0, 1 or 2")
+        for key in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{key}: {value}; must be at least 1")
+        for key in ("sample_every", "evaluate_every", "num_preview_images"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")
+        if not self.ema_halflife_kimg > 0:
+            raise ConfigError(f"train.ema_halflife_kimg: {self.ema_halflife_kimg}; must be above 0")
+
+
+class Loaded(Protocol):
+    """A part of a batch, as the loader gives it."""
+
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def digest(self) -> int: ...
+    @property
+    def quarantined(self) -> list[dict[str, Any]]: ...
+
+
+class Fingerprint(Protocol):
+    """What the order of samples depends on."""
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raise DataError if a run with the saved fingerprint cannot go on with this one."""
+
+
+class Source(Protocol):
+    """A data set as one worker reads it."""
+
+    num_samples: int
+
+    def batches(self, start: int) -> Iterator[Loaded]:
+        """This worker's part of one global batch after another, from a sample number on."""
+
+    def sweep(self, batch_size: int) -> Iterator[Loaded]:
+        """Every sample once, over all workers."""
+
+    def first(self, count: int) -> Loaded:
+        """The first samples of the order, the same on every worker."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever watches it."""
+
+    step: int
+    num_steps: int
+    images_per_s: float  # over all workers
+    loss: float
+    seconds_left: float
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    seen: int  # samples whose step is done
+    digest: str  # of their order, hexadecimal
+    finished: bool  # False: stopped on request, to be resumed
+
+
+@dataclass
+class Hooks:
+    """The run's connections to whoever started it. Rank 0's are used."""
+
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    on_message: Callable[[str], None] = lambda message: None
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class RunIdentity:
+    """What a checkpoint must agree with to be resumed from."""
+
+    family: str
+    batch_size: int  # samples a step, over all workers
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the order
+
+
+class Trainer:
+    """Trains a family on one worker; all workers run the same."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: TrainConfig,
+        optim: dict[str, OptimConfig],
+        identity: RunIdentity,
+        fingerprint: Fingerprint | None,
+        run_dir: str,
+        data: Source,
+        test_data: Source | None = None,
+        device: torch.device | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """Set up engines and resume from the newest sound checkpoint in `run_dir`, if there is one.
+
+        Raises:
+            ConfigError: the workers do not divide the batch, or a trained child has no optimizer.
+            CheckpointError, DataError: the checkpoint belongs to another run.
+        """
+        self.device = device or torch.device("cpu")
+        self.config, self.optim, self.identity = config, optim, identity
+        self.run_dir, self.data, self.test_data, self.hooks = run_dir, data, test_data, hooks or Hooks()
+        self.batch_size = identity.batch_size
+        self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size())
+        self.step, self.seen, self._digest = 0, 0, 0
+
+        found = self._find_checkpoint()
+        if found is not None:
+            check_identity(found, identity, config.seed, fingerprint)
+
+        self.family = family.to(self.device)
+        self.phases = family.phases()
+        self._trained = trained_children(family, optim)
+        if found is None:
+            self.family.initialize(self._to_device(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch))
+        self._set_mode(training=True)
+        self.units: dict[str, Unit] = {
+            name: make_unit(
+                family, name, optim[name], stage=config.zero_stage, precision=config.precision, device=self.device
+            )
+            for name in self._trained
+        }
+        self.ema = EMA([self.units[name] for name in family.averaged], config.ema_halflife_kimg, config.ema_ramp)
+        if found is not None:
+            self._load(found)
+        self._averages = Averages(self.device)
+        self._saver = Saver(run_dir, config.keep_checkpoints)
+        self._control = Control()
+        self._quarantined: list[dict[str, Any]] = []
+        self._log = MetricsLog(run_dir, self.step) if rank() == 0 else None
+
+    # The step
+
+    def train_step(self, loaded: Loaded) -> None:
+        """One optimizer step on this worker's part of a batch."""
+        batch = self._to_device(loaded.batch)
+        micro_batches = split(batch, self.micro_batch_size)
+        for number, phase in enumerate(self.phases):
+            if self.step % phase.every:
+                continue
+            unit = self.units[phase.trains]
+            for i, micro_batch in enumerate(micro_batches):
+                # Dropout is the one user of torch's generator: begun anew, it does not depend on where a run resumed.
+                torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
+                self._averages.add(unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches)))
+            unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
+        self.family.after_step(self.seen)
+        self.ema.update(self.batch_size, self.seen)
+        self.step += 1
+        self.seen += self.batch_size
+        self._digest += loaded.digest
+        self._quarantined += loaded.quarantined
+
+    # The loop
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until a stop is requested; either way the last step done is saved."""
+        config = self.config
+        if self.step == 0 and config.sample_every:
+            self._write_preview()
+        clock = Clock(self.step)
+        batches = self.data.batches(self.seen)
+        stopping = False
+        saved_step = self.step
+        while self.step < config.num_steps and not stopping:
+            self.train_step(next(batches))
+            last = self.step == config.num_steps
+            if self.step % config.log_every == 0 or last:
+                self._write_metrics(clock)
+            if config.evaluate_every and self.test_data and (self.step % config.evaluate_every == 0 or last):
+                with clock.paused():
+                    self._evaluate()
+            if config.sample_every and (self.step % config.sample_every == 0 or last):
+                with clock.paused():
+                    self._write_preview()
+            stop, failed = self._control.exchange(self.hooks.stop_requested() and rank() == 0, self._saver.failed())
+            stopping = stop and not last
+            if failed:
+                self._saver.wait()
+            if self.step % config.checkpoint_every == 0 or last or stopping:
+                with clock.paused():
+                    self._save()
+                saved_step = self.step
+        assert saved_step == self.step
+        self._saver.wait()
+        return Outcome(self.step, self.seen, self._total_digest(), finished=self.step >= config.num_steps)
+
+    def close(self) -> None:
+        """End threads, files and engines."""
+        try:
+            self._saver.close()
+        finally:
+            self._control.close()
+            if self._log is not None:
+                self._log.close()
+            for unit in self.units.values():
+                unit.close()
+
+    # What is written
+
+    def _write_metrics(self, clock: "Clock") -> None:
+        line: dict[str, Any] = {"step": self.step, "images": self.seen, **self._averages.reduce()}
+        for name, optim in self.optim.items():
+            line[f"lr/{name}"] = learning_rate(optim, self.step - 1, self.config.num_steps)
+        line["order_digest"] = self._total_digest()
+        steps, seconds = clock.lap(self.step)
+        line["images_per_s"] = steps * self.batch_size / seconds
+        quarantined = self._gather_quarantined()
+        if self._log is None:
+            return
+        self._log.write(line)
+        self._write_quarantine(quarantined)
+        loss = next((value for name, value in line.items() if name.endswith("/loss")), float("nan"))
+        left = (self.config.num_steps - self.step) * clock.seconds_a_step(self.step)
+        self.hooks.on_progress(Progress(self.step, self.config.num_steps, line["images_per_s"], loss, left))
+
+    def _gather_quarantined(self) -> list[dict[str, Any]]:
+        lines, self._quarantined = self._quarantined, []
+        if world_size() == 1:
+            return lines
+        count = torch.tensor([len(lines)], device=self.device)
+        dist.all_reduce(count)
+        if count.item() == 0:
+            return []
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(world_size())]
+        dist.all_gather_object(parts, lines)
+        return sorted((line for part in parts for line in part), key=lambda line: line["number"])
+
+    def _write_quarantine(self, lines: list[dict[str, Any]]) -> None:
+        if not lines:
+            return
+        location = storage.join(self.run_dir, "quarantine.jsonl")
+        before = storage.read(location) if storage.exists(location) else b""
+        storage.write(location, before + "".join(json.dumps(line) + "\n" for line in lines).encode())
+        first = lines[0]
+        self.hooks.on_message(
+            f"replaced {len(lines)} undecodable samples ({first['shard']}: {first['sample']}: {first['reason']}); "
+            f"they are listed in {location}"
+        )
+
+    @torch.no_grad()
+    def _write_preview(self) -> None:
+        source = self.test_data or self.data
+        batch = source.first(min(self.config.num_preview_images, source.num_samples)).batch
+        # Every worker makes an equal part; the last ones repeat a sample where the count does not divide.
+        count = len(batch["key"])
+        each = -(-count // world_size())
+        places = torch.arange(rank() * each, (rank() + 1) * each).clamp(max=count - 1)
+        part = self._to_device({name: tensor[places] for name, tensor in batch.items()})
+        with self._averaged_weights():
+            pictures = images.to_uint8(self.family.preview(part))
+        if world_size() > 1:
+            gathered = [torch.empty_like(pictures, device=self.device) for _ in range(world_size())]
+            dist.all_gather(gathered, pictures.to(self.device))
+            pictures = torch.cat(gathered).cpu()
+        if rank() == 0:
+            name = f"{checkpoint.folder_name(self.step)}.png"
+            storage.write(storage.join(self.run_dir, "samples", name), images.png(images.grid(pictures[:count])))
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        assert self.test_data is not None
+        averages = Averages(self.device)
+        with self._averaged_weights():
+            for loaded in self.test_data.sweep(self.micro_batch_size):
+                batch = self._to_device(loaded.batch)
+                averages.add(self.family.evaluate(batch), weight=float(len(batch["key"])))
+        line = {f"test/{name}": value for name, value in averages.reduce().items()}
+        if self._log is not None and line:
+            self._log.write({"step": self.step, **line})
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        self._set_mode(training=False)
+        try:
+            with self.ema.applied():
+                yield
+        finally:
+            self._set_mode(training=True)
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for unit in self.units.values():
+            for fragment in unit.owned():
+                tensors[tensor_key(PARAM, fragment.name, fragment.start)] = fragment.values
+                for name, values in fragment.state.items():
+                    tensors[tensor_key(STATE + name, fragment.name, fragment.start)] = values
+        for fragment, average in zip(self.ema.fragments, self.ema.averages, strict=True):
+            tensors[tensor_key(EMA_PARAM, fragment.name, fragment.start)] = average
+        for i, (name, parameter) in enumerate(self._frozen_parameters()):
+            if i % world_size() == rank():
+                tensors[tensor_key(FROZEN, name, 0)] = parameter.data.flatten()
+        if rank() == 0:
+            for name, buffer in self.family.named_buffers():
+                tensors[tensor_key(BUFFER, name, 0)] = buffer.flatten()
+        for name, state in self.family.worker_state().items():
+            tensors[tensor_key(WORKER, f"{name}@{rank()}", 0)] = state.flatten()
+        meta = {
+            "family": self.identity.family,
+            "images": self.seen,
+            "batch_size": self.batch_size,
+            "order_digest": self._total_digest(),
+            "data": self.identity.data,
+            "train_seed": self.config.seed,
+            "world_size": world_size(),
+            "updates": {name: unit.num_updates for name, unit in self.units.items()},
+            "shapes": shapes_of(self.family),
+            "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
+        }
+        self._saver.save(self.step, tensors, meta)
+        if self._log is not None:
+            self._log.flush()
+
+    def _find_checkpoint(self) -> checkpoint.Found | None:
+        """The newest sound checkpoint, chosen by rank 0 for all."""
+        choice: list[Any] = [None]
+        if rank() == 0:
+            found, warnings = checkpoint.find_newest(self.run_dir)
+            for warning in warnings:
+                self.hooks.on_message(warning)
+            choice = [found]
+        if world_size() > 1:
+            dist.broadcast_object_list(choice, src=0)
+        return choice[0]
+
+    def _load(self, found: checkpoint.Found) -> None:
+        meta = found.meta
+        checkpoint.check_shapes(found.location, meta, shapes_of(self.family))
+        with Reader(found.location, meta) as reader, torch.no_grad():
+            for name, unit in self.units.items():
+                for fragment in unit.held():
+                    place = fragment.name, fragment.start, fragment.values.numel()
+                    fragment.values.copy_(reader.read(PARAM, *place))
+                    for key, values in fragment.state.items():
+                        values.copy_(reader.read(STATE + key, *place))
+                unit.set_num_updates(meta["updates"][name])
+                unit.publish()
+            for fragment, average in zip(self.ema.fragments, self.ema.averages, strict=True):
+                average.copy_(reader.read(EMA_PARAM, fragment.name, fragment.start, fragment.values.numel()))
+            for name, parameter in self._frozen_parameters():
+                load_tensor(reader, FROZEN, name, parameter.data)
+            for name, buffer in self.family.named_buffers():
+                load_tensor(reader, BUFFER, name, buffer)
+            self._load_worker_state(reader)
+        self.step, self.seen = meta["step"], meta["images"]
+        # The digest is a sum over workers: one of them carries what was there before.
+        self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
+
+    def _load_worker_state(self, reader: Reader) -> None:
+        """Give the worker its own state back; one that was not there before starts with the family's own."""
+        if rank() < reader.meta["world_size"]:
+            state = self.family.worker_state()
+            for name, tensor in state.items():
+                shape = reader.meta["worker_shapes"].get(name)
+                if shape != list(tensor.shape):
+                    raise CheckpointError(f"{reader.location}: {name} is {shape}; the model has {list(tensor.shape)}")
+                load_tensor(reader, WORKER, f"{name}@{rank()}", tensor)
+            self.family.load_worker_state(state)
+
+    def _frozen_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, parameter)
+            for name, parameter in self.family.named_parameters()
+            if name.partition(".")[0] not in self._trained
+        ]
+
+    def _total_digest(self) -> str:
+        total = self._digest & _MASK64
+        if world_size() > 1:
+            signed = torch.tensor([total - (1 << 64) if total >> 63 else total], device=self.device)
+            dist.all_reduce(signed)
+            total = int(signed.item()) & _MASK64
+        return f"{total:016x}"
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _set_mode(self, training: bool) -> None:
+        """Trained children train; frozen ones never do."""
+        for name, child in self.family.named_children():
+            child.train(training and name in self._trained)
+
+
+class Clock:
+    """The time that steps take, without the pauses between them."""
+
+    def __init__(self, step: int) -> None:
+        self._first_step = self._lap_step = step
+        self._start = self._lap_start = time.perf_counter()
+        self._paused_s = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the laps."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - start
+
+    def lap(self, step: int) -> tuple[int, float]:
+        """Steps and seconds since the last lap."""
+        now = time.perf_counter()
+        steps, seconds = step - self._lap_step, now - self._lap_start - self._paused_s
+        self._lap_step, self._lap_start, self._paused_s = step, now, 0.0
+        return steps, seconds
+
+    def seconds_a_step(self, step: int) -> float:
+        """The mean since the start, pauses included: what the time left is estimated from."""
+        return (time.perf_counter() - self._start) / max(step - self._first_step, 1)
+
+
+class Control:
+    """Agreement of all workers, once a step, on whether to stop and whether a save has failed.
+
+    The answer comes a step late: a reduction on the host runs while the step computes, and no device is waited for.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._flags = torch.zeros(2, dtype=torch.int32)
+        self._work: Any = None
+
+    def exchange(self, stop: bool, failed: bool) -> tuple[bool, bool]:
+        """Put in this worker's flags, and get whether any worker had them set at the step before."""
+        mine = torch.tensor([stop, failed], dtype=torch.int32)
+        if self._group is None:
+            return stop, failed
+        if self._work is not None:
+            self._work.wait()
+        answer = self._flags.tolist()
+        self._flags = mine
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return bool(answer[0]), bool(answer[1])
+
+    def close(self) -> None:
+        """Finish the reduction under way."""
+        if self._work is not None:
+            self._work.wait()
+
+
+def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
+    """Samples that a worker passes through at once; ConfigError if the sizes do not divide."""
+    if batch_size % num_workers:
+        raise ConfigError(
+            f"data.batch_size: {batch_size}; {num_workers} workers do not divide it; "
+            f"use a multiple of {num_workers}, or another cluster.num_workers"
+        )
+    part = batch_size // num_workers
+    micro = config.micro_batch_size or part
+    if part % micro:
+        raise ConfigError(
+            f"train.micro_batch_size: {micro}; it must divide a worker's part of the batch, which is {part} "
+            f"(data.batch_size {batch_size} / {num_workers} workers)"
+        )
+    return micro
+
+
+def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]:
+    """The children that the phases train, each of which must have an optimizer, and no other may."""
+    assert not list(family.parameters(recurse=False)), "a family's parameters live in its children"
+    names = list(dict.fromkeys(phase.trains for phase in family.phases()))
+    for name in names:
+        if name not in optim:
+            raise ConfigError(f"optim.{name}: missing; the family trains {', '.join(names)}")
+    for name in optim:
+        if name not in names:
+            raise ConfigError(f"optim.{name}: no such child; the family trains {', '.join(names)}")
+    assert set(family.averaged) <= set(names), "only trained children are averaged"
+    return names
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Cut a batch into micro-batches of `size` samples."""
+    count = len(batch["key"])
+    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, count, size)]
+
+
+def shapes_of(family: Family) -> dict[str, list[int]]:
+    """The shapes of a family's parameters and buffers."""
+    tensors: list[tuple[str, Tensor]] = [*family.named_parameters(), *family.named_buffers()]
+    return {name: list(tensor.shape) for name, tensor in tensors}
+
+
+def load_tensor(reader: Reader, kind: str, name: str, tensor: Tensor) -> None:
+    """Fill a tensor from a checkpoint."""
+    tensor.copy_(reader.read(kind, name, 0, tensor.numel(), tensor.dtype).view(tensor.shape))
+
+
+def check_identity(
+    found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None
+) -> None:
+    """Raise if a run cannot go on from a checkpoint: another family, data set, seed or batch size."""
+    meta = found.meta
+    if meta["family"] != identity.family:
+        raise CheckpointError(
+            f"{found.location}: of family '{meta['family']}', the config's is '{identity.family}'; "
+            "choose another run.dir, or set run.overwrite=true to start anew"
+        )
+    if fingerprint is not None:
+        fingerprint.check(meta["data"])
+    for key, saved, now in (
+        ("train.seed", meta["train_seed"], seed),
+        ("data.batch_size", meta["batch_size"], identity.batch_size),
+    ):
+        if saved != now:
+            raise DataError(
+                f"cannot resume: {key} was {saved} when the run was started and is {now} now; "
+                f"set {key}={saved}, or start anew in another run.dir"
+            )
