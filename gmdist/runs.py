@@ -115,11 +115,11 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, object],
     return meta, family.eval().requires_grad_(False)
 
 
-def check_start(config: Config) -> list[str]:
+def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     """Refuse what can be refused before any worker starts.
 
     Returns:
-        Warnings about checkpoints that cannot be used.
+        How the run ended, if it is finished already; and warnings about checkpoints that cannot be used.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -131,12 +131,14 @@ def check_start(config: Config) -> list[str]:
     with torch.device("meta"):
         build_family(config)
     if config.run.overwrite:
-        return []
+        return None, []
     found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
     if found is not None:
         loader = Loader(config.data, config.data.train)
         check_identity(found, _identity(config, loader), config.train.seed, loader.tape.fingerprint)
-    return warnings
+        if found.meta["step"] >= config.train.num_steps:
+            return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
+    return None, warnings
 
 
 def clear(run_dir: str) -> None:

@@ -59,6 +59,8 @@ def read(location: str) -> bytes:
 
 def read_range(location: str, offset: int, num_bytes: int) -> bytes:
     """`num_bytes` of a file from `offset` on; StorageError if the file ends before."""
+    if num_bytes == 0:
+        return b""  # HTTP has no empty range: S3 answers with the whole object
     with _naming(location):
         if is_s3(location):
             bucket, key = _split(location)
@@ -136,8 +138,8 @@ def delete_tree(folder: str) -> None:
     """Delete a folder or prefix with all that is in it; nothing happens where there is none."""
     with _naming(folder):
         if is_s3(folder):
-            bucket, prefix = _split(folder)
-            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/")
+            bucket, prefix = _split_folder(folder)
+            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             for page in pages:
                 keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
                 if keys:
@@ -161,12 +163,17 @@ def _split(location: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _list_s3(folder: str) -> Iterator[str]:
+def _split_folder(folder: str) -> tuple[str, str]:
     bucket, prefix = _split(folder.rstrip("/"))
-    prefix = prefix + "/" if prefix else ""
+    return bucket, prefix + "/" if prefix else ""
+
+
+def _list_s3(folder: str) -> Iterator[str]:
+    bucket, prefix = _split_folder(folder)
     pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
     for page in pages:
-        yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", []))
+        # Consoles mark a folder by an empty object that is named like its prefix.
+        yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", []) if entry["Key"] != prefix)
         yield from (entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", []))
 
 

@@ -5,5 +5,5 @@ import sys
 from gmdist.cli import main
 
 if __name__ == "__main__":
-    config, *overrides = sys.argv[1:] or ["--help"]
-    sys.exit(main(["train", config, *(["cluster.address=auto"] if overrides or config != "--help" else []), *overrides]))
+    # After the user's own overrides would be too late to let them choose another cluster.
+    sys.exit(main(["train", *sys.argv[1:2], "cluster.address=auto", *sys.argv[2:]]))

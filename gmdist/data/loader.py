@@ -1,5 +1,6 @@
 """Batches for one worker: its numbers of the tape, read and decoded by threads ahead of use."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -160,7 +161,7 @@ class Loader:
         return label
 
     def _note_bad(self, shard: int, index: int, problem: str) -> None:
-        allowed = max(1, int(self.config.max_bad_fraction * self.num_samples))
+        allowed = math.ceil(self.config.max_bad_fraction * self.num_samples)  # one in a small data set; 0.0 means none
         with self._lock:
             self._bad.add((shard, index))
             count = len(self._bad)

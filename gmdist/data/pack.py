@@ -18,6 +18,7 @@ from gmdist.data.shard import MANIFEST_NAME, Manifest, ShardEntry, ShardWriter
 from gmdist.errors import DataError
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,15 @@ def pack(
     root = Path(source)
     if not root.is_dir():
         raise DataError(f"{source}: no such folder")
-    if storage.exists(storage.join(destination, MANIFEST_NAME)):
+    if any(name == MANIFEST_NAME or name.endswith(".tar") for name in storage.list_names(destination)):
         raise DataError(f"{destination}: holds a data set already; choose another folder or delete it")
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     paths = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file() and not path.name.startswith(".")
+        if path.suffix[1:].lower() in IMAGE_EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
     flat = [path for path in paths if path.parent == root]
     if not paths:
@@ -79,7 +82,7 @@ def pack(
             return f"{name}: {error}"
         if classes:
             members["cls"] = str(classes.index(name.split("/")[0])).encode()
-        return posixpath.splitext(name)[0].replace(".", "_").replace("/", "-"), members
+        return _key(name), members
 
     def samples() -> Iterable[tuple[str, dict[str, bytes]]]:
         taken: set[str] = set()
@@ -101,6 +104,15 @@ def pack(
 
 def _shuffle_key(name: str) -> bytes:
     return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+
+
+def _key(name: str) -> str:
+    """A sample's key from its path: a name that tar, S3 and other readers take as it is."""
+    key = posixpath.splitext(name)[0].replace(".", "_").replace("/", "-").replace("\\", "_")
+    key = "".join("_" if ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 else c for c in key)
+    if len(key.encode()) > _MAX_KEY_BYTES:
+        key = key.encode()[: _MAX_KEY_BYTES - 17].decode(errors="ignore") + "-" + _shuffle_key(name).hex()
+    return key
 
 
 def _image_member(path: Path, image_size: int | None) -> dict[str, bytes]:

@@ -99,10 +99,11 @@ class ShardIndex:
             "offset": self.offset,
             "num_bytes": self.num_bytes,
             "crc32": self.crc32,
-            "keys": np.frombuffer(json.dumps(self.keys).encode(), np.uint8),
+            "keys": _json_array(self.keys),
+            "extensions": _json_array(self.extensions),
         }
-        metadata = {"format": str(FORMAT_VERSION), "extensions": json.dumps(self.extensions)}
-        return save_safetensors(arrays, metadata)
+        # One entry only: safetensors writes several in a random order, and the manifest's hash sees these bytes.
+        return save_safetensors(arrays, {"format": str(FORMAT_VERSION)})
 
     @classmethod
     def from_bytes(cls, content: bytes, location: str) -> "ShardIndex":
@@ -113,12 +114,14 @@ class ShardIndex:
             metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
             if metadata["format"] != str(FORMAT_VERSION):
                 raise DataError(f"{location}: index of format {metadata['format']}; run `gmdist data index` again")
-            keys = json.loads(arrays["keys"].tobytes())
-            return cls(
-                keys, json.loads(metadata["extensions"]), arrays["offset"], arrays["num_bytes"], arrays["crc32"]
-            )
+            keys, extensions = (json.loads(arrays[name].tobytes()) for name in ("keys", "extensions"))
+            return cls(keys, extensions, arrays["offset"], arrays["num_bytes"], arrays["crc32"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{location}: not a shard index ({error}); run `gmdist data index` again") from error
+
+
+def _json_array(names: list[str]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(names).encode(), np.uint8)
 
 
 @dataclass(frozen=True)

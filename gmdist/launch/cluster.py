@@ -1,6 +1,7 @@
 """Connecting to Ray: a cluster of this process's own on loopback, or one that is there."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,8 +39,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 def _connect(config: ClusterConfig) -> None:
     if config.address == "local":
-        # The cluster listens on loopback alone, and ends with this process: it needs no token.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's servers listen on every interface and run whatever they are sent: only who has the token may ask.
+        # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         cpus = max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker)
         ray.init(
             address="local",

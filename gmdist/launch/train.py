@@ -103,8 +103,11 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         ConfigError, DataError, CheckpointError, StorageError: what a user can mend.
         RunFailedError: anything else, after cluster.max_failures restarts.
     """
-    for warning in runs.check_start(config):
+    finished, warnings_ = runs.check_start(config)
+    for warning in warnings_:
         on_message(warning)
+    if finished is not None:
+        return finished
     if config.run.overwrite:
         runs.clear(storage.absolute(config.run.dir))
     with connected(config.cluster):

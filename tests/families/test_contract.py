@@ -1,0 +1,149 @@
+"""What every family of the catalogue keeps to."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmdist.families import CATALOGUE
+from gmdist.families.family import Batch, Condition, Family, conditioned_labels
+from gmdist.train.engine import freeze_all_but
+from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, fit, make_trainer, small_family, tree_bytes
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", sorted(CATALOGUE))]
+
+
+def batch_on(device: torch.device, count: int = 8) -> Batch:
+    return {key: tensor.to(device) for key, tensor in MemorySource(48, 8).first(count).batch.items()}
+
+
+def ready(name: str, device: torch.device) -> Family:
+    """A family that has seen data once, with no branch at zero."""
+    family = small_family(name).to(device)
+    family.initialize(batch_on(device))
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in family.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return family
+
+
+def hashes(family: Family) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in [*family.named_parameters(), *family.named_buffers()]
+    }
+
+
+def test_is_tested_in_small(name: str) -> None:
+    assert name in SMALL
+    assert type(SMALL[name]) is CATALOGUE[name][1]
+
+
+def test_losses_are_finite_and_reach_what_they_train(name: str, device: torch.device) -> None:
+    family = ready(name, device)
+    for phase in family.phases():
+        freeze_all_but(family, phase.trains)
+        loss, metrics = phase.loss(batch_on(device), 0)
+        assert loss.shape == ()
+        assert torch.isfinite(loss)
+        assert metrics
+        assert not any(value.requires_grad for value in metrics.values())
+        loss.backward()
+        child = getattr(family, phase.trains)
+        assert all(parameter.grad is not None for parameter in child.parameters())
+        family.zero_grad()
+
+
+def test_a_loss_is_the_mean_of_its_samples(name: str, device: torch.device) -> None:
+    # What makes accumulation, and any number of workers, give the loss of the whole batch.
+    family, batch = ready(name, device).eval(), batch_on(device)
+    for phase in family.phases():
+        whole = phase.loss(batch, 0)[0]
+        halves = [phase.loss({key: t[i : i + 4] for key, t in batch.items()}, 0)[0] for i in (0, 4)]
+        torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_each_phase_changes_only_what_it_trains(name: str, device: torch.device, tmp_path: Path) -> None:
+    trainer = make_trainer(small_family(name), tmp_path, device=device)
+    try:
+        loaded = trainer.data.first(8)
+        for phase in trainer.phases:
+            before = hashes(trainer.family)
+            trainer.units[phase.trains].accumulate(phase, trainer._to_device(loaded.batch), 0, 1.0)
+            trainer.units[phase.trains].step(1e-3)
+            after = hashes(trainer.family)
+            changed = {key.partition(".")[0] for key in before if before[key] != after[key]}
+            assert changed == {phase.trains}
+    finally:
+        trainer.close()
+
+
+def test_samples(name: str, device: torch.device) -> None:
+    family = ready(name, device).eval()
+    keys = torch.tensor([3, 2**33, 17, 4], device=device)
+    with torch.inference_mode():
+        images = family.sample(keys)
+        assert images.shape == (4, CHANNELS, SIZE, SIZE)
+        assert images.dtype == torch.float32
+        assert images.min() >= -1.0
+        assert images.max() <= 1.0
+        assert images.std() > 0.0
+        # The same key gives the same image, whatever is drawn beside it.
+        torch.testing.assert_close(family.sample(keys[1:3]), images[1:3], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(images[0], images[3])
+
+
+def test_samples_follow_their_label(name: str, device: torch.device) -> None:
+    family = ready(name, device).eval()
+    keys = torch.tensor([0, 1], device=device)
+    labels = [torch.full((2,), label, device=device) for label in (0, 1)]
+    with torch.inference_mode():
+        first, second = (family.sample(keys, Condition(label)) for label in labels)
+        torch.testing.assert_close(
+            family.sample(keys), family.sample(keys, Condition(conditioned_labels(keys, None, CLASSES)))
+        )
+    assert torch.allclose(first, second) == (name == "autoencoder_kl")  # the one family without a condition
+
+
+def test_preview_and_evaluate(name: str, device: torch.device) -> None:
+    family, batch = ready(name, device).eval(), batch_on(device)
+    with torch.inference_mode():
+        preview = family.preview(batch)
+        metrics = family.evaluate(batch)
+    assert preview.shape[:3] == (8, CHANNELS, SIZE)
+    assert preview.abs().max() <= 1.0
+    assert metrics
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_resumes_bit_exactly(name: str, device: torch.device, tmp_path: Path) -> None:
+    whole = fit(small_family(name), tmp_path / "whole", device=device)
+    fit(small_family(name), tmp_path / "parts", device=device, num_steps=3)
+    parts = fit(small_family(name, seed=0), tmp_path / "parts", device=device)
+    assert parts == whole
+    wanted = tree_bytes(tmp_path / "whole" / "checkpoints" / "step-00000006")
+    assert tree_bytes(tmp_path / "parts" / "checkpoints" / "step-00000006") == wanted
+
+
+def test_overfits_eight_images(name: str, device: torch.device, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        small_family(name, **({"label_dropout": 0.0} if name != "autoencoder_kl" else {})),
+        tmp_path,
+        device=device,
+        num_samples=8,
+        num_steps=250,
+        checkpoint_every=1000,
+    )
+    trainer.family.eval()  # dropout is there to prevent this
+    losses = []
+    try:
+        batches = trainer.data.batches(0)
+        while trainer.step < 250:
+            trainer.train_step(next(batches))
+            metrics = trainer._averages.reduce()
+            losses.append(sum(value for key, value in metrics.items() if key.endswith("/loss")))
+    finally:
+        trainer.close()
+    assert sum(losses[-20:]) < 0.4 * sum(losses[:20]), (losses[:20], losses[-20:])

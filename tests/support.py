@@ -1,0 +1,197 @@
+"""What several tests use: small families, an in-memory data set, one trainer call, processes of a small job."""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from gmdist import rng
+from gmdist.data.tape import Tape, digest, owned
+from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
+from gmdist.families import CATALOGUE
+from gmdist.families.autoencoder_kl import AutoencoderKLConfig
+from gmdist.families.ddpm import DDPMConfig
+from gmdist.families.family import Family, Phase, Surroundings
+from gmdist.families.latent_diffusion import LatentDiffusionConfig
+from gmdist.nets.autoencoder import AutoencoderConfig
+from gmdist.nets.unet import UNetConfig
+from gmdist.train.optim import OptimConfig
+from gmdist.train.trainer import Hooks, Outcome, RunIdentity, TrainConfig, Trainer
+
+SIZE, CHANNELS, CLASSES = 16, 1, 4
+ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))
+
+_UNET = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, dropout=0.1)
+_DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerConfig(num_steps=4, guidance=2.0))
+
+# One small config for each family of the catalogue.
+SMALL: dict[str, Any] = {
+    "autoencoder_kl": AutoencoderKLConfig(AutoencoderConfig(8, (1, 2), 1, 2)),
+    "ddpm": DDPMConfig(_UNET, _DIFFUSION),
+    "latent_diffusion": LatentDiffusionConfig("first", _UNET, _DIFFUSION),
+}
+
+
+def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
+    """A small instance of a family of the catalogue, the same for the same seed; `changes` are of its config."""
+
+    def first_stage(_: str) -> Family:
+        first = small_family("autoencoder_kl", seed + 1).eval()
+        with torch.no_grad():  # a narrow posterior, as a trained one has: or latents would be noise
+            first.autoencoder.encoder.quant.bias[2:] = -8.0
+        return first
+
+    surroundings = Surroundings(SIZE, CHANNELS, CLASSES, seed, first_stage)
+    torch.manual_seed(seed)
+    return CATALOGUE[name][0](dataclasses.replace(SMALL[name], **changes), surroundings)
+
+
+def optimizers(family: Family, config: OptimConfig = ADAM) -> dict[str, OptimConfig]:
+    """The same optimizer for every child that the family trains."""
+    return {phase.trains: config for phase in family.phases()}
+
+
+@dataclass
+class Part:
+    """A part of a batch, as the trainer takes it."""
+
+    batch: dict[str, Tensor]
+    digest: int
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+
+
+class MemorySource:
+    """A data set in memory: smooth random images, in the order of a tape."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.batch_size, self.rank, self.world_size = num_samples, batch_size, rank, world_size
+        shards = [num_samples // 2, num_samples - num_samples // 2]
+        self.tape = Tape(shards, seed=0, lanes=2, block=8, manifest="memory")
+        coarse = rng.normal(5, "images", torch.arange(num_samples), (CHANNELS, 4, 4))
+        self.images = nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear").clamp(-1, 1)
+
+    def part(self, numbers: np.ndarray) -> Part:
+        """The samples with these numbers."""
+        shard, index = self.tape.locate(numbers)
+        which = torch.from_numpy(shard * (self.num_samples // 2) + index)
+        batch = {"image": self.images[which], "label": which % CLASSES, "key": torch.from_numpy(numbers)}
+        return Part(batch, digest(numbers, which.numpy()))
+
+    def batches(self, start: int) -> Iterator[Part]:
+        """This worker's part of one batch after another."""
+        while True:
+            yield self.part(owned(start, start + self.batch_size, self.rank, self.world_size))
+            start += self.batch_size
+
+    def sweep(self, batch_size: int) -> Iterator[Part]:
+        """Every sample once."""
+        numbers = owned(0, self.num_samples, self.rank, self.world_size)
+        for i in range(0, len(numbers), batch_size):
+            yield self.part(numbers[i : i + batch_size])
+
+    def first(self, count: int) -> Part:
+        """The first samples."""
+        return self.part(np.arange(count, dtype=np.int64))
+
+
+def make_trainer(
+    family: Family,
+    run_dir: Path,
+    *,
+    num_samples: int = 48,
+    batch_size: int = 8,
+    optim: OptimConfig = ADAM,
+    device: torch.device | None = None,
+    hooks: Hooks | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    **train: Any,
+) -> Trainer:
+    """A trainer on a MemorySource."""
+    settings: dict[str, Any] = {
+        "num_steps": 6,
+        "log_every": 2,
+        "checkpoint_every": 3,
+        "sample_every": None,
+        "ema_halflife_kimg": 0.05,
+        "keep_checkpoints": None,
+    }
+    source = MemorySource(num_samples, batch_size, rank, world_size)
+    identity = RunIdentity("test", batch_size, dataclasses.asdict(source.tape.fingerprint))
+    config = TrainConfig(**(settings | train))
+    return Trainer(
+        family,
+        config,
+        optimizers(family, optim),
+        identity,
+        source.tape.fingerprint,
+        str(run_dir),
+        source,
+        source,
+        device,
+        hooks,
+    )
+
+
+def fit(family: Family, run_dir: Path, **settings: Any) -> Outcome:
+    """Train a family on a MemorySource and close everything."""
+    trainer = make_trainer(family, run_dir, **settings)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Linear(Family):
+    """A family of one linear network, whose gradients are easy to compute by hand."""
+
+    averaged = ("network",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.network = nn.Sequential(nn.Linear(SIZE * SIZE, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def phases(self) -> list[Phase]:
+        return [Phase("net", "network", self.loss)]
+
+    def loss(self, batch, seen):
+        target = batch["label"].float()[:, None]
+        loss = (self.network(batch["image"].flatten(1)) - target).square().mean()
+        return loss, {"loss": loss.detach()}
+
+    def sample(self, keys, condition=None):
+        return torch.zeros(len(keys), CHANNELS, SIZE, SIZE)
+
+
+def run_workers(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Run function(rank, world_size, *arguments) in as many processes of one gloo job."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_enter, (world_size, port, function, arguments), nprocs=world_size)
+
+
+def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        function(rank, world_size, *arguments)
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""Imports run downwards only, and the training packages need neither Ray nor DeepSpeed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "gmdist"
+
+# What each room may import of gmdist; "errors" and itself always.
+ALLOWED = {
+    "errors": set(),
+    "rng": set(),
+    "storage": set(),
+    "images": set(),
+    "nets": set(),
+    "diffusion": set(),
+    "data": {"storage", "rng"},
+    "families": {"nets", "diffusion", "rng"},
+    "train": {"families.family", "storage", "rng", "images"},
+    "evaluation": {"families.family", "storage", "rng"},
+    "config": {"families", "data", "train", "storage"},
+    "runs": {"config", "families", "data", "train", "storage", "rng"},
+    "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
+    "launch": {"runs", "config", "families", "train", "evaluation", "report", "storage", "images"},
+    "doctor": set(),
+    "cli": {"launch", "config", "data", "report", "doctor"},
+}
+SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/engine.py", "boto3": "storage.py", "botocore": "storage.py"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """"gmdist.train.ema" -> "train"."""
+    return module.removeprefix("gmdist.").split(".")[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def forbidden(path: Path) -> list[str]:
+    """The imports of a file that the layers do not allow."""
+    room = room_of(".".join(path.relative_to(ROOT.parent).with_suffix("").parts))
+    wrong = []
+    for name in imported(path):
+        if not name.startswith("gmdist."):
+            continue
+        inner = name.removeprefix("gmdist.")
+        if inner.split(".")[0] in (room, "errors", "__version__"):
+            continue
+        if not any(inner == allowed or inner.startswith(allowed + ".") for allowed in ALLOWED[room]):
+            wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path: Path) -> None:
+    if path != ROOT / "__init__.py":
+        assert forbidden(path) == []
+
+
+def test_the_check_sees_a_wrong_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "gmdist" / "nets" / "wrong.py"
+    wrong.parent.mkdir(parents=True)
+    wrong.write_text("def f():\n    from gmdist.train.ema import EMA\n")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path / "gmdist")
+    assert forbidden(wrong) == ["nets/wrong.py imports gmdist.train.ema.EMA"]
+
+
+@pytest.mark.parametrize(("library", "where"), SOLE_IMPORTERS.items())
+def test_one_importer(library: str, where: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(name == library or name.startswith(library + ".") for name in imported(path))
+    }
+    assert users
+    assert all(user.startswith(where) for user in users), users
+
+
+def test_training_packages_import_without_ray_and_deepspeed() -> None:
+    packages = ["train.trainer", "train.engine", "families", "nets.unet", "diffusion.process", "data.loader"]
+    packages += ["data.pack", "evaluation.neighbors", "runs"]
+    code = "import sys\nsys.modules['ray'] = sys.modules['deepspeed'] = sys.modules['boto3'] = None\n"
+    code += "".join(f"import gmdist.{package}\n" for package in packages)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
