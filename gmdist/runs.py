@@ -129,13 +129,14 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         if folder is not None:
             check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
     with torch.device("meta"):
-        build_family(config)
+        family = build_family(config)
     if config.run.overwrite:
         return None, []
     found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
     if found is not None:
         loader = Loader(config.data, config.data.train)
         check_identity(found, _identity(config, loader), config.train.seed, loader.tape.fingerprint)
+        checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
     return None, warnings

@@ -5,11 +5,13 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gmdist.errors import DataError
 
 MAX_PIXELS = 1 << 26  # of an encoded image: a few kilobytes can hold gigapixels
+
+NO_IMAGE = "not a JPEG, PNG or WebP image"
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -40,6 +42,8 @@ def decode_image(content: bytes, channels: int) -> UInt8Array:
                 if image.width * image.height > MAX_PIXELS:
                     raise UndecodableError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS} are accepted")
                 return to_array(image, channels)
+    except UnidentifiedImageError as error:
+        raise UndecodableError(NO_IMAGE) from error  # Pillow's message is the address of a buffer
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UndecodableError(str(error)) from error
 

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gmdist import storage
-from gmdist.data.decode import MAX_PIXELS, UndecodableError, center_crop_resize, decode_image, to_array
+from gmdist.data.decode import MAX_PIXELS, NO_IMAGE, UndecodableError, center_crop_resize, decode_image, to_array
 from gmdist.data.loader import IMAGE_EXTENSIONS
 from gmdist.data.shard import MANIFEST_NAME, Manifest, ShardEntry, ShardWriter
 from gmdist.errors import DataError
@@ -78,6 +78,8 @@ def pack(
     def load(name: str) -> tuple[str, dict[str, bytes]] | str:
         try:
             members = _image_member(root / name, image_size)
+        except UnidentifiedImageError:
+            return f"{name}: {NO_IMAGE}"
         except (UndecodableError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{name}: {error}"
         if classes:

@@ -123,7 +123,8 @@ class Reader:
             for shard in self.meta["shards"]:
                 file = self._stack.enter_context(safe_open(f"{folder}/{shard['name']}", "pt"))
                 for key in file.keys():  # noqa: SIM118 - not a dict
-                    kind, name, start = key.rsplit("|", 2)
+                    kind, _, place = key.partition("|")
+                    name, _, start = place.rpartition("|")
                     count = file.get_slice(key).get_shape()[0]
                     self._pieces.setdefault((kind, name), []).append((int(start), count, file, key))
         except (SafetensorError, ValueError) as error:

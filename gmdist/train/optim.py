@@ -64,16 +64,18 @@ def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) ->
 def materialize_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the optimizer's state, zero as before the first update, so that it can be saved and loaded at any time.
 
-    The state is made lazily by the first update: this makes one with no gradient and no learning rate, and takes the
-    count of updates back.
+    The state is made lazily by the first update: this makes one that changes nothing, and takes the count of updates
+    back.
     """
+    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0  # as an L2 term, the decay would reach the state
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        group["lr"] = 0.0
     optimizer.step()
     set_num_updates(optimizer, 0)
-    for group in optimizer.param_groups:
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
         for parameter in group["params"]:
             parameter.grad = None
 

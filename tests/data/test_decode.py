@@ -1,0 +1,177 @@
+"""Decoding: the pixels that Pillow sees, and one kind of error for whatever is not a sound image."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmdist.data.decode import MAX_PIXELS, UndecodableError, center_crop_resize, check_size, decode_image
+from gmdist.errors import DataError
+
+
+def encode(image: Image.Image | np.ndarray, form: str, **settings) -> bytes:
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, form, **settings)
+    return buffer.getvalue()
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([255 * x / width, 255 * y / height, 128 + 100 * np.sin(x / 5)], axis=-1).astype(np.uint8)
+
+
+def as_pillow_sees_it(content: bytes, mode: str) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft(mode, image.size)  # grey is a JPEG's own luma, and not made from its rounded colours
+        return np.asarray(image.convert(mode)).astype(int).reshape(image.height, image.width, -1)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that announces any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("settings", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
+def test_jpeg_is_what_pillow_sees(settings, channels: int, mode: str) -> None:
+    for content in (encode(smooth(19, 33), "JPEG", **settings), encode(smooth(16, 16)[:, :, 0], "JPEG")):
+        image = decode_image(content, channels)
+        assert image.dtype == np.uint8
+        assert np.abs(image - as_pillow_sees_it(content, mode)).max() <= 1
+
+
+@pytest.mark.parametrize(("form", "settings"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_lossless_images_are_exact(form: str, settings) -> None:
+    rgb = noise(5, 7, 3)
+    assert np.array_equal(decode_image(encode(rgb, form, **settings), 3), rgb)
+    grey = noise(5, 7)
+    assert np.array_equal(decode_image(encode(np.stack([grey] * 3, -1), form, **settings), 1)[:, :, 0], grey)
+
+
+def test_lossy_webp_is_close() -> None:
+    image = smooth(32, 32)
+    assert np.abs(decode_image(encode(image, "WEBP", quality=95), 3).astype(int) - image).mean() < 4
+
+
+def test_grey_and_colour_become_each_other() -> None:
+    grey = noise(4, 6)
+    assert np.array_equal(decode_image(encode(grey, "PNG"), 1), grey[:, :, None])
+    assert np.array_equal(decode_image(encode(grey, "PNG"), 3), np.stack([grey] * 3, -1))
+    colour = noise(4, 6, 3)
+    luma = colour @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    assert np.abs(decode_image(encode(colour, "PNG"), 1)[:, :, 0] - luma).max() <= 1
+
+
+def test_palettes_and_bits_become_pixels() -> None:
+    colours = Image.fromarray(noise(6, 6, 3)).quantize(8)
+    assert np.array_equal(decode_image(encode(colours, "PNG"), 3), np.asarray(colours.convert("RGB")))
+    bits = noise(6, 6) > 127
+    assert np.array_equal(decode_image(encode(Image.fromarray(bits), "PNG"), 1)[:, :, 0], bits * np.uint8(255))
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparent_parts_become_white(form: str) -> None:
+    rgba = np.zeros((4, 3, 4), np.uint8)
+    rgba[:, :, 0] = 200
+    rgba[:, :, 3] = np.array([0, 128, 255])
+    image = decode_image(encode(rgba, form, **({"lossless": True, "exact": True} if form == "WEBP" else {})), 3)
+    assert image[0].tolist() == [[255, 255, 255], [227, 127, 127], [200, 0, 0]]
+    assert decode_image(encode(rgba, form), 1)[0, 0, 0] == 255
+
+
+def test_other_kinds_of_transparency_become_white() -> None:
+    grey_alpha = Image.fromarray(noise(2, 2)).convert("LA")
+    grey_alpha.putalpha(0)
+    assert (decode_image(encode(grey_alpha, "PNG"), 1) == 255).all()
+    assert (decode_image(encode(np.full((2, 2), 7, np.uint8), "PNG", transparency=7), 1) == 255).all()
+    palette = Image.fromarray(np.zeros((2, 2), np.uint8)).convert("P")
+    assert (decode_image(encode(palette, "PNG", transparency=0), 3) == 255).all()
+
+
+JPEG, PNG, WEBP = (encode(noise(40, 40, 3), form) for form in ("JPEG", "PNG", "WEBP"))
+NO_IMAGES = {
+    "nothing": b"",
+    "text": b"not an image",
+    "a JPEG's first bytes": JPEG[:2],
+    "half a JPEG": JPEG[: len(JPEG) // 2],
+    "a JPEG without its last part": JPEG[:-200],
+    "half a PNG": PNG[: len(PNG) // 2],
+    "a PNG with a flipped byte": PNG[:-100] + bytes([PNG[-100] ^ 1]) + PNG[-99:],
+    "half a WebP": WEBP[: len(WEBP) // 2],
+    "16 bits": encode(Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096), "PNG"),
+    "GIF": encode(noise(4, 4), "GIF"),
+    "TIFF": encode(noise(4, 4), "TIFF"),
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_whatever_is_no_sound_image_is_undecodable(case: str, channels: int) -> None:
+    with pytest.raises(UndecodableError):
+        decode_image(NO_IMAGES[case], channels)
+
+
+def test_the_reason_is_for_people() -> None:
+    for case in ("nothing", "text", "GIF"):
+        with pytest.raises(UndecodableError, match="^not a JPEG, PNG or WebP image$"):
+            decode_image(NO_IMAGES[case], 3)
+
+
+@pytest.mark.parametrize("side", [8193, 12_000, 100_000])
+def test_pixel_bombs_are_refused_before_they_unfold(side: int) -> None:
+    assert side**2 > MAX_PIXELS
+    with pytest.raises(UndecodableError, match="pixels"):
+        decode_image(png_header(side, side), 1)
+    jpeg = bytearray(encode(noise(8, 8), "JPEG"))
+    size_at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[size_at : size_at + 4] = struct.pack(">HH", min(side, 65_500), min(side, 65_500))
+    with pytest.raises(UndecodableError, match="pixels"):
+        decode_image(bytes(jpeg), 1)
+
+
+@pytest.mark.parametrize("content", [JPEG, PNG, WEBP], ids=["JPEG", "PNG", "WebP"])
+def test_damage_gives_an_image_or_one_kind_of_error(content: bytes) -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(content[: draw.choice([len(content), draw.randrange(len(content))])])
+        for _ in range(3):
+            if damaged:
+                damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        try:
+            assert decode_image(bytes(damaged), 3).shape[2] == 3
+        except UndecodableError:
+            pass
+
+
+def test_the_centre_square_is_kept() -> None:
+    wide = smooth(8, 20)
+    half = np.asarray(Image.fromarray(wide).resize((10, 4), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(np.asarray(center_crop_resize(Image.fromarray(wide), 4)) - half[:, 3:7]).max() <= 1
+    tall = Image.fromarray(wide.transpose(1, 0, 2).copy())
+    assert np.abs(np.asarray(center_crop_resize(tall, 4)) - half[:, 3:7].transpose(1, 0, 2)).max() <= 1
+    square = noise(9, 9, 3)
+    assert np.array_equal(np.asarray(center_crop_resize(Image.fromarray(square), 9)), square)
+    assert center_crop_resize(Image.fromarray(noise(7, 8)), 3).size == (3, 3)
+
+
+def test_a_wrong_size_names_the_image_and_both_ways_out() -> None:
+    check_size(np.zeros((8, 8, 3), np.uint8), 8, "x")
+    with pytest.raises(DataError, match=r"^shard-1\.tar: k7: the image is 9x8, but data\.image_size is 8") as caught:
+        check_size(np.zeros((8, 9, 3), np.uint8), 8, "shard-1.tar: k7")
+    assert "--image-size 8" in str(caught.value)

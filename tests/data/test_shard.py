@@ -1,0 +1,346 @@
+"""Shards: what is written is what is read, by us and by stock webdataset; whatever is unsound is refused by name."""
+
+import gzip
+import io
+import json
+import random
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from gmdist.data.shard import (
+    MANIFEST_NAME,
+    MAX_MEMBER_BYTES,
+    Manifest,
+    ShardIndex,
+    ShardWriter,
+    check_folder,
+    check_shard,
+    index_folder,
+    index_name,
+    index_shard,
+    load_index,
+    scan,
+)
+from gmdist.errors import DataError
+
+# Sizes around the 512-byte blocks of tar, none included; a sample without a label; names beyond ASCII.
+SAMPLES = [
+    ("a", {"png": b"", "cls": b"3"}),
+    ("b", {"png": b"x" * 511, "cls": b"0"}),
+    ("ключ 1", {"jpg": b"\0" * 512, "cls": b"12\n"}),
+    ("d", {"png": bytes(range(256)) * 5, "seg.png": b"mask", "json": b"{}"}),
+]
+
+
+def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def archive(*members, **settings) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **({"format": tarfile.USTAR_FORMAT} | settings)) as tar:
+        for info, content in members:
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def save(folder: Path, samples=SAMPLES, name: str = "shard-0.tar") -> Manifest:
+    writer = ShardWriter()
+    for key, members in samples:
+        writer.add(key, members)
+    manifest = Manifest((writer.save(str(folder), name),), ("cat", "dog"))
+    manifest.save(str(folder))
+    return manifest
+
+
+def contents(shard: bytes, index: ShardIndex) -> list[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard as its index says."""
+    found = []
+    for sample in (index[i] for i in range(len(index))):
+        members = {e: shard[m.offset : m.offset + m.num_bytes] for e, m in sample.members.items()}
+        assert all(zlib.crc32(members[e]) == m.crc32 for e, m in sample.members.items())
+        found.append((sample.key, members))
+    return found
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    (entry,) = save(tmp_path).shards
+    shard = (tmp_path / entry.name).read_bytes()
+    assert (entry.samples, entry.num_bytes, entry.labels) == (4, len(shard), 13)
+    index = load_index(str(tmp_path), entry)
+    assert contents(shard, index) == SAMPLES
+    scanned, labels = scan(io.BytesIO(shard), entry.name)
+    assert labels == 13
+    assert [scanned[i] for i in range(4)] == [index[i] for i in range(4)]
+    assert Manifest.load(str(tmp_path)) == Manifest((entry,), ("cat", "dog"))
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
+    # Every file, the index included: the manifest's hash covers it, and a run resumes on no other hash.
+    def files(name: str) -> tuple[list[bytes], str]:
+        manifest = save(tmp_path / name)
+        return [(tmp_path / name / file).read_bytes() for file in ("shard-0.tar", "shard-0.index.safetensors")], (
+            manifest.hash
+        )
+
+    assert len({str(files(f"{i}")) for i in range(8)}) == 1
+
+
+def test_an_index_survives_its_file_and_nothing_else_is_one(tmp_path: Path) -> None:
+    (entry,) = save(tmp_path).shards
+    index = load_index(str(tmp_path), entry)
+    again = ShardIndex.from_bytes(index.to_bytes(), "somewhere")
+    assert [again[i] for i in range(len(again))] == [index[i] for i in range(len(index))]
+    assert len(ShardIndex.from_bytes(ShardIndex.of([]).to_bytes(), "somewhere")) == 0
+    sound = index.to_bytes()
+    for content in (
+        b"",
+        b"garbage",
+        sound[:-1],
+        sound.replace(b"keys", b"kexs"),
+        sound.replace(b'"format"', b'"former"'),
+    ):
+        with pytest.raises(DataError, match=r"x\.index.*data index"):
+            ShardIndex.from_bytes(content, "x.index")
+    with pytest.raises(DataError, match=r"x\.index.*format 9"):
+        ShardIndex.from_bytes(sound.replace(b'"format":"1"', b'"format":"9"'), "x.index")
+
+
+def test_stock_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    save(tmp_path)
+    stock = webdataset.WebDataset([str(tmp_path / "shard-0.tar")], shardshuffle=False)
+    read = [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in stock]
+    assert read == SAMPLES
+
+
+def test_shards_of_stock_webdataset_are_read(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "theirs.tar"), encoder=False) as writer:
+        for key, members in SAMPLES:
+            writer.write({"__key__": f"{'long' * 40}/{key}"} | members)
+    manifest, problems = index_folder(str(tmp_path))
+    assert problems == []
+    assert manifest.num_labels == 13
+    index = load_index(str(tmp_path), manifest.shards[0])
+    read = contents((tmp_path / "theirs.tar").read_bytes(), index)
+    assert {key: members for key, members in read} == {f"{'long' * 40}/{key}": members for key, members in SAMPLES}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_any_common_tar_is_read(tmp_path: Path, form: int) -> None:
+    folder = "d" * 90
+    names = [f"{folder}/{'n' * 60}.v2.png", f"{folder}/{'n' * 60}.txt", "./e.png", "v1.0/f.PNG", "v1.0/e.png"]
+    if form != tarfile.USTAR_FORMAT:
+        names.append("ü" * 120 + ".png")
+    members = [member("v1.0", type=tarfile.DIRTYPE)]
+    members += [member(name, b"%d" % i * (1 + 300 * i), mtime=1.5) for i, name in enumerate(names)]
+    (tmp_path / "any.tar").write_bytes(archive(*members, format=form, pax_headers={"comment": "a global header"}))
+    manifest, problems = index_folder(str(tmp_path))
+    assert problems == []
+    read = contents((tmp_path / "any.tar").read_bytes(), load_index(str(tmp_path), manifest.shards[0]))
+    long, *rest = [content for _, content in members[1:]]
+    assert read[0] == (f"{folder}/{'n' * 60}", {"v2.png": long, "txt": rest[0]})
+    assert read[1:4] == [("e", {"png": rest[1]}), ("v1.0/f", {"png": rest[2]}), ("v1.0/e", {"png": rest[3]})]
+    assert read[4:] == [("ü" * 120, {"png": content}) for content in rest[4:]]
+
+
+A, A_LABEL, B = member("a.png", b"1" * 600), member("a.cls", b"3"), member("b.png", b"2" * 600)
+SOUND = archive(A, A_LABEL, B)
+B_AT = 2560  # b's header: after two headers, two blocks and one block
+
+
+def link(kind: bytes) -> bytes:
+    return archive(A, member("b.png", type=kind, linkname="/etc/passwd"))
+
+
+UNSOUND = {
+    "flipped header byte": (flipped(SOUND, B_AT + 10), f"damaged tar header at byte {B_AT}"),
+    "flipped byte of a size": (flipped(SOUND, B_AT + 130), "damaged tar header"),
+    "garbage": (b"garbage " * 200, "damaged tar header at byte 0"),
+    "empty file": (b"", "was cut"),
+    "cut between members": (SOUND[:B_AT], f"ends at byte {B_AT}.*was cut"),
+    "cut in a header": (SOUND[: B_AT + 100], "was cut"),
+    "cut in a member": (SOUND[: B_AT + 700], "was cut"),
+    "cut in the end": (SOUND[: B_AT + 3 * 512 + 512], "was cut"),
+    "two archives": (SOUND + SOUND, "data follows the end"),
+    "a hole": (SOUND[:B_AT] + bytes(512) + SOUND[B_AT:], f"zero block at {B_AT}"),
+    "interleaved": (archive(A, B, A_LABEL), "members of sample 'a' do not follow"),
+    "repeated": (archive(A, B, A), "members of sample 'a' do not follow"),
+    "two images": (archive(A, A), "sample 'a' has two members 'png'"),
+    "two images but for case": (archive(A, member("a.PNG")), "sample 'a' has two members 'png'"),
+    "symbolic link": (link(tarfile.SYMTYPE), "'b.png' is a symbolic link"),
+    "hard link": (link(tarfile.LNKTYPE), "'b.png' is a hard link"),
+    "device": (link(tarfile.CHRTYPE), "'b.png' is no regular file"),
+    "upwards": (archive(A, member("../b.png")), r"'\.\./b\.png' is unsafe"),
+    "upwards inside": (archive(A, member("x/../../b.png")), "is unsafe"),
+    "absolute": (archive(A, member("/etc/b.png")), "'/etc/b.png' is unsafe"),
+    "absolute in PAX": (archive(member("/" + "b" * 200 + ".png"), format=tarfile.PAX_FORMAT), "is unsafe"),
+    "backslash": (archive(A, member("..\\b.png")), "is unsafe"),
+    "newline": (archive(A, member("a\nb.png")), "is unsafe"),
+    "not UTF-8": (archive(A, member("b\udcff.png")), "is unsafe"),
+    "gzip": (gzip.compress(archive(member("a.png", random.Random(0).randbytes(2000)))), "compressed with gzip"),
+    "label in words": (archive(A, member("a.cls", b"cat")), "a.cls.*'cat'.*non-negative integer"),
+    "negative label": (archive(A, member("a.cls", b"-1")), "a.cls.*'-1'.*non-negative integer"),
+    "empty label": (archive(A, member("a.cls")), "a.cls.*non-negative integer"),
+    "endless label": (archive(A, member("a.cls", b"1" * 30)), "a.cls.*non-negative integer"),
+    "no extension": (archive(A, member("v1.0/README")), "'v1.0/README' has no key or no extension"),
+    "no key": (archive(A, member("x/.png")), "'x/.png' has no key or no extension"),
+    "too large": (
+        member("a.png", size=MAX_MEMBER_BYTES + 1)[0].tobuf(),
+        f"{MAX_MEMBER_BYTES + 1} bytes; at most {MAX_MEMBER_BYTES}",
+    ),
+    "sparse": (
+        archive(member("a.png", pax_headers={"GNU.sparse.major": "1"}), format=tarfile.PAX_FORMAT),
+        "sparse member",
+    ),
+    "damaged PAX header": (
+        archive(member("a" * 200 + ".png"), format=tarfile.PAX_FORMAT).replace(b"path=", b"path:"),
+        "damaged PAX header at byte 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_unsound_shards_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    content, message = UNSOUND[case]
+    with pytest.raises(DataError, match=rf"(?s)^bad-7\.tar: .*{message}") as caught:
+        scan(io.BytesIO(content), "bad-7.tar")
+    (tmp_path / "bad-7.tar").write_bytes(content)
+    (tmp_path / "good.tar").write_bytes(SOUND)
+    _, problems = index_folder(str(tmp_path))
+    assert problems == [str(caught.value).replace("bad-7.tar", f"{tmp_path}/bad-7.tar")]
+    assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+def test_soundness_is_not_refused() -> None:
+    # The archive that the cases above damage is itself in order.
+    index, labels = scan(io.BytesIO(SOUND), "sound.tar")
+    assert (index.keys, labels) == (["a", "b"], 4)
+
+
+def test_checking_finds_what_changed(tmp_path: Path) -> None:
+    (entry,) = save(tmp_path).shards
+    shard = tmp_path / entry.name
+    sound = shard.read_bytes()
+    check_shard(str(tmp_path), entry)
+    assert check_folder(str(tmp_path)) == []
+
+    position = sound.index(b"mask")
+    shard.write_bytes(flipped(sound, position))
+    with pytest.raises(DataError, match=r"shard-0\.tar: sample 'd' differs"):
+        check_shard(str(tmp_path), entry)
+
+    save(tmp_path / "other", SAMPLES[:3])
+    shutil.copy(tmp_path / "other" / entry.name, shard)
+    with pytest.raises(DataError, match=r"shard-0\.tar: 3 samples, but its index says 4"):
+        check_shard(str(tmp_path), entry)
+
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-0\.tar: missing"):
+        check_shard(str(tmp_path), entry)
+
+    shard.write_bytes(sound)
+    index = tmp_path / index_name(entry.name)
+    index.write_bytes(flipped(index.read_bytes(), 200))
+    with pytest.raises(DataError, match=r"shard-0\.index\.safetensors: differs from the manifest.*data index"):
+        check_shard(str(tmp_path), entry)
+    index.unlink()
+    with pytest.raises(DataError, match=r"shard-0\.index\.safetensors: missing; run `gmdist data index"):
+        check_shard(str(tmp_path), entry)
+
+
+def test_checking_a_folder_lists_every_unsound_shard(tmp_path: Path) -> None:
+    entries = [save(tmp_path, name=f"shard-{i}.tar").shards[0] for i in range(3)]
+    Manifest(tuple(entries)).save(str(tmp_path))
+    (tmp_path / "shard-0.tar").unlink()
+    (tmp_path / "shard-2.tar").write_bytes(b"")
+    problems = check_folder(str(tmp_path))
+    assert len(problems) == 2
+    assert "shard-0.tar" in problems[0]
+    assert "shard-2.tar" in problems[1]
+
+
+def test_indexing_again_changes_nothing(tmp_path: Path) -> None:
+    manifest = save(tmp_path)
+    again, problems = index_folder(str(tmp_path))
+    assert problems == []
+    assert (again.hash, again.classes) == (manifest.hash, manifest.classes)
+    assert index_shard(str(tmp_path), "shard-0.tar") == manifest.shards[0]
+    (tmp_path / MANIFEST_NAME).write_text("garbage")
+    assert index_folder(str(tmp_path))[0].hash == manifest.hash
+
+
+def test_the_hash_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    before = save(tmp_path / "here").hash
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert Manifest.load(str(tmp_path / "there")).hash == before
+    assert index_folder(str(tmp_path / "there"))[0].hash == before
+    changed = [("a", {"png": b"", "cls": b"4"}), *SAMPLES[1:]]
+    assert save(tmp_path / "changed", changed).hash != before
+    assert save(tmp_path / "renamed", name="shard-1.tar").hash != before
+
+
+def test_no_data_set_says_what_to_do(tmp_path: Path) -> None:
+    def refusal(message: str) -> None:
+        with pytest.raises(DataError, match=message) as caught:
+            Manifest.load(str(folder))
+        assert str(folder) in str(caught.value)
+
+    folder = tmp_path / "missing"
+    refusal("no such data set, or it is empty.*gmdist data make.*gmdist data pack")
+    with pytest.raises(DataError, match=r"missing: no \.tar shards"):
+        index_folder(str(folder))
+
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    refusal("no such data set, or it is empty")
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "x.png").write_bytes(b"")
+    refusal(r"no \.tar shards in it.*gmdist data pack")
+
+    folder = tmp_path / "plain"
+    save(folder)
+    manifest = folder / MANIFEST_NAME
+    sound = json.loads(manifest.read_text())
+    manifest.unlink()
+    refusal(f"no manifest; run `gmdist data index {folder}`")
+
+    first = sound["shards"][0]
+    for content in (
+        b"",
+        b"garbage",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b"{}",
+        json.dumps(sound | {"shards": [{"name": "x"}]}).encode(),
+        json.dumps({key: value for key, value in sound.items() if key != "classes"}).encode(),
+    ):
+        manifest.write_bytes(content)
+        refusal(f"not a manifest.*gmdist data index {folder}")
+    manifest.write_text(json.dumps(sound | {"format": 2}))
+    refusal("format 2; run `gmdist data index")
+    for shards in ([], [first | {"samples": 0}]):
+        manifest.write_text(json.dumps(sound | {"shards": shards}))
+        refusal("no samples")
+
+
+def test_shards_without_samples_are_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "nothing.tar").write_bytes(archive())
+    with pytest.raises(DataError, match=f"{tmp_path}: the shards hold no samples"):
+        index_folder(str(tmp_path))
+    assert not (tmp_path / MANIFEST_NAME).exists()

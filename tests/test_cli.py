@@ -1,0 +1,239 @@
+"""The command: exit codes and one clear line for every wrong input, and nothing lost."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gmdist.cli import main
+from gmdist.config import load
+from gmdist.runs import open_run, train_worker
+from tests.support import tree_bytes
+
+CONFIG = str(Path(__file__).parent.parent / "configs/digits/autoencoder_kl.yaml")
+TINY = ["family.autoencoder.channels=8", "train.sample_every=null", "train.evaluate_every=null", "train.zero_stage=0"]
+TINY += ["train.num_steps=4", "train.checkpoint_every=2", "train.log_every=2", "data.batch_size=8"]
+
+
+def arguments(digits: Path, run: Path, *more: str) -> list[str]:
+    return [CONFIG, *TINY, f"data.train={digits}/train", f"data.test={digits}/test", f"run.dir={run}", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made without Ray. Read only."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    path, *overrides = arguments(digits, run)
+    train_worker(load(path, overrides), torch.device("cpu"))
+    return run
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *command: str) -> str:
+    """Run a command that must fail with this exit code and one line on stderr; returns the line."""
+    assert main(command) == code
+    captured = capsys.readouterr()
+    problems = captured.err.strip().splitlines()
+    assert len(problems) == 1, problems
+    assert problems[0].startswith("gmdist: ")
+    return problems[0]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "sample", "report", "data", "doctor"))
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2
+
+
+def test_wrong_configs_are_usage_errors(digits: Path, tmp_path: Path, capsys) -> None:
+    train = ["train", *arguments(digits, tmp_path / "run")]
+    assert "did you mean 'num_steps'?" in refused(capsys, 2, *train, "train.num_step=3")
+    assert "must be a mapping" in refused(capsys, 2, *train, "train=3")
+    assert "3 workers do not divide it" in refused(capsys, 2, *train, "cluster.num_workers=3")
+    assert "no such config file" in refused(capsys, 2, "train", "nothing.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there(digits: Path, tmp_path: Path, capsys) -> None:
+    train = ["train", *arguments(digits, tmp_path / "run")]
+    line = refused(capsys, 1, *train, f"data.train={tmp_path}/none")
+    assert f"{tmp_path}/none: no such data set, or it is empty; make one with" in line
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in refused(capsys, 1, *train, f"data.train={tmp_path}/empty")
+    shutil.copytree(digits / "train", tmp_path / "plain")
+    (tmp_path / "plain/manifest.json").unlink()
+    assert "run `gmdist data index" in refused(capsys, 1, *train, f"data.train={tmp_path}/plain")
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_out_of_range(digits: Path, tmp_path: Path, capsys) -> None:
+    line = refused(capsys, 1, "train", *arguments(digits, tmp_path / "run", "data.num_classes=5"))
+    assert "class label 9 is out of range: data.num_classes is 5, so labels are 0 to 4" in line
+
+
+def write_images(folder: Path, sizes: list[int]) -> None:
+    folder.mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.fromarray(np.full((size, size), i, np.uint8)).save(folder / f"{i}.png")
+
+
+def test_images_of_mixed_size(tmp_path: Path, capsys) -> None:
+    write_images(tmp_path / "images", [32] * 15 + [48])
+    assert main(["data", "pack", str(tmp_path / "images"), str(tmp_path / "packed")]) == 0
+    capsys.readouterr()
+    overrides = [*TINY, f"data.train={tmp_path}/packed", "data.test=null", "data.num_classes=null"]
+    config = load(CONFIG, [*overrides, f"run.dir={tmp_path}/run", "cluster.num_workers=1"])
+    from gmdist.errors import DataError
+
+    with pytest.raises(DataError, match=r"packed/shard-000000.tar: 15: the image is 48x48.*--image-size 32"):
+        train_worker(config, torch.device("cpu"))
+    # The remedy that it names works.
+    remedy = ["data", "pack", str(tmp_path / "images"), str(tmp_path / "mended"), "--image-size", "32"]
+    assert main(remedy) == 0
+    config.data.train = str(tmp_path / "mended")
+    assert train_worker(config, torch.device("cpu")).finished
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.seed=1", "the data.seed was 0 when the run was started and is 1 now; set data.seed=0"),
+        ("train.seed=1", "train.seed was 0 when the run was started and is 1 now"),
+        ("data.batch_size=16", "data.batch_size was 8 when the run was started"),
+        ("data.lanes=3", "number of lanes was 16"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_seed(digits, trained, capsys, override, words) -> None:
+    before = tree_bytes(trained)
+    assert words in refused(capsys, 1, "train", *arguments(digits, trained, override))
+    assert tree_bytes(trained) == before
+
+
+def test_a_run_is_not_resumed_onto_another_data_set(digits: Path, trained: Path, capsys) -> None:
+    before = tree_bytes(trained)
+    line = refused(capsys, 1, "train", *arguments(digits, trained, f"data.train={digits}/test"))
+    assert "cannot resume: the data set was" in line
+    assert tree_bytes(trained) == before
+
+
+def test_another_model_does_not_take_over_a_run(digits: Path, trained: Path, capsys) -> None:
+    before = tree_bytes(trained)
+    ddpm = CONFIG.replace("autoencoder_kl", "ddpm")
+    command = ["train", ddpm, *arguments(digits, trained)[2:], "family.autoencoder=null"]
+    command = [part for part in command if not part.startswith("family.")]
+    assert "of family 'autoencoder_kl', the config's is 'ddpm'" in refused(capsys, 1, *command)
+    line = refused(capsys, 1, "train", *arguments(digits, trained, "family.autoencoder.channels=16"))
+    assert "does not fit this config" in line
+    assert tree_bytes(trained) == before
+
+
+def test_a_first_stage_that_is_none(digits: Path, trained: Path, tmp_path: Path, capsys) -> None:
+    ldm = CONFIG.replace("autoencoder_kl", "latent_diffusion")
+    command = ["train", ldm, f"data.train={digits}/train", f"data.test={digits}/test", f"run.dir={tmp_path}/run"]
+    assert "not a run: it has no config.yaml" in refused(capsys, 2, *command, f"family.first_stage={tmp_path}/no")
+    only_config = tmp_path / "unfinished"
+    only_config.mkdir()
+    shutil.copy(trained / "config.yaml", only_config)
+    line = refused(capsys, 1, *command, f"family.first_stage={only_config}")
+    assert "has no complete checkpoint yet" in line
+    line = refused(capsys, 2, *command, f"family.first_stage={trained}", "data.image_size=16")
+    assert "was trained on 1 channels of 32 pixels" in line
+
+
+def test_a_finished_run_says_so_again(digits: Path, trained: Path, capsys) -> None:
+    before = tree_bytes(trained)
+    assert main(["train", *arguments(digits, trained)]) == 0
+    assert "step 4, 32 images, order digest" in capsys.readouterr().out
+    assert tree_bytes(trained) == before
+
+
+def test_sample_writes_a_grid_or_a_folder(trained: Path, tmp_path: Path, capsys) -> None:
+    grid, folder = tmp_path / "grid.png", tmp_path / "images"
+    assert main(["sample", str(trained), "--num-images", "20", "--out", str(grid)]) == 0
+    with Image.open(grid) as image:
+        assert image.size == (10 * 34 - 2, 2 * 34 - 2)
+    assert main(["sample", str(trained), "--num-images", "3", "--out", str(folder)]) == 0
+    assert [path.name for path in sorted(folder.iterdir())] == ["00000.png", "00001.png", "00002.png"]
+    checkpoint = trained / "checkpoints/step-00000004"
+    again = tmp_path / "again"
+    assert main(["sample", str(checkpoint), "--num-images", "3", "--out", str(again)]) == 0
+    assert tree_bytes(again) == tree_bytes(folder)
+    other = tmp_path / "other"
+    assert main(["sample", str(trained), "--num-images", "3", "--seed", "1", "--out", str(other)]) == 0
+    assert tree_bytes(other) != tree_bytes(folder)
+
+
+def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) -> None:
+    sample = ["sample", str(trained), "--out", str(tmp_path / "x.png")]
+    assert "--label: 10; labels are 0 to 9" in refused(capsys, 2, *sample, "--label", "10")
+    assert "--guidance: family 'autoencoder_kl' has no sampler" in refused(capsys, 2, *sample, "--guidance", "2")
+    assert "--num-images: 0" in refused(capsys, 2, *sample, "--num-images", "0")
+    assert "not a run" in refused(capsys, 2, "sample", str(tmp_path), "--out", "x.png")
+
+
+def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:
+    from gmdist.train.checkpoint import EMA_PARAM, Reader, find_newest
+
+    _, family = open_run(str(trained))
+    found, _ = find_newest(str(trained))
+    with Reader(found.location, found.meta) as reader:
+        for name, parameter in family.named_parameters():
+            assert torch.equal(reader.read(EMA_PARAM, name, 0, parameter.numel()), parameter.flatten())
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+    from gmdist.runs import clear
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "notes.txt").write_text("mine")
+    (run / "checkpoints-of-mine").mkdir()
+    clear(str(run))
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints-of-mine", "notes.txt"]
+
+
+def test_data_commands(digits: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(digits / "test", tmp_path / "data")
+    data = tmp_path / "data"
+    assert main(["data", "check", str(data)]) == 0
+    shard = data / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    assert "shard-000001.tar" in refused(capsys, 1, "data", "check", str(data))
+    shard.write_bytes(content[:2000])
+    assert "it was cut" in refused(capsys, 1, "data", "index", str(data))
+    assert "no embedded data set 'digitz'" in refused(capsys, 2, "data", "make", "digitz", str(tmp_path / "x"))
+    assert "no such folder" in refused(capsys, 1, "data", "pack", str(tmp_path / "no"), str(tmp_path / "x"))
+    assert "no .tar shards here" in refused(capsys, 1, "data", "index", str(tmp_path / "no"))
+
+
+def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
+    assert main(["report", str(trained)]) == 0
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2
+    assert "<svg" in page
+    assert "nearest training image" in page
+    assert "src=\"http" not in page
+    assert "<script" not in page
+    (trained / "report.html").unlink()
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    main(["doctor"])
+    assert "ok       torch" in capsys.readouterr().out
+    import importlib.metadata
+
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    assert main(["doctor"]) == 1
+    assert "MISSING  ray; run `make setup`" in capsys.readouterr().out

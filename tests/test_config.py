@@ -1,0 +1,112 @@
+"""Configs: composition, overrides, and refusals that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from gmdist.config import Config, from_yaml, load
+from gmdist.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
+
+BASE = """
+name: base
+family: {name: autoencoder_kl, autoencoder: {channels: 8, multipliers: [1, 2]}}
+data: {train: data/x, batch_size: 8, image_size: 16, channels: 1}
+optim: {autoencoder: {lr: 1e-3}}
+train: {num_steps: 10}
+run: {dir: runs/x}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path / "base.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads(path: Path) -> None:
+    config = load(str(path))
+    assert from_yaml(config.to_yaml(), "again") == Config(**vars(config))
+
+
+def test_base_then_file_then_overrides(base: Path) -> None:
+    above = base.parent / "above.yaml"
+    above.write_text("base: base.yaml\nname: above\ntrain: {seed: 3}\nfamily: {autoencoder: {num_res_blocks: 1}}\n")
+    config = load(str(above), ["train.num_steps=20", "optim.autoencoder.betas=[0.5, 0.9]", "data.test=null"])
+    assert config.name == "above"
+    assert (config.train.num_steps, config.train.seed) == (20, 3)
+    assert config.family.autoencoder.multipliers == (1, 2)
+    assert config.family.autoencoder.num_res_blocks == 1
+    assert config.optim["autoencoder"].betas == (0.5, 0.9)
+    assert config.optim["autoencoder"].lr == 1e-3
+    assert config.data.test is None
+    assert config.cluster.num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.autoencoder.lrate=1", "optim.autoencoder.lrate: no such key; did you mean 'lr'?"),
+        ("train.num_step=1", "train.num_step: no such key; did you mean 'num_steps'?"),
+        ("trian.num_steps=1", "trian: no such key; did you mean 'train'?"),
+        ("family.autoencoder.chanels=8", "family.autoencoder.chanels: no such key; did you mean 'channels'?"),
+        ("family.zzz=8", "family.zzz: no such key; the keys here are autoencoder, kl_weight"),
+        ("family.name=vea", "family.name: 'vea'; must be one of autoencoder_kl, ddpm, latent_diffusion"),
+        ("train.num_steps=many", "train.num_steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train.num_steps=1.5", "train.num_steps: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("train.num_steps=null", "train.num_steps: "),
+        ("train=3", "train: 3; must be a mapping"),
+        ("optim.autoencoder=3", "optim.autoencoder: 3; must be a mapping"),
+        ("name=null", "name: missing"),
+        ("data.image_size=17", "family.autoencoder.multipliers: image sides must be divisible by 2, not 17"),
+        ("cluster.num_workers=3", "data.batch_size: 8; 3 workers do not divide it"),
+        ("train.zero_stage=3", "train.zero_stage: 3; "),
+        ("data.train='pipe:curl x'", "pipe:curl x: not a location"),
+        ("data.train=http://x/y", "http://x/y: not a location"),
+        ("data.channels=2", "data.channels: 2; must be 1 (grey) or 3 (RGB)"),
+        ("run.dir='${oc.env:HOME}'", "has no meaning here"),
+        ("train.num_steps", "'train.num_steps': not an override; write key=value"),
+        (".x=1", "'.x=1': not an override"),
+        ("name.x=1", "name.x: no such key; 'name' has no keys below it"),
+        ("train.num_steps=[", "not a valid YAML config"),
+    ],
+)
+def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(str(base), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_keys_are_named(base: Path) -> None:
+    base.write_text(BASE.replace("batch_size: 8, ", ""))
+    with pytest.raises(ConfigError, match=r"^data\.batch_size: missing$"):
+        load(str(base))
+    base.write_text(BASE.replace("run: {dir: runs/x}", ""))
+    with pytest.raises(ConfigError, match="^run: missing$"):
+        load(str(base))
+
+
+def test_files_that_are_no_configs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml: no such config file"):
+        load(str(tmp_path / "no.yaml"))
+    for text in ("- a\n- b\n", "a: [", "a: 1\na: 2\n"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.yaml: not a valid YAML config"):
+            load(str(tmp_path / "bad.yaml"))
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: cannot be read"):
+        load(str(tmp_path / "bad.yaml"))
+    (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
+    with pytest.raises(ConfigError, match="includes itself"):
+        load(str(tmp_path / "loop.yaml"))
+
+
+def test_nothing_in_a_config_is_run(base: Path, tmp_path: Path) -> None:
+    base.write_text(BASE.replace("name: base", f"name: !!python/object/apply:os.system ['touch {tmp_path}/owned']"))
+    with pytest.raises(ConfigError, match="not a valid YAML config"):
+        load(str(base))
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,260 @@
+"""Storage: local folders and S3 behave alike, writing is atomic, errors name the location."""
+
+import errno
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from gmdist import storage
+from gmdist.data.decode import UndecodableError, decode_image
+from gmdist.data.fetch import Shards
+from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.pack import write_shards
+from gmdist.data.shard import Manifest, check_folder, index_folder
+from gmdist.errors import ConfigError, DataError, StorageError
+
+BUCKET = "pictures"
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch):
+    """An S3 inside this process, with one bucket."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage._client.cache_clear()
+    with mock_aws():
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        yield client
+    storage._client.cache_clear()
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "folder")
+    request.getfixturevalue("s3")
+    return f"s3://{BUCKET}/some/folder"
+
+
+def test_what_is_written_is_read(folder: str) -> None:
+    location = storage.join(folder, "deep", "er", "file äöü 1.bin")
+    for content in (b"first", b"", bytes(range(256)) * 100):
+        storage.write(location, content)
+        assert storage.read(location) == content
+        assert storage.stat(location).num_bytes == len(content)
+
+
+def test_ranges(folder: str) -> None:
+    location = storage.join(folder, "x")
+    content = bytes(range(200))
+    storage.write(location, content)
+    for offset, count in ((0, 200), (0, 1), (199, 1), (50, 100), (0, 0), (77, 0)):
+        assert storage.read_range(location, offset, count) == content[offset : offset + count]
+    for offset, count in ((0, 201), (199, 2), (200, 1), (5000, 10)):
+        with pytest.raises(StorageError, match=re.escape(location)):
+            storage.read_range(location, offset, count)
+
+
+def test_what_is_missing_is_not_found(folder: str) -> None:
+    location = storage.join(folder, "nothing")
+    storage.write(storage.join(folder, "nothing-but", "this"), b"")
+    for call in (storage.read, storage.stat, lambda missing: storage.read_range(missing, 0, 1)):
+        with pytest.raises(FileNotFoundError, match=re.escape(location)):
+            call(location)
+    assert not storage.exists(location)
+    storage.delete(location)
+    storage.delete_tree(location)
+
+
+def test_the_version_changes_with_the_content(folder: str) -> None:
+    location = storage.join(folder, "x")
+    storage.write(location, b"one")
+    before = storage.stat(location)
+    assert storage.stat(location) == before
+    storage.write(location, b"two")
+    assert storage.stat(location).etag != before.etag
+
+
+def test_names_are_listed(folder: str) -> None:
+    assert storage.list_names(folder) == []
+    for name in ("b.tar", "a.tar", "step-2/x", "step-2/y/z", "step-10/x"):
+        storage.write(storage.join(folder, *name.split("/")), b"")
+    for spelled in (folder, folder + "/"):
+        assert storage.list_names(spelled) == ["a.tar", "b.tar", "step-10", "step-2"]
+    assert storage.list_names(storage.join(folder, "step-2")) == ["x", "y"]
+    assert storage.list_names(storage.join(folder, "step-")) == []
+    assert storage.exists(storage.join(folder, "a.tar"))
+    assert not storage.exists(storage.join(folder, "step-2"))
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_deleting_takes_what_is_named_and_nothing_else(folder: str, end: str) -> None:
+    for name in ("run/x", "run/deep/y", "run-2/x", "run.txt"):
+        storage.write(storage.join(folder, *name.split("/")), b"")
+    storage.delete(storage.join(folder, "run.txt"))
+    assert storage.list_names(folder) == ["run", "run-2"]
+    storage.delete_tree(storage.join(folder, "run") + end)
+    assert storage.list_names(folder) == ["run-2"]
+    assert storage.list_names(storage.join(folder, "run")) == []
+
+
+def test_copies_of_local_files(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_bytes(b"<html>")
+    storage.copy_from_local(str(tmp_path / "report.html"), storage.join(folder, "copy.html"))
+    assert storage.read(storage.join(folder, "copy.html")) == b"<html>"
+
+
+@pytest.mark.parametrize(
+    "location", ["pipe:cat /etc/passwd", "http://host/x.tar", "gs://bucket/x", "file:///etc/passwd", "S3://bucket/x"]
+)
+def test_other_schemes_are_refused(location: str) -> None:
+    for call in (
+        storage.read,
+        storage.stat,
+        storage.exists,
+        storage.list_names,
+        storage.delete,
+        storage.delete_tree,
+        storage.absolute,
+        lambda url: storage.read_range(url, 0, 1),
+        lambda url: storage.write(url, b""),
+        lambda url: storage.copy_from_local(__file__, url),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(location)}: .*s3://bucket/prefix or a local path"):
+            call(location)
+
+
+def test_locations_are_the_same_from_every_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert storage.absolute("runs/x") == f"{tmp_path}/runs/x"
+    assert storage.absolute("~/runs/x") == "/home/somebody/runs/x"
+    assert storage.absolute("s3://bucket/runs/x/") == "s3://bucket/runs/x"
+    assert storage.join("s3://bucket/runs/", "x", "y") == "s3://bucket/runs/x/y"
+
+
+def test_overwriting_leaves_nothing_behind(tmp_path: Path) -> None:
+    for content in (b"1", b"22", b"333"):
+        storage.write(str(tmp_path / "x"), content)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")]
+)
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
+    location = str(tmp_path / "x")
+    storage.write(location, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=rf"^{re.escape(location)}: {os.strerror(code)}; .*{words}"):
+        storage.write(location, b"new")
+    assert os.listdir(tmp_path) == ["x"]
+    assert storage.read(location) == b"old"
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"kept")
+    with pytest.raises(StorageError, match=f"{tmp_path}/x/y"):
+        storage.write(str(tmp_path / "x" / "y"), b"")
+    with pytest.raises(StorageError, match=f"{tmp_path}: "):
+        storage.read(str(tmp_path))
+    assert (tmp_path / "x").read_bytes() == b"kept"
+
+
+def test_a_missing_bucket_is_named(s3, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    location = "s3://no-such-bucket/folder/x"
+    for call in (
+        storage.read,
+        storage.list_names,
+        storage.delete_tree,
+        lambda url: storage.read_range(url, 0, 1),
+        lambda url: storage.write(url, b""),
+        lambda url: storage.copy_from_local(str(tmp_path / "x"), url),
+    ):
+        with pytest.raises(StorageError, match=rf"(?i)^{location}: .*bucket"):
+            call(location)
+
+
+def test_errors_are_one_line(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(f"s3://{BUCKET}/x", b"123")
+    with pytest.raises(StorageError) as caught:
+        storage.read_range(f"s3://{BUCKET}/x", 100, 5)
+    assert "\n" not in str(caught.value)
+    storage._client.cache_clear()
+    with monkeypatch.context() as environment:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
+            environment.delenv(name, raising=False)
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        environment.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        environment.setenv("AWS_CONFIG_FILE", os.devnull)
+        with pytest.raises(StorageError, match=rf"^s3://{BUCKET}/x: .*credentials"):
+            storage.read(f"s3://{BUCKET}/x")
+
+
+def test_more_objects_than_fit_a_page(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
+    for i in range(35):
+        s3.put_object(Bucket=BUCKET, Key=f"many/{i:02d}", Body=b"")
+    assert s3.list_objects_v2(Bucket=BUCKET, Prefix="many/")["KeyCount"] == 10
+    assert storage.list_names(f"s3://{BUCKET}/many") == [f"{i:02d}" for i in range(35)]
+    storage.delete_tree(f"s3://{BUCKET}/many")
+    assert storage.list_names(f"s3://{BUCKET}/many") == []
+
+
+def test_the_whole_bucket_is_a_folder(s3) -> None:
+    for root in (f"s3://{BUCKET}", f"s3://{BUCKET}/"):
+        storage.write(storage.join(root, "deep", "x"), b"1")
+        assert storage.list_names(root) == ["deep"]
+        assert storage.read(storage.join(root, "deep", "x")) == b"1"
+        storage.delete_tree(root)
+        assert storage.list_names(root) == []
+
+
+def test_folder_marks_of_consoles_are_no_files(s3) -> None:
+    s3.put_object(Bucket=BUCKET, Key="made/by/hand/", Body=b"")
+    assert storage.list_names(f"s3://{BUCKET}/made/by/hand") == []
+    with pytest.raises(DataError, match="no such data set, or it is empty"):
+        Manifest.load(f"s3://{BUCKET}/made/by/hand")
+
+
+def test_a_data_set_is_the_same_on_s3(s3, digits: Path) -> None:
+    # Copied as `aws s3 sync` would, and indexed again where it is.
+    there = f"s3://{BUCKET}/digits"
+    for path in (digits / "test").iterdir():
+        storage.copy_from_local(str(path), f"{there}/{path.name}")
+
+    def digest(folder: str) -> tuple[list[int], str]:
+        config = DataConfig(train=folder, batch_size=64, image_size=32, channels=1, num_classes=10)
+        loader = Loader(config, folder)
+        batches = loader.batches(0)
+        digests = [part.digest for part in islice(batches, 2)]
+        batches.close()
+        return digests, loader.tape.fingerprint.manifest
+
+    here = digest(str(digits / "test"))
+    assert digest(there) == here
+    assert check_folder(there) == []
+    _, problems = index_folder(there)
+    assert problems == []
+    assert digest(there) == here
+
+
+def test_empty_members_are_empty(folder: str) -> None:
+    manifest = write_shards([("a", {"png": b""}), ("b", {"png": b"x" * 600})], folder)
+    shards = Shards(folder, manifest)
+    assert shards.read(0, 0)[1] == {"png": b""}
+    assert shards.read(0, 1)[1] == {"png": b"x" * 600}
+    with pytest.raises(UndecodableError):
+        decode_image(shards.read(0, 0)[1]["png"], 3)

@@ -1,0 +1,277 @@
+"""The loop: a family it has never seen, resuming, growing and shrinking, stopping, and what it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.families.family import Family, Phase
+from gmdist.train.trainer import Hooks, RunIdentity, TrainConfig, check_identity, micro_batch_size
+from tests.support import ADAM, Linear, MemorySource, fit, make_trainer, run_workers, small_family, tree_bytes
+
+
+class StandIn(Family):
+    """A family that the trainer knows nothing of: two children, two intervals, a buffer, a worker's own state."""
+
+    averaged = ("scale",)
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Linear(1, 1), nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.replay = torch.zeros(3)
+
+    def phases(self):
+        return [Phase("scale", "scale", self.loss), Phase("lazy", "shift", self.loss, every=2)]
+
+    def loss(self, batch, seen):
+        self.replay = self.replay + batch["image"].mean()
+        value = batch["image"].mean(dim=(1, 2, 3))[:, None]
+        loss = (self.shift["a"](self.scale(value)) + self.shift["b"](value) - value).square().mean()
+        return loss, {"loss": loss.detach()}
+
+    def sample(self, keys, condition=None):
+        return self.scale(keys[:, None].float())[:, :, None, None].expand(-1, 1, 4, 4).tanh()
+
+    def after_step(self, seen):
+        self.steps += 1
+
+    def worker_state(self):
+        return {"replay": self.replay.clone()}
+
+    def load_worker_state(self, state):
+        self.replay = state["replay"]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stand_in_trains_and_resumes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = fit(StandIn(), tmp_path / "whole", sample_every=3, num_preview_images=4)
+    torch.manual_seed(0)
+    fit(StandIn(), tmp_path / "parts", num_steps=3)
+    family = StandIn()  # other weights: all come from the checkpoint
+    assert fit(family, tmp_path / "parts") == whole
+    assert family.steps == 6
+    name = "step-00000006"
+    assert tree_bytes(tmp_path / "parts/checkpoints" / name) == tree_bytes(tmp_path / "whole/checkpoints" / name)
+    assert (tmp_path / "whole/samples/step-00000003.png").exists()
+    logged = lines(tmp_path / "whole")
+    assert [line["step"] for line in logged] == [2, 4, 6]
+    assert {"scale/loss", "lazy/loss", "lr/scale", "images_per_s", "order_digest"} <= set(logged[0])
+    assert logged[-1]["order_digest"] == whole.digest
+
+
+def test_lazy_phases_run_at_their_interval(tmp_path: Path) -> None:
+    trainer = make_trainer(StandIn(), tmp_path, num_steps=5)
+    trainer.fit()
+    trainer.close()
+    assert {name: unit.num_updates for name, unit in trainer.units.items()} == {"scale": 5, "shift": 3}
+
+
+def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def die_at_five(progress):
+        if progress.step == 5:
+            raise KilledError
+
+    fit(Linear(), tmp_path / "whole", log_every=1)
+    with pytest.raises(KilledError):
+        fit(Linear(), tmp_path / "killed", log_every=1, hooks=Hooks(on_progress=die_at_five))
+    assert [line["step"] for line in lines(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "net/lo')  # cut by the kill
+    fit(Linear(), tmp_path / "killed", log_every=1)
+
+    def without_speed(run):
+        return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines(run)]
+
+    assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
+
+
+def worker(rank: int, world: int, folder: str, stage: int, steps: int) -> None:
+    trainer = make_trainer(
+        Linear(), Path(folder), batch_size=12, num_steps=steps, zero_stage=stage, rank=rank, world_size=world, log_every=1
+    )
+    trainer.fit()
+    trainer.close()
+
+
+# From one size and stage to another, and to another again.
+ROUTES = [[(1, 0, 3), (2, 0, 6), (3, 0, 9)], [(2, 1, 3), (1, 2, 6), (2, 0, 9)], [(2, 2, 3), (2, 2, 9)]]
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: "-".join(f"{w}w{s}" for w, s, _ in route))
+def test_another_size_and_stage_goes_on_with_the_same_losses(route, tmp_path: Path) -> None:
+    if any(stage for _, stage, _ in route):
+        pytest.importorskip("deepspeed")
+    fit(Linear(), tmp_path / "whole", batch_size=12, num_steps=9, log_every=1)
+    for world, stage, steps in route:
+        run_workers(worker, world, str(tmp_path / "route"), stage, steps)
+    whole, changed = lines(tmp_path / "whole"), lines(tmp_path / "route")
+    assert [line["order_digest"] for line in changed] == [line["order_digest"] for line in whole]
+    for a, b in zip(whole, changed, strict=True):
+        assert b["net/loss"] == pytest.approx(a["net/loss"], rel=1e-5)
+
+
+def test_frozen_children_and_buffers_come_back(tmp_path: Path) -> None:
+    first = small_family("latent_diffusion", seed=1)
+    fit(first, tmp_path, num_steps=3)
+    second = small_family("latent_diffusion", seed=2)  # another first stage, another scale
+    trainer = make_trainer(second, tmp_path, num_steps=3, seed=0)
+    trainer.close()
+    assert second.latent_scale == first.latent_scale
+    for a, b in zip(first.first_stage.parameters(), second.first_stage.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stop_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
+    stop = {"now": False}
+    hooks = Hooks(on_progress=lambda p: stop.update(now=p.step >= 4), stop_requested=lambda: stop["now"])
+    outcome = fit(Linear(), tmp_path / "stopped", log_every=1, checkpoint_every=100, hooks=hooks)
+    assert not outcome.finished
+    assert (outcome.step, outcome.seen) == (4, 32)
+    assert (tmp_path / "stopped/checkpoints/step-00000004/meta.json").exists()
+    assert fit(Linear(), tmp_path / "stopped", log_every=1) == fit(Linear(), tmp_path / "whole", log_every=1)
+
+
+def test_dropout_does_not_depend_on_where_a_run_resumed(tmp_path: Path) -> None:
+    class WithDropout(Linear):
+        def __init__(self):
+            super().__init__()
+            self.network.insert(1, nn.Dropout(0.5))
+
+    fit(WithDropout(), tmp_path / "whole")
+    fit(WithDropout(), tmp_path / "parts", num_steps=3)
+    torch.rand(7)
+    fit(WithDropout(), tmp_path / "parts")
+    assert tree_bytes(tmp_path / "parts/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
+
+
+def test_samples_and_evaluation_use_the_average(tmp_path: Path) -> None:
+    values = []
+
+    class Telling(Linear):
+        def preview(self, batch):
+            values.append(self.network[0].weight.detach().clone())
+            assert not self.network.training
+            return self.sample(batch["key"])
+
+        def evaluate(self, batch):
+            return {"weight": self.network[0].weight[0, 0]}
+
+    trainer = make_trainer(
+        Telling(), tmp_path, num_steps=4, sample_every=4, evaluate_every=4, ema_halflife_kimg=1.0, ema_ramp=None
+    )
+    trainer.fit()
+    weight = dict(trainer.family.named_parameters())["network.0.weight"]
+    average = next(
+        a for f, a in zip(trainer.ema.fragments, trainer.ema.averages, strict=True) if f.name == "network.0.weight"
+    )
+    assert torch.equal(values[-1].flatten(), average)
+    assert not torch.equal(values[-1], weight)
+    assert trainer.family.network.training
+    trainer.close()
+    test_line = next(line for line in lines(tmp_path) if "test/weight" in line)
+    assert test_line["test/weight"] == pytest.approx(values[-1][0, 0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"batch_size": 16}, DataError, "data.batch_size was 8"),
+        ({"seed": 1}, DataError, "train.seed was 0"),
+        ({"num_samples": 50}, None, ""),  # the tape's own check, below
+    ],
+)
+def test_a_run_is_not_resumed_as_another(settings, error, words, tmp_path: Path) -> None:
+    fit(Linear(), tmp_path, num_steps=3)
+    before = tree_bytes(tmp_path)
+    if error is not None:
+        with pytest.raises(error, match=words):
+            fit(Linear(), tmp_path, **settings)
+        assert tree_bytes(tmp_path) == before
+
+
+def test_another_family_or_data_set_is_refused(tmp_path: Path) -> None:
+    fit(Linear(), tmp_path, num_steps=3)
+    from gmdist.train.checkpoint import find_newest
+
+    found, _ = find_newest(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"of family 'test', the config's is 'ddpm'.*run\.overwrite"):
+        check_identity(found, RunIdentity("ddpm", 8), 0, None)
+    other = MemorySource(50, 8).tape
+    other.fingerprint.__dict__["manifest"] = "another"
+    with pytest.raises(DataError, match="data set was memory"):
+        check_identity(found, RunIdentity("test", 8), 0, other.fingerprint)
+
+    class Wider(Linear):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(256, 9), nn.Tanh(), nn.Linear(9, 1))
+
+    with pytest.raises(CheckpointError, match=r"network\.0\.bias is \[8\] in the checkpoint and \[9\] in the model"):
+        fit(Wider(), tmp_path)
+
+
+def test_micro_batch_sizes() -> None:
+    assert micro_batch_size(TrainConfig(1), 12, 3) == 4
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=2), 12, 3) == 2
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 10; 3 workers do not divide it"):
+        micro_batch_size(TrainConfig(1), 10, 3)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 3; .*which is 4"):
+        micro_batch_size(TrainConfig(1, micro_batch_size=3), 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero_stage": 3}, "train.zero_stage: 3"),
+        ({"zero_stage": 4}, "train.zero_stage: 4"),
+        ({"precision": "fp16"}, "train.precision: 'fp16'"),
+        ({"num_steps": 0}, "train.num_steps: 0"),
+        ({"keep_checkpoints": 0}, "train.keep_checkpoints: 0"),
+        ({"sample_every": 0}, "train.sample_every: 0"),
+        ({"ema_halflife_kimg": 0.0}, "train.ema_halflife_kimg: 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(changes, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**({"num_steps": 1} | changes)).validate()
+
+
+def test_optimizers_fit_the_family(tmp_path: Path) -> None:
+    trainer_of = lambda optim: make_trainer(Linear(), tmp_path, optim=optim)  # noqa: E731
+    trainer_of(ADAM).close()
+    from gmdist.train.trainer import trained_children
+
+    with pytest.raises(ConfigError, match=r"optim\.network: missing; the family trains network"):
+        trained_children(Linear(), {})
+    with pytest.raises(ConfigError, match=r"optim\.net: no such child; the family trains network"):
+        trained_children(Linear(), {"network": ADAM, "net": ADAM})
+
+
+def test_quarantined_samples_are_listed(tmp_path: Path) -> None:
+    messages = []
+    trainer = make_trainer(Linear(), tmp_path, num_steps=2, hooks=Hooks(on_message=messages.append))
+    part = trainer.data.part
+    bad = {"number": 3, "shard": "shard-000001.tar", "sample": "abc", "reason": "truncated"}
+
+    def with_bad(numbers):
+        loaded = part(numbers)
+        loaded.quarantined = [bad] if 3 in np.asarray(numbers) else []
+        return loaded
+
+    trainer.data.part = with_bad
+    trainer.fit()
+    trainer.close()
+    assert [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()] == [bad]
+    assert "shard-000001.tar: abc: truncated" in messages[0]
