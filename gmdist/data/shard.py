@@ -95,7 +95,7 @@ class ShardIndex:
 
     def to_bytes(self) -> bytes:
         """The index as a safetensors file."""
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "offset": self.offset,
             "num_bytes": self.num_bytes,
             "crc32": self.crc32,

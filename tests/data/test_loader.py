@@ -16,7 +16,7 @@ from PIL import Image
 from gmdist import storage
 from gmdist.data.loader import DataConfig, Loaded, Loader
 from gmdist.data.pack import write_shards
-from gmdist.data.shard import MANIFEST_NAME, Manifest
+from gmdist.data.shard import Manifest
 from gmdist.errors import ConfigError, DataError, StorageError
 
 SHARD_SIZES, CLASSES, SIZE, BATCH = (7, 9, 5), 4, 6, 12
@@ -210,7 +210,7 @@ def test_bad_samples_are_replaced_alike_on_every_world_size(tmp_path: Path) -> N
 
 
 def test_a_sample_without_an_image_says_what_it_has(tmp_path: Path) -> None:
-    folder = write(tmp_path, {i: {"png": None, "txt": b"a cat"} for i in (4,)})
+    folder = write(tmp_path, {4: {"png": None, "txt": b"a cat"}})
     lines = [line for part in Loader(settings(folder), folder).sweep(8) for line in part.quarantined]
     assert [line["sample"] for line in lines] == ["k4"]
     assert "['cls', 'txt']" in lines[0]["reason"]
@@ -238,7 +238,7 @@ def test_a_sample_that_is_met_again_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_nothing_but_damage_ends(tmp_path: Path) -> None:
-    folder = write(tmp_path, {i: NO_IMAGE for i in range(COUNT)})
+    folder = write(tmp_path, dict.fromkeys(range(COUNT), NO_IMAGE))
     with pytest.raises(DataError, match=r"shard-\d\.tar: k\d+: 16 samples in a row cannot be decoded"):
         Loader(settings(folder, max_bad_fraction=1.0), folder).first(1)
 

@@ -135,7 +135,7 @@ def test_shards_of_stock_webdataset_are_read(tmp_path: Path) -> None:
     assert manifest.num_labels == 13
     index = load_index(str(tmp_path), manifest.shards[0])
     read = contents((tmp_path / "theirs.tar").read_bytes(), index)
-    assert {key: members for key, members in read} == {f"{'long' * 40}/{key}": members for key, members in SAMPLES}
+    assert dict(read) == {f"{'long' * 40}/{key}": members for key, members in SAMPLES}
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
