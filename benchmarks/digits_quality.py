@@ -3,8 +3,8 @@
     python benchmarks/digits_quality.py runs/demo/latent_diffusion
 
 A support vector classifier is trained on the real training digits at 8x8 and must reach 98% on the real test digits.
-Of 500 samples (50 a digit) it must see the digit asked for in at least 97%, and in every class the standard deviation of
-a pixel, averaged over pixels, must be at least 0.7 of the real one. Exits 1 where a figure falls short.
+Of 500 samples (50 a digit) it must see the digit asked for in at least 97%, and in every class the standard deviation
+of a pixel, averaged over pixels, must be at least 0.7 of the real one. Exits 1 where a figure falls short.
 """
 
 import argparse

@@ -36,7 +36,9 @@ class ClusterConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"cluster.{key}: {getattr(self, key)}; must be at least 1")
         if self.gpus_per_worker not in (0, 1):
-            raise ConfigError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU")
+            raise ConfigError(
+                f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
+            )
         if self.max_failures < 0:
             raise ConfigError(f"cluster.max_failures: {self.max_failures}; must be at least 0")
 
@@ -263,5 +265,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value
-
-

@@ -4,9 +4,9 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 
 _REQUIRED = ("torch", "numpy", "omegaconf", "safetensors", "pillow", "simplejpeg", "boto3", "ray", "deepspeed")
+_SHM = "/dev/shm"  # noqa: S108 - where Ray keeps objects
 _LOW_SHM_BYTES = 1 << 30
 
 
@@ -14,9 +14,6 @@ def examine() -> tuple[list[str], bool]:
     """One line for each thing looked at, and whether gmdist can train here."""
     lines = [f"ok       Python {platform.python_version()}, {os.cpu_count()} CPUs"]
     sound = True
-    if sys.version_info < (3, 11):
-        lines[0] = f"MISSING  Python 3.11 or newer; this is {platform.python_version()}"
-        sound = False
     for name in _REQUIRED:
         try:
             lines.append(f"ok       {name} {importlib.metadata.version(name)}")
@@ -24,10 +21,12 @@ def examine() -> tuple[list[str], bool]:
             lines.append(f"MISSING  {name}; run `make setup`")
             sound = False
     lines.append(_accelerator())
-    if os.path.isdir("/dev/shm"):
-        free = shutil.disk_usage("/dev/shm").free
+    if os.path.isdir(_SHM):
+        free = shutil.disk_usage(_SHM).free
         enough = free >= _LOW_SHM_BYTES
-        lines.append(f"{'ok ' if enough else 'LOW'}      /dev/shm has {free / 2**30:.1f} GiB free; Ray keeps objects there")
+        lines.append(
+            f"{'ok ' if enough else 'LOW'}      /dev/shm has {free / 2**30:.1f} GiB free; Ray keeps objects there"
+        )
     free = shutil.disk_usage(".").free
     lines.append(f"ok       {free / 2**30:.0f} GiB free in this folder")
     return lines, sound

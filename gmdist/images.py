@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] on the CPU."""
+    """Float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] on the CPU."""
     levels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255)
     return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 

@@ -50,7 +50,7 @@ def build_family(config: Config) -> Family:
         open_run=_open_on_host,
     )
     torch.manual_seed(derive(config.train.seed, "weights", 0))
-    family = kind(config.family, surroundings)  # type: ignore[call-arg] # the catalogue pairs each class with its config
+    family = kind(config.family, surroundings)
     trained_children(family, config.optim)
     return family
 

@@ -221,7 +221,7 @@ def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
     assert page.count("data:image/png;base64,") >= 2
     assert "<svg" in page
     assert "nearest training image" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "<script" not in page
     (trained / "report.html").unlink()
 

@@ -33,7 +33,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """"gmdist.train.ema" -> "train"."""
+    """ "gmdist.train.ema" -> "train"."""
     return module.removeprefix("gmdist.").split(".")[0]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gmdist import storage
-from gmdist.data.decode import UndecodableError, UInt8Array, check_size, decode_image
+from gmdist.data.decode import UInt8Array, UndecodableError, check_size, decode_image
 from gmdist.data.fetch import Shards
 from gmdist.data.shard import Manifest, Sample, parse_label
 from gmdist.data.tape import Int64Array, Tape, digest, owned
@@ -97,9 +97,7 @@ class Loader:
         """This worker's part of one global batch after another, without end, from sample number `start` on."""
         size = self.config.batch_size
         assert size % self._world_size == 0, (size, self._world_size)
-        parts = (
-            owned(first, first + size, self._rank, self._world_size) for first in _count(start, size)
-        )
+        parts = (owned(first, first + size, self._rank, self._world_size) for first in _count(start, size))
         yield from self._ahead(parts)
 
     def sweep(self, batch_size: int) -> Iterator[Loaded]:
@@ -147,7 +145,9 @@ class Loader:
         for extension in IMAGE_EXTENSIONS:
             if extension in members:
                 return decode_image(members[extension], self.config.channels)
-        raise UndecodableError(f"no image among its members {sorted(members)}; images are {', '.join(IMAGE_EXTENSIONS)}")
+        raise UndecodableError(
+            f"no image among its members {sorted(members)}; images are {', '.join(IMAGE_EXTENSIONS)}"
+        )
 
     def _label(self, sample: Sample, members: dict[str, bytes], name: str) -> int:
         classes = self.config.num_classes
@@ -184,7 +184,9 @@ def check_labels(config: DataConfig, manifest: Manifest, folder: str) -> None:
 
 
 def _label_problem(name: str, label: int, classes: int) -> str:
-    return f"{name}: class label {label} is out of range: data.num_classes is {classes}, so labels are 0 to {classes - 1}"
+    return (
+        f"{name}: class label {label} is out of range: data.num_classes is {classes}, so labels are 0 to {classes - 1}"
+    )
 
 
 def _count(start: int, step: int) -> Iterator[int]:

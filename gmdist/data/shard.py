@@ -255,9 +255,7 @@ class ShardWriter:
         index = ShardIndex.of(self._samples).to_bytes()
         storage.write(storage.join(folder, index_name(name)), index)
         status = storage.stat(location)
-        return ShardEntry(
-            name, len(self._samples), status.num_bytes, status.etag, zlib.crc32(index), self._labels
-        )
+        return ShardEntry(name, len(self._samples), status.num_bytes, status.etag, zlib.crc32(index), self._labels)
 
 
 def scan(file: BinaryIO, location: str) -> tuple[ShardIndex, int]:
@@ -286,7 +284,9 @@ def scan(file: BinaryIO, location: str) -> tuple[ShardIndex, int]:
         key = f"{folder}/{stem}" if folder else stem
         if not samples or samples[-1].key != key:
             if key in seen:
-                raise DataError(f"{location}: the members of sample {key!r} do not follow each other, or it is repeated")
+                raise DataError(
+                    f"{location}: the members of sample {key!r} do not follow each other, or it is repeated"
+                )
             seen.add(key)
             samples.append(Sample(key, {}))
         if extension in samples[-1].members:
@@ -327,7 +327,9 @@ def _members(file: BinaryIO, location: str) -> Iterator[tuple[str, int, bytes]]:
         elif info.type == tarfile.DIRTYPE:
             extended = {}
         elif info.type != tarfile.XGLTYPE:
-            kind = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}.get(info.type, "no regular file")
+            kind = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}.get(
+                info.type, "no regular file"
+            )
             raise DataError(f"{location}: member {info.name!r} is {kind}; shards hold regular files only")
 
 
@@ -337,7 +339,9 @@ _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 def _exactly(file: BinaryIO, size: int, location: str, position: int) -> bytes:
     content = file.read(size)
     if len(content) != size:
-        raise DataError(f"{location}: ends at byte {position + len(content)}, before the end of the archive: it was cut")
+        raise DataError(
+            f"{location}: ends at byte {position + len(content)}, before the end of the archive: it was cut"
+        )
     return content
 
 
@@ -358,7 +362,7 @@ def _header(block: bytes, location: str, position: int) -> tarfile.TarInfo:
 
 
 def _pax_records(content: bytes, location: str, position: int) -> dict[str, str]:
-    """The records "LENGTH KEY=VALUE\\n" of a PAX header; only path and size matter here."""
+    r"""The records "LENGTH KEY=VALUE\n" of a PAX header; only path and size matter here."""
     records = {}
     rest = content
     while rest:

@@ -58,7 +58,7 @@ class Diffusion:
         self.abar = SCHEDULES[config.schedule](config.num_timesteps)  # [T], float64
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of x_t = alpha x_0 + sigma eps at timesteps [N]: each [N, 1, 1, 1], float32."""
+        """Alpha and sigma of x_t = alpha x_0 + sigma eps at timesteps [N]: each [N, 1, 1, 1], float32."""
         kept = self.abar.to(timesteps.device)[timesteps][:, None, None, None]
         return kept.sqrt().float(), (1.0 - kept).sqrt().float()
 

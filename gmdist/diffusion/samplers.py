@@ -6,6 +6,7 @@ x_i = alpha_i x_0 + sigma_i eps, noisiest first, the last one (1, 0). `denoise(x
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def leading_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def trailing_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """Evenly spaced timesteps that begin at the noisiest one (Lin 2023, "Common diffusion noise schedules", Sec. 3.3)."""
+    """Evenly spaced timesteps that begin at the noisiest one (Lin 2023, "Common diffusion noise schedules", 3.3)."""
     assert 1 <= num_steps <= num_timesteps, (num_steps, num_timesteps)
     stride = num_timesteps / num_steps
     return [round(num_timesteps - i * stride) - 1 for i in range(num_steps)]
@@ -38,7 +39,7 @@ def path_of(abar: Tensor, timesteps: Sequence[int]) -> list[Level]:
 
 def ddim(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -> Tensor:
     """Deterministic DDIM (Song 2021, Eq. 12 with sigma 0); `noise` is not drawn."""
-    for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(zip(path[:-1], path[1:], strict=True)):
+    for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(pairwise(path)):
         x0 = denoise(x, i)
         eps = (x - alpha * x0) / sigma
         x = next_alpha * x0 + next_sigma * eps
@@ -47,7 +48,7 @@ def ddim(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -> Te
 
 def ddpm(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -> Tensor:
     """Ancestral sampling with the posterior's variance (Ho 2020, Eq. 7), between any two levels of the path."""
-    for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(zip(path[:-1], path[1:], strict=True)):
+    for i, ((alpha, sigma), (next_alpha, next_sigma)) in enumerate(pairwise(path)):
         x0 = denoise(x, i)
         # q(x_next | x, x_0): with r = alpha / next_alpha and the step's variance sigma^2 - r^2 next_sigma^2.
         ratio = alpha / next_alpha

@@ -21,7 +21,9 @@ class DDPMConfig:
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
         if image_size % self.unet.downsampling:
-            return f"unet.multipliers: the UNet needs image sides divisible by {self.unet.downsampling}, not {image_size}"
+            return (
+                f"unet.multipliers: the UNet needs image sides divisible by {self.unet.downsampling}, not {image_size}"
+            )
         problem = self.diffusion.problem()
         return f"diffusion.{problem}" if problem else None
 

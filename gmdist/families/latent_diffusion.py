@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gmdist import rng
 from gmdist.diffusion.process import Diffusion, DiffusionConfig, SamplerConfig
+from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoising import denoising_loss, drop_labels, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
-from gmdist.errors import ConfigError
 from gmdist.nets.unet import UNet, UNetConfig
 
 _ENCODED_AT_ONCE = 16
@@ -86,9 +86,7 @@ class LatentDiffusion(Family):
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images [N, C, H, W] for keys [N]."""
         label = conditioned_labels(keys, condition, self.num_classes)
-        latents = sample_denoiser(
-            self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed
-        )
+        latents = sample_denoiser(self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed)
         return self.first_stage.decode(latents / self.latent_scale).float().clamp(-1.0, 1.0)
 
     def evaluate(self, batch: Batch) -> Metrics:

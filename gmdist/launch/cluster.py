@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,16 +43,16 @@ def _connect(config: ClusterConfig) -> None:
         # Ray's servers listen on every interface and run whatever they are sent: only who has the token may ask.
         # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        cpus = max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker)
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=True,  # without it Train leaks placement groups when its controller dies
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+        with _own_address():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker),
+                include_dashboard=True,  # without it Train leaks placement groups when its controller dies
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
         return
     try:
         ray.init(address=config.address, logging_level="ERROR", log_to_driver=False)
@@ -60,6 +61,28 @@ def _connect(config: ClusterConfig) -> None:
             f"cluster.address: '{config.address}'; no Ray cluster answers there ({str(error).splitlines()[0]}); "
             "use 'local' to start one on this machine"
         ) from error
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Let the processes of a cluster that starts now find it, and not another one on this machine.
+
+    Ray's own helpers look for "the" cluster of a machine: with another one there, or the trace of one that was killed,
+    every end of a training run waits 12 s for the wrong cluster's answer.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    before = {name: os.environ.get(name) for name in ("RAY_GCS_SERVER_PORT", "RAY_ADDRESS")}
+    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"127.0.0.1:{port}")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_resources(config: ClusterConfig) -> None:

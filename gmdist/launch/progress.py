@@ -23,7 +23,10 @@ class Display:
         self._last_line_s = 0.0
         if self._console.is_terminal:
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), console=self._console
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
             )
 
     def __enter__(self) -> "Display":

@@ -57,7 +57,9 @@ def draw(run: str, request: SampleRequest) -> Tensor:
         numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
         condition = None
         if classes:
-            label = torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
+            label = (
+                torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
+            )
             condition = Condition(label)
         with torch.inference_mode():
             parts.append(images.to_uint8(family.sample(numbers + (request.seed << 32), condition)))

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w]."""
+        """Image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w]."""
         h = self.conv_in(image)
         for level in self.levels:
             h = level(h)
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
+        """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
         h = self.middle(self.conv_in(self.quant(latent)))
         for level in self.levels:
             h = level(h)
@@ -109,11 +109,11 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config, image_channels)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [N, C, H, W] in [-1, 1] -> mean and log-variance of the latent, each [N, Z, h, w]."""
+        """Image [N, C, H, W] in [-1, 1] -> mean and log-variance of the latent, each [N, Z, h, w]."""
         return self.encoder(image)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
+        """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
         return self.decoder(latent)
 
 

@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """x [N, C_in, H, W], embedding [N, E] or None -> [N, C_out, H, W]."""
+        """X [N, C_in, H, W], embedding [N, E] or None -> [N, C_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.embedding is not None:
             assert embedding is not None

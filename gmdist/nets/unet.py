@@ -43,7 +43,7 @@ class Stage(nn.Module):
         self.attention = SelfAttention2d(out_channels, config.num_heads) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [N, C_in, H, W], embedding [N, E] -> [N, C_out, H, W]."""
+        """X [N, C_in, H, W], embedding [N, E] -> [N, C_out, H, W]."""
         return self.attention(self.residual(x, embedding))
 
 

@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,10 +258,8 @@ class Saver:
         return [result for result, _ in outcomes]
 
     def _discard(self, location: str) -> None:
-        try:
+        with suppress(StorageError):  # the storage is what failed; an incomplete checkpoint is recognised and skipped
             storage.delete_tree(location)
-        except StorageError:
-            pass  # the storage is what failed; an incomplete checkpoint is recognised and skipped
 
     def _prune(self, newest: int) -> None:
         steps = [step_of(name) for name in storage.list_names(self._folder)]

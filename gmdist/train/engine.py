@@ -45,11 +45,11 @@ class Root(nn.Module):
     def __init__(self, child: nn.Module, precision: str, device: torch.device) -> None:
         super().__init__()
         self.child = child
-        self._autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": precision == "bf16"}
+        self._device_type, self._bf16 = device.type, precision == "bf16"
 
     def forward(self, loss: Loss, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """A family's loss; in bf16, matrix products and convolutions compute in bf16 on fp32 weights."""
-        with torch.autocast(**self._autocast):
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
             return loss(batch, seen)
 
 
@@ -107,6 +107,7 @@ class Unit(ABC):
     @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer: ...
 
+    @abstractmethod
     def close(self) -> None:
         """Release what the engine holds."""
 
@@ -164,6 +165,9 @@ class ReplicatedUnit(Unit):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer
+
+    def close(self) -> None:
+        del self.optimizer, self._flat
 
 
 class ZeroUnit(Unit):

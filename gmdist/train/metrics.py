@@ -26,7 +26,9 @@ class Averages:
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add one observation of some metrics."""
         for name, value in metrics.items():
-            weighted = value.detach().double() * weight if self._device.type == "cpu" else value.detach().float() * weight
+            weighted = (
+                value.detach().double() * weight if self._device.type == "cpu" else value.detach().float() * weight
+            )
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
             self._weights[name] = self._weights.get(name, 0.0) + weight
 

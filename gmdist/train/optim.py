@@ -21,7 +21,9 @@ class OptimConfig:
     eps: float = 1e-8  # adamw, adam
     momentum: float = 0.9  # sgd
     weight_decay: float = 0.0
-    schedule: str = "constant"  # constant, cosine or linear: from lr at the end of the warm-up to final_lr at the last step
+    schedule: str = (
+        "constant"  # constant, cosine or linear: from lr at the end of the warm-up to final_lr at the last step
+    )
     final_lr: float = 0.0
     warmup_steps: int = 0  # linear from 0
     clip_norm: float | None = None  # largest norm of the child's whole gradient; None: not clipped

@@ -69,7 +69,9 @@ class FlatParameters:
 
 def elementwise_state(state: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """The parts of an optimizer's state that have one value for each element of the parameter."""
-    return {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape}
+    return {
+        key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
+    }
 
 
 def num_elements(fragments: Iterable[Fragment]) -> int:

@@ -70,11 +70,16 @@ class Loaded(Protocol):
     """A part of a batch, as the loader gives it."""
 
     @property
-    def batch(self) -> Batch: ...
+    def batch(self) -> Batch:
+        """The samples."""
+
     @property
-    def digest(self) -> int: ...
+    def digest(self) -> int:
+        """Their order digest."""
+
     @property
-    def quarantined(self) -> list[dict[str, Any]]: ...
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The samples that were replaced because they could not be decoded."""
 
 
 class Fingerprint(Protocol):
@@ -553,9 +558,7 @@ def load_tensor(reader: Reader, kind: str, name: str, tensor: Tensor) -> None:
     tensor.copy_(reader.read(kind, name, 0, tensor.numel(), tensor.dtype).view(tensor.shape))
 
 
-def check_identity(
-    found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None
-) -> None:
+def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None) -> None:
     """Raise if a run cannot go on from a checkpoint: another family, data set, seed or batch size."""
     meta = found.meta
     if meta["family"] != identity.family:

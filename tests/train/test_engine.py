@@ -130,9 +130,7 @@ def test_parity_with_torch(trained: Path, stage: int, micro: int, optim: OptimCo
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro", [8, 4])
 def test_parity_with_torch_on_one_worker(micro: int, device: torch.device, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        TwoNetworks(), tmp_path, optim=SGD, device=device, num_steps=STEPS, micro_batch_size=micro
-    )
+    trainer = make_trainer(TwoNetworks(), tmp_path, optim=SGD, device=device, num_steps=STEPS, micro_batch_size=micro)
     trainer.fit()
     trainer.close()
     for name, expected in reference(SGD).items():

@@ -99,7 +99,14 @@ def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> Non
 
 def worker(rank: int, world: int, folder: str, stage: int, steps: int) -> None:
     trainer = make_trainer(
-        Linear(), Path(folder), batch_size=12, num_steps=steps, zero_stage=stage, rank=rank, world_size=world, log_every=1
+        Linear(),
+        Path(folder),
+        batch_size=12,
+        num_steps=steps,
+        zero_stage=stage,
+        rank=rank,
+        world_size=world,
+        log_every=1,
     )
     trainer.fit()
     trainer.close()
@@ -249,7 +256,7 @@ def test_settings_that_cannot_be_are_named(changes, words) -> None:
 
 
 def test_optimizers_fit_the_family(tmp_path: Path) -> None:
-    trainer_of = lambda optim: make_trainer(Linear(), tmp_path, optim=optim)  # noqa: E731
+    trainer_of = lambda optim: make_trainer(Linear(), tmp_path, optim=optim)
     trainer_of(ADAM).close()
     from gmdist.train.trainer import trained_children
 

@@ -1,0 +1,177 @@
+"""Whole runs of the command, as a user starts them: killed, interrupted, without space, and as a job."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.support import tree_bytes
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = "configs/digits/autoencoder_kl.yaml"
+SETTINGS = ["family.autoencoder.channels=8", "train.sample_every=null", "train.evaluate_every=null"]
+SETTINGS += ["train.num_steps=120", "train.checkpoint_every=20", "train.log_every=10", "data.batch_size=16"]
+DEADLINE_S = 240
+
+
+def command(digits: Path, run: Path, *more: str) -> list[str]:
+    data = [f"data.train={digits}/train", f"data.test={digits}/test", f"run.dir={run}"]
+    return [sys.executable, "-m", "gmdist.cli", "train", CONFIG, *SETTINGS, *data, *more]
+
+
+def environment() -> dict[str, str]:
+    # Not the test session's cluster, nor its Ray settings: a user's shell.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def run_to_end(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a command as the leader of a process group, as a terminal does."""
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing happens to, and its output."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended = run_to_end(command(digits, run))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    return run, ended.stdout
+
+
+def digest_of(output: str) -> str:
+    return output.rpartition("order digest ")[2].split()[0]
+
+
+def test_output_is_quiet_and_tells_the_progress(undisturbed: tuple[Path, str]) -> None:
+    lines = undisturbed[1].splitlines()
+    assert all(line.startswith("autoencoder_kl: ") for line in lines), lines
+    assert any("images/s" in line and "loss" in line and "left" in line for line in lines)
+    assert "step 120, 1920 images, order digest" in lines[-1]
+
+
+def test_a_driver_killed_twice_ends_with_the_same_bits(digits: Path, tmp_path: Path, undisturbed) -> None:
+    run = tmp_path / "run"
+    for step in (20, 80):
+        process = start(command(digits, run))
+        wait_for(run / f"checkpoints/step-{step:08d}/meta.json", process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run / "checkpoints/step-00000120/meta.json").exists()
+    ended = run_to_end(command(digits, run))
+    assert ended.returncode == 0, ended.stderr
+    assert tree_bytes(run / "checkpoints") == tree_bytes(undisturbed[0] / "checkpoints")
+    assert digest_of(ended.stdout) == digest_of(undisturbed[1])
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, undisturbed) -> None:
+    run = tmp_path / "run"
+    process = start(command(digits, run, "train.checkpoint_every=1000"))
+    wait_for(run / "config.yaml", process)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    assert "stopped, the same command goes on from here" in output
+    assert "Traceback" not in output
+    (left,) = (run / "checkpoints").iterdir()
+    assert left.name != "step-00000120"
+    ended = run_to_end(command(digits, run))
+    assert ended.returncode == 0, ended.stderr
+    name = "checkpoints/step-00000120"
+    assert tree_bytes(run / name) == tree_bytes(undisturbed[0] / name)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(digits: Path, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let a user mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # A checkpoint is about 1 MB: the first fits, the second does not.
+    script = f"mount -t tmpfs -o size=1800k tmpfs {disk} && \"$@\"; code=$?; cp -r {disk}/run {tmp_path}/left; exit $code"
+    small = command(digits, disk / "run", "train.keep_checkpoints=null")
+    ended = run_to_end(["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *small])
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    (line,) = ended.stderr.strip().splitlines()
+    assert "No space left on device; free some space" in line
+    assert "checkpoints/step-" in line
+    assert "earlier checkpoints are as they were" in line
+    # What was complete before is still sound: with more space the run goes on from it.
+    kept = sorted(path.name for path in (tmp_path / "left/checkpoints").iterdir())
+    assert kept[0] == "step-00000020"
+    ended = run_to_end(command(digits, tmp_path / "left", "train.num_steps=30"))
+    assert ended.returncode == 0, ended.stderr
+    assert "step 30" in ended.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_submitted_job_is_the_same_run(digits: Path, tmp_path: Path, undisturbed) -> None:
+    ray = shutil.which("ray", path=environment()["PATH"])
+    assert ray
+    port, dashboard = free_port(), free_port()
+    short = tempfile.mkdtemp(prefix="ray-")  # pytest's folder is too deep for the path of a socket
+    settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    head = [ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={short}"]
+    cluster = subprocess.Popen(head, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        for _ in range(DEADLINE_S):
+            try:
+                urllib.request.urlopen(f"{address}/api/version").close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        arguments = command(digits, tmp_path / "run")[4:]
+        job = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python", "jobs/train.py"]
+        ended = subprocess.run(
+            [*job, *arguments], env=settings, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    finally:
+        cluster.terminate()
+        cluster.wait(timeout=60)
+        shutil.rmtree(short, ignore_errors=True)
+    output = next(line for line in ended.stdout.splitlines() if "order digest" in line)
+    assert digest_of(output) == digest_of(undisturbed[1])
+    name = "checkpoints/step-00000120"
+    assert tree_bytes(tmp_path / "run" / name) == tree_bytes(undisturbed[0] / name)
