@@ -36,7 +36,7 @@ class DataConfig:
     num_classes: int | None = None  # labels are 0 ... num_classes - 1; None: labels are not read
     seed: int = 0  # draws the order of samples
     lanes: int = 240  # places of the data set that are read in turn; at most the number of shards counts
-    block: int = 256  # samples that are shuffled among themselves in a lane
+    block: int | None = None  # samples of a lane that are shuffled together; None: 65,536 / lanes, at least 256
     num_threads: int = 2  # that read and decode, a worker
     prefetch_batches: int = 4  # that are made ahead of use, a worker
     max_bad_fraction: float = 0.001  # of the data set's samples that may be replaced before the run fails
@@ -44,7 +44,8 @@ class DataConfig:
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
         for key in ("batch_size", "image_size", "lanes", "block", "num_threads", "prefetch_batches"):
-            if getattr(self, key) < 1:
+            value = getattr(self, key)
+            if value is not None and value < 1:
                 raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at least 1")
         if self.channels not in (1, 3):
             raise ConfigError(f"data.channels: {self.channels}; must be 1 (grey) or 3 (RGB)")

@@ -7,9 +7,10 @@ import posixpath
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gmdist import storage
 from gmdist.data.decode import MAX_PIXELS, NO_IMAGE, UndecodableError, center_crop_resize, decode_image, to_array
@@ -17,6 +18,7 @@ from gmdist.data.loader import IMAGE_EXTENSIONS
 from gmdist.data.shard import MANIFEST_NAME, Manifest, ShardEntry, ShardWriter
 from gmdist.errors import DataError
 
+_WINDOW = 512  # images that are in memory at once
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
 
@@ -89,7 +91,9 @@ def pack(
     def samples() -> Iterable[tuple[str, dict[str, bytes]]]:
         taken: set[str] = set()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done, result in enumerate(pool.map(load, relative)):
+            # A window at a time: the pool would hold all images in memory if the writer were slower.
+            windows = (relative[i : i + _WINDOW] for i in range(0, len(relative), _WINDOW))
+            for done, result in enumerate(chain.from_iterable(pool.map(load, window) for window in windows)):
                 on_progress(done + 1, len(relative))
                 if isinstance(result, str):
                     unreadable.append(result)
@@ -100,7 +104,10 @@ def pack(
                 taken.add(key)
                 yield key, members
 
-    manifest = write_shards(samples(), destination, classes, shard_mib=shard_mib)
+    try:
+        manifest = write_shards(samples(), destination, classes, shard_mib=shard_mib)
+    except DataError as error:
+        raise DataError(f"{error}; {unreadable[0]}" if unreadable else str(error)) from error
     return Packed(manifest, unreadable)
 
 
@@ -125,8 +132,9 @@ def _image_member(path: Path, image_size: int | None) -> dict[str, bytes]:
     with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise UndecodableError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS} are accepted")
-        grey = image.mode in ("L", "LA", "1")
-        array = to_array(image, 1 if grey else 3)
+        upright = ImageOps.exif_transpose(image)  # cameras store how they were held
+        grey = upright.mode in ("L", "LA", "1")
+        array = to_array(upright, 1 if grey else 3)
     resized = center_crop_resize(Image.fromarray(array[:, :, 0] if grey else array), image_size)
     png = io.BytesIO()
     resized.save(png, "PNG")

@@ -1,6 +1,7 @@
 """Embedded data sets: real images that an installed package carries, so that nothing is downloaded."""
 
 import io
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,10 +10,10 @@ from PIL import Image
 from gmdist import storage
 from gmdist.data.pack import write_shards
 from gmdist.data.shard import Manifest
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DataError
 
 DIGITS_SIZE = 32  # pixels a side, from 8
-_DIGITS_SHARDS = 16
+_DIGITS_SHARDS = {"train": 16, "test": 4}
 _DIGITS_TEST_EVERY = 6  # of each class
 
 
@@ -45,11 +46,21 @@ def digits(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def make(name: str, destination: str) -> dict[str, Manifest]:
-    """Write an embedded data set's splits to DESTINATION/train and DESTINATION/test."""
+    """Write an embedded data set's splits to DESTINATION/train and DESTINATION/test.
+
+    Where they are already, nothing is written; DataError if another data set is there.
+    """
     if name != "digits":
         raise ConfigError(f"data make: no embedded data set '{name}'; there is: digits")
+    return {split: _write_digits(split, storage.join(destination, split)) for split in _DIGITS_SHARDS}
+
+
+def _write_digits(split: str, folder: str) -> Manifest:
     classes = tuple(str(digit) for digit in range(10))
-    return {
-        split: write_shards(digits(split), storage.join(destination, split), classes, num_shards=shards)
-        for split, shards in (("train", _DIGITS_SHARDS), ("test", 4))
-    }
+    if not storage.list_names(folder):
+        return write_shards(digits(split), folder, classes, num_shards=_DIGITS_SHARDS[split])
+    with tempfile.TemporaryDirectory(prefix="gmdist-digits-") as scratch:
+        wanted = write_shards(digits(split), scratch, classes, num_shards=_DIGITS_SHARDS[split])
+    if Manifest.load(folder).hash != wanted.hash:
+        raise DataError(f"{folder}: holds another data set; choose another folder or delete it")
+    return wanted

@@ -175,6 +175,7 @@ class Manifest:
                 raise DataError(f"{location}: format {content['format']}; run `gmdist data index {folder}` again")
             shards = tuple(ShardEntry(**shard) for shard in content["shards"])
             manifest = cls(shards, tuple(content["classes"]))
+            empty = manifest.num_samples == 0
         except FileNotFoundError as error:
             names = storage.list_names(folder)
             if any(name.endswith(".tar") for name in names):
@@ -186,7 +187,7 @@ class Manifest:
             raise DataError(f"{folder}: {remedy}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{location}: not a manifest ({error}); run `gmdist data index {folder}` again") from error
-        if manifest.num_samples == 0:
+        if empty:
             raise DataError(f"{folder}: the data set has no samples")
         return manifest
 
@@ -418,8 +419,11 @@ def _scan_at(folder: str, name: str) -> tuple[ShardIndex, int, storage.Stat]:
     if storage.is_s3(location):
         index, labels = scan(io.BytesIO(storage.read(location)), location)
     else:
-        with open(location, "rb") as file:
-            index, labels = scan(file, location)
+        try:
+            with open(location, "rb") as file:
+                index, labels = scan(file, location)
+        except (IsADirectoryError, PermissionError) as error:
+            raise DataError(f"{location}: cannot be read ({error.strerror})") from error
     return index, labels, status
 
 

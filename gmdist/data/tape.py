@@ -23,6 +23,7 @@ VERSION = 1  # raise it with any change of the order: a run refuses to go on wit
 Int64Array = npt.NDArray[np.int64]
 _Uint64Array = npt.NDArray[np.uint64]
 
+_SHUFFLED_TOGETHER, _SMALLEST_BLOCK = 1 << 16, 256  # samples
 _FEISTEL_ROUNDS = 12  # with fewer, permutations of a handful of samples are visibly uneven
 
 
@@ -107,14 +108,15 @@ def permute(index: Int64Array, size: Int64Array, key: _Uint64Array) -> Int64Arra
 class Tape:
     """The order of a data set's samples."""
 
-    def __init__(self, samples: Sequence[int], *, seed: int, lanes: int, block: int, manifest: str) -> None:
+    def __init__(self, samples: Sequence[int], *, seed: int, lanes: int, block: int | None, manifest: str) -> None:
         """Lay out the order.
 
         Args:
             samples: how many samples each shard holds; zeros are allowed.
             seed: draws the order.
             lanes: places of the tape that are read in turn; at most the number of shards that are not empty counts.
-            block: samples that are shuffled among themselves.
+            block: samples of a lane that are shuffled among themselves; None: so many that all lanes together shuffle
+                65,536, and at least 256.
             manifest: hash that identifies the data set.
 
         Raises:
@@ -123,13 +125,14 @@ class Tape:
         """
         if lanes < 1:
             raise ConfigError(f"data.lanes: {lanes}; must be at least 1")
-        if block < 1:
+        if block is not None and block < 1:
             raise ConfigError(f"data.block: {block}; must be at least 1")
         self._samples = np.asarray(samples, np.int64).reshape(-1)
         self.num_samples = int(self._samples.sum())
         if self.num_samples == 0:
             raise DataError("the data set has no samples")
         lanes = min(lanes, int(np.count_nonzero(self._samples)))
+        block = block or max(_SMALLEST_BLOCK, _SHUFFLED_TOGETHER // lanes)
         self.fingerprint = Fingerprint(VERSION, seed, lanes, block, manifest)
         # Two epochs are in use where a batch spans them, and prefetching may be one ahead of the step.
         self._shard_order = functools.lru_cache(maxsize=4)(self._draw_shard_order)

@@ -19,7 +19,9 @@ from gmdist.train.checkpoint import step_of
 from gmdist.train.metrics import read_lines
 
 _MAX_GRIDS = 5
-_MAX_REFERENCES = 20_000  # training images that generated ones are compared with
+_MAX_REFERENCE_VALUES = 1 << 27  # of training images that generated ones are compared with: 1 GiB as float64
+
+_MAX_HELD_OUT = 2000
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -153,8 +155,8 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _compare(config: Config, generated: Tensor) -> _Comparison:
-    train = _real_images(config, config.data.train, _MAX_REFERENCES)
-    held_out = _real_images(config, config.data.test, len(generated)) if config.data.test else None
+    train = _real_images(config, config.data.train, max(len(generated), _MAX_REFERENCE_VALUES // generated[0].numel()))
+    held_out = _real_images(config, config.data.test, _MAX_HELD_OUT) if config.data.test else None
     real = held_out if held_out is not None else train
     return _Comparison(
         generated=_uri(images.png(images.grid(generated))),
@@ -165,14 +167,14 @@ def _compare(config: Config, generated: Tensor) -> _Comparison:
 
 
 def _real_images(config: Config, folder: str, count: int) -> tuple[Tensor, Tensor | None]:
-    """Images uint8 [N, H, W, C] of a data set, and their labels; at least `count` where it has so many."""
+    """The first `count` images uint8 [N, H, W, C] of a data set, or all that it has, and their labels."""
     loader = Loader(config.data, folder)
     parts, labels, got = [], [], 0
     for loaded in loader.sweep(256):
         parts.append(images.to_uint8(loaded.batch["image"]))
         labels.append(loaded.batch.get("label"))
         got += len(parts[-1])
-        if got >= max(count, _MAX_REFERENCES):
+        if got >= count:
             break
     known = [label for label in labels if label is not None]
     return torch.cat(parts), torch.cat(known) if known else None

@@ -209,3 +209,25 @@ def test_samples_are_dealt_out_to_a_number_of_shards(tmp_path: Path) -> None:
     assert check_folder(str(tmp_path / "few")) == []
     with pytest.raises(DataError):
         write_shards([], str(tmp_path / "none"))
+
+
+def test_photos_are_turned_upright(tmp_path: Path) -> None:
+    # A camera held on its side: red above blue as stored, red to the right of blue as seen.
+    stored = Image.new("RGB", (16, 16), "blue")
+    stored.paste("red", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    (tmp_path / "photos").mkdir()
+    stored.save(tmp_path / "photos/a.png", exif=exif)
+    pack(str(tmp_path / "photos"), str(tmp_path / "packed"), image_size=16)
+    config = DataConfig(str(tmp_path / "packed"), 1, 16)
+    image = Loader(config, config.train).first(1).batch["image"][0]
+    assert image[0, :, -1].min() > 0.9  # red on the right
+    assert image[2, :, 0].min() > 0.9  # blue on the left
+
+
+def test_the_reason_is_told_when_no_image_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the images can be read; a\.png: not a JPEG, PNG or WebP image"):
+        pack(str(tmp_path / "photos"), str(tmp_path / "packed"), image_size=16)

@@ -11,7 +11,7 @@ from gmdist.data.loader import DataConfig, Loader
 from gmdist.data.samples import DIGITS_SIZE, make
 from gmdist.data.samples import digits as embedded
 from gmdist.data.shard import Manifest, check_folder
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DataError
 from gmdist.images import to_uint8
 
 COUNTS = {"train": 1501, "test": 296}
@@ -62,3 +62,16 @@ def test_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no embedded data set 'mnist'; there is: digits"):
         make("mnist", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_making_the_digits_again_changes_nothing_and_never_overwrites(tmp_path: Path) -> None:
+    first = make("digits", str(tmp_path / "digits"))
+    shard = tmp_path / "digits/train/shard-000000.tar"
+    before = shard.stat().st_mtime_ns
+    again = make("digits", str(tmp_path / "digits"))
+    assert {split: manifest.hash for split, manifest in again.items()} == {s: m.hash for s, m in first.items()}
+    assert shard.stat().st_mtime_ns == before
+    (tmp_path / "digits/test").rename(tmp_path / "digits/other")
+    (tmp_path / "digits/train").rename(tmp_path / "digits/test")
+    with pytest.raises(DataError, match="test: holds another data set"):
+        make("digits", str(tmp_path / "digits"))

@@ -173,3 +173,10 @@ def test_order_stays_what_it_is() -> None:
 
 GOLDEN = [(2, 0), (0, 2), (3, 1), (2, 1), (0, 0), (3, 0), (2, 3), (0, 1)]
 GOLDEN_DIGEST = -1245225623249800056
+
+
+def test_the_default_block_shuffles_widely_however_few_the_shards() -> None:
+    def block(shards: int) -> int:
+        return Tape([100] * shards, seed=0, lanes=240, block=None, manifest="m").fingerprint.block
+
+    assert [block(shards) for shards in (1, 16, 240, 1000)] == [65536, 4096, 273, 273]

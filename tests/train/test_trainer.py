@@ -282,3 +282,35 @@ def test_quarantined_samples_are_listed(tmp_path: Path) -> None:
     trainer.close()
     assert [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()] == [bad]
     assert "shard-000001.tar: abc: truncated" in messages[0]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    """An S3 bucket in this process."""
+    moto = pytest.importorskip("moto")
+    from gmdist import storage
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    with moto.mock_aws():
+        storage._client.cache_clear()
+        storage._client().create_bucket(Bucket="runs")
+        yield "s3://runs"
+    storage._client.cache_clear()
+
+
+def test_a_run_in_object_storage_is_the_same_run(bucket: str, tmp_path: Path) -> None:
+    from gmdist import storage
+
+    fit(Linear(), f"{bucket}/a", num_steps=3)
+    assert fit(Linear(), f"{bucket}/a", keep_checkpoints=1, sample_every=6) == fit(Linear(), tmp_path)
+    assert storage.list_names(f"{bucket}/a/checkpoints") == ["step-00000006"]
+    assert storage.exists(f"{bucket}/a/samples/step-00000006.png")
+    for name in ("shard-00000-of-00001.safetensors", "meta.json"):
+        place = f"checkpoints/step-00000006/{name}"
+        assert storage.read(f"{bucket}/a/{place}") == (tmp_path / place).read_bytes()
+    steps = [json.loads(line)["step"] for line in storage.read(f"{bucket}/a/metrics.jsonl").decode().splitlines()]
+    assert steps == [2, 3, 4, 6]
+    assert any(name.startswith("events.out.tfevents") for name in storage.list_names(f"{bucket}/a"))
