@@ -50,7 +50,7 @@ def join(location: str, *parts: str) -> str:
 
 def read(location: str) -> bytes:
     """The whole content of a file."""
-    with _naming(location):
+    with naming(location):
         if is_s3(location):
             bucket, key = _split(location)
             return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -61,7 +61,7 @@ def read_range(location: str, offset: int, num_bytes: int) -> bytes:
     """`num_bytes` of a file from `offset` on; StorageError if the file ends before."""
     if num_bytes == 0:
         return b""  # HTTP has no empty range: S3 answers with the whole object
-    with _naming(location):
+    with naming(location):
         if is_s3(location):
             bucket, key = _split(location)
             span = f"bytes={offset}-{offset + num_bytes - 1}"
@@ -76,7 +76,7 @@ def read_range(location: str, offset: int, num_bytes: int) -> bytes:
 
 def write(location: str, content: bytes) -> None:
     """Replace a file's content at once; parent folders are made."""
-    with _naming(location):
+    with naming(location):
         if is_s3(location):
             bucket, key = _split(location)
             _client().put_object(Bucket=bucket, Key=key, Body=content)
@@ -97,7 +97,7 @@ def write(location: str, content: bytes) -> None:
 def copy_from_local(path: str, location: str) -> None:
     """Write a local file's content to a location."""
     if is_s3(location):
-        with _naming(location):
+        with naming(location):
             bucket, key = _split(location)
             _client().upload_file(path, bucket, key)  # multipart above boto3's threshold
     else:
@@ -106,7 +106,7 @@ def copy_from_local(path: str, location: str) -> None:
 
 def stat(location: str) -> Stat:
     """Size and version of a file."""
-    with _naming(location):
+    with naming(location):
         if is_s3(location):
             bucket, key = _split(location)
             head = _client().head_object(Bucket=bucket, Key=key)
@@ -126,7 +126,7 @@ def exists(location: str) -> bool:
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files and folders directly inside a folder or prefix; [] where there is none."""
-    with _naming(folder):
+    with naming(folder):
         if is_s3(folder):
             return sorted(_list_s3(folder))
         if not os.path.isdir(folder):
@@ -136,7 +136,7 @@ def list_names(folder: str) -> list[str]:
 
 def delete_tree(folder: str) -> None:
     """Delete a folder or prefix with all that is in it; nothing happens where there is none."""
-    with _naming(folder):
+    with naming(folder):
         if is_s3(folder):
             bucket, prefix = _split_folder(folder)
             pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
@@ -150,7 +150,7 @@ def delete_tree(folder: str) -> None:
 
 def delete(location: str) -> None:
     """Delete a file; nothing happens where there is none."""
-    with _naming(location):
+    with naming(location):
         if is_s3(location):
             bucket, key = _split(location)
             _client().delete_object(Bucket=bucket, Key=key)
@@ -188,7 +188,7 @@ def _client() -> Any:
 
 
 @contextmanager
-def _naming(location: str) -> Iterator[None]:
+def naming(location: str) -> Iterator[None]:
     """Turn the system's and boto3's errors into ones that name the location and the way out."""
     try:
         yield

@@ -67,21 +67,24 @@ class MetricsLog:
         self._run_dir, self._folder = run_dir, folder
         local = os.path.join(folder, FILE_NAME)
         storage.write(local, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file = open(local, "a", encoding="utf-8")
-        self._events = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        with storage.naming(local):
+            self._file = open(local, "a", encoding="utf-8")
+            self._events = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it has "step", numbers, and the order digest as text."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, line["step"])
+        with storage.naming(self._location):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
         """Make what was written durable."""
-        self._file.flush()
-        self._events.flush()
+        with storage.naming(self._location):
+            self._file.flush()
+            self._events.flush()
         if self._scratch is not None:
             for name in os.listdir(self._folder):
                 storage.copy_from_local(os.path.join(self._folder, name), storage.join(self._run_dir, name))
@@ -89,8 +92,9 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close both files."""
         self.flush()
-        self._file.close()
-        self._events.close()
+        with storage.naming(self._location):
+            self._file.close()
+            self._events.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 

@@ -298,8 +298,10 @@ class Trainer:
         if not lines:
             return
         location = storage.join(self.run_dir, "quarantine.jsonl")
-        before = storage.read(location) if storage.exists(location) else b""
-        storage.write(location, before + "".join(json.dumps(line) + "\n" for line in lines).encode())
+        before = storage.read(location).decode().splitlines() if storage.exists(location) else []
+        # Steps that are made again after a resume meet the same samples again.
+        texts = dict.fromkeys([*before, *(json.dumps(line) for line in lines)])
+        storage.write(location, "".join(text + "\n" for text in texts).encode())
         first = lines[0]
         self.hooks.on_message(
             f"replaced {len(lines)} undecodable samples ({first['shard']}: {first['sample']}: {first['reason']}); "
