@@ -28,7 +28,7 @@ from gmdist import runs, storage
 from gmdist.config import Config, from_yaml
 from gmdist.errors import CheckpointError, ConfigError, DataError, GmdistError, StorageError
 from gmdist.launch.cluster import connected
-from gmdist.train.trainer import Hooks, Outcome, Progress
+from gmdist.train.control import Hooks, Outcome, Progress
 
 _POLL_S = 0.25
 _BACKOFF_S = 1.0  # before the first restart; doubles with each

@@ -1,26 +1,26 @@
 """The step and the loop. Knows the contract of a family, and no family."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from gmdist import images, storage
-from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Family
 from gmdist.rng import derive
 from gmdist.train import checkpoint
-from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, Saver, tensor_key
+from gmdist.train.checkpoint import Reader, Saver
+from gmdist.train.control import Clock, Control, Hooks, Outcome, Progress
 from gmdist.train.ema import EMA
 from gmdist.train.engine import PRECISIONS, STAGES, Unit, make_unit, rank, world_size
 from gmdist.train.metrics import Averages, MetricsLog
 from gmdist.train.optim import OptimConfig, learning_rate
+from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 
 _INITIALIZE_SAMPLES = 256
 _MASK64 = (1 << 64) - 1
@@ -82,13 +82,6 @@ class Loaded(Protocol):
         """The samples that were replaced because they could not be decoded."""
 
 
-class Fingerprint(Protocol):
-    """What the order of samples depends on."""
-
-    def check(self, saved: dict[str, Any]) -> None:
-        """Raise DataError if a run with the saved fingerprint cannot go on with this one."""
-
-
 class Source(Protocol):
     """A data set as one worker reads it."""
 
@@ -102,45 +95,6 @@ class Source(Protocol):
 
     def first(self, count: int) -> Loaded:
         """The first samples of the order, the same on every worker."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for whoever watches it."""
-
-    step: int
-    num_steps: int
-    images_per_s: float  # over all workers
-    loss: float
-    seconds_left: float
-
-
-@dataclass
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    seen: int  # samples whose step is done
-    digest: str  # of their order, hexadecimal
-    finished: bool  # False: stopped on request, to be resumed
-
-
-@dataclass
-class Hooks:
-    """The run's connections to whoever started it. Rank 0's are used."""
-
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    on_message: Callable[[str], None] = lambda message: None
-    stop_requested: Callable[[], bool] = lambda: False
-
-
-@dataclass
-class RunIdentity:
-    """What a checkpoint must agree with to be resumed from."""
-
-    family: str
-    batch_size: int  # samples a step, over all workers
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the order
 
 
 class Trainer:
@@ -351,22 +305,6 @@ class Trainer:
     # Checkpoints
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for unit in self.units.values():
-            for fragment in unit.owned():
-                tensors[tensor_key(PARAM, fragment.name, fragment.start)] = fragment.values
-                for name, values in fragment.state.items():
-                    tensors[tensor_key(STATE + name, fragment.name, fragment.start)] = values
-        for fragment, average in zip(self.ema.fragments, self.ema.averages, strict=True):
-            tensors[tensor_key(EMA_PARAM, fragment.name, fragment.start)] = average
-        for i, (name, parameter) in enumerate(self._frozen_parameters()):
-            if i % world_size() == rank():
-                tensors[tensor_key(FROZEN, name, 0)] = parameter.data.flatten()
-        if rank() == 0:
-            for name, buffer in self.family.named_buffers():
-                tensors[tensor_key(BUFFER, name, 0)] = buffer.flatten()
-        for name, state in self.family.worker_state().items():
-            tensors[tensor_key(WORKER, f"{name}@{rank()}", 0)] = state.flatten()
         meta = {
             "family": self.identity.family,
             "images": self.seen,
@@ -379,7 +317,7 @@ class Trainer:
             "shapes": shapes_of(self.family),
             "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
         }
-        self._saver.save(self.step, tensors, meta)
+        self._saver.save(self.step, state_tensors(self.family, self.units, self.ema), meta)
         if self._log is not None:
             self._log.flush()
 
@@ -398,43 +336,11 @@ class Trainer:
     def _load(self, found: checkpoint.Found) -> None:
         meta = found.meta
         checkpoint.check_shapes(found.location, meta, shapes_of(self.family))
-        with Reader(found.location, meta) as reader, torch.no_grad():
-            for name, unit in self.units.items():
-                for fragment in unit.held():
-                    place = fragment.name, fragment.start, fragment.values.numel()
-                    fragment.values.copy_(reader.read(PARAM, *place))
-                    for key, values in fragment.state.items():
-                        values.copy_(reader.read(STATE + key, *place))
-                unit.set_num_updates(meta["updates"][name])
-                unit.publish()
-            for fragment, average in zip(self.ema.fragments, self.ema.averages, strict=True):
-                average.copy_(reader.read(EMA_PARAM, fragment.name, fragment.start, fragment.values.numel()))
-            for name, parameter in self._frozen_parameters():
-                load_tensor(reader, FROZEN, name, parameter.data)
-            for name, buffer in self.family.named_buffers():
-                load_tensor(reader, BUFFER, name, buffer)
-            self._load_worker_state(reader)
+        with Reader(found.location, meta) as reader:
+            load_state(reader, self.family, self.units, self.ema)
         self.step, self.seen = meta["step"], meta["images"]
         # The digest is a sum over workers: one of them carries what was there before.
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
-
-    def _load_worker_state(self, reader: Reader) -> None:
-        """Give the worker its own state back; one that was not there before starts with the family's own."""
-        if rank() < reader.meta["world_size"]:
-            state = self.family.worker_state()
-            for name, tensor in state.items():
-                shape = reader.meta["worker_shapes"].get(name)
-                if shape != list(tensor.shape):
-                    raise CheckpointError(f"{reader.location}: {name} is {shape}; the model has {list(tensor.shape)}")
-                load_tensor(reader, WORKER, f"{name}@{rank()}", tensor)
-            self.family.load_worker_state(state)
-
-    def _frozen_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [
-            (name, parameter)
-            for name, parameter in self.family.named_parameters()
-            if name.partition(".")[0] not in self._trained
-        ]
 
     def _total_digest(self) -> str:
         total = self._digest & _MASK64
@@ -451,65 +357,6 @@ class Trainer:
         """Trained children train; frozen ones never do."""
         for name, child in self.family.named_children():
             child.train(training and name in self._trained)
-
-
-class Clock:
-    """The time that steps take, without the pauses between them."""
-
-    def __init__(self, step: int) -> None:
-        self._first_step = self._lap_step = step
-        self._start = self._lap_start = time.perf_counter()
-        self._paused_s = 0.0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of a block out of the laps."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused_s += time.perf_counter() - start
-
-    def lap(self, step: int) -> tuple[int, float]:
-        """Steps and seconds since the last lap."""
-        now = time.perf_counter()
-        steps, seconds = step - self._lap_step, now - self._lap_start - self._paused_s
-        self._lap_step, self._lap_start, self._paused_s = step, now, 0.0
-        return steps, seconds
-
-    def seconds_a_step(self, step: int) -> float:
-        """The mean since the start, pauses included: what the time left is estimated from."""
-        return (time.perf_counter() - self._start) / max(step - self._first_step, 1)
-
-
-class Control:
-    """Agreement of all workers, once a step, on whether to stop and whether a save has failed.
-
-    The answer comes a step late: a reduction on the host runs while the step computes, and no device is waited for.
-    """
-
-    def __init__(self) -> None:
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if distributed else None
-        self._flags = torch.zeros(2, dtype=torch.int32)
-        self._work: Any = None
-
-    def exchange(self, stop: bool, failed: bool) -> tuple[bool, bool]:
-        """Put in this worker's flags, and get whether any worker had them set at the step before."""
-        mine = torch.tensor([stop, failed], dtype=torch.int32)
-        if self._group is None:
-            return stop, failed
-        if self._work is not None:
-            self._work.wait()
-        answer = self._flags.tolist()
-        self._flags = mine
-        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return bool(answer[0]), bool(answer[1])
-
-    def close(self) -> None:
-        """Finish the reduction under way."""
-        if self._work is not None:
-            self._work.wait()
 
 
 def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
@@ -547,35 +394,3 @@ def split(batch: Batch, size: int) -> list[Batch]:
     """Cut a batch into micro-batches of `size` samples."""
     count = len(batch["key"])
     return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, count, size)]
-
-
-def shapes_of(family: Family) -> dict[str, list[int]]:
-    """The shapes of a family's parameters and buffers."""
-    tensors: list[tuple[str, Tensor]] = [*family.named_parameters(), *family.named_buffers()]
-    return {name: list(tensor.shape) for name, tensor in tensors}
-
-
-def load_tensor(reader: Reader, kind: str, name: str, tensor: Tensor) -> None:
-    """Fill a tensor from a checkpoint."""
-    tensor.copy_(reader.read(kind, name, 0, tensor.numel(), tensor.dtype).view(tensor.shape))
-
-
-def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None) -> None:
-    """Raise if a run cannot go on from a checkpoint: another family, data set, seed or batch size."""
-    meta = found.meta
-    if meta["family"] != identity.family:
-        raise CheckpointError(
-            f"{found.location}: of family '{meta['family']}', the config's is '{identity.family}'; "
-            "choose another run.dir, or set run.overwrite=true to start anew"
-        )
-    if fingerprint is not None:
-        fingerprint.check(meta["data"])
-    for key, saved, now in (
-        ("train.seed", meta["train_seed"], seed),
-        ("data.batch_size", meta["batch_size"], identity.batch_size),
-    ):
-        if saved != now:
-            raise DataError(
-                f"cannot resume: {key} was {saved} when the run was started and is {now} now; "
-                f"set {key}={saved}, or start anew in another run.dir"
-            )

@@ -14,7 +14,6 @@ import webdataset
 
 from gmdist.data.shard import (
     MANIFEST_NAME,
-    MAX_MEMBER_BYTES,
     Manifest,
     ShardIndex,
     ShardWriter,
@@ -26,6 +25,7 @@ from gmdist.data.shard import (
     load_index,
     scan,
 )
+from gmdist.data.tar import MAX_MEMBER_BYTES
 from gmdist.errors import DataError
 
 # Sizes around the 512-byte blocks of tar, none included; a sample without a label; names beyond ASCII.

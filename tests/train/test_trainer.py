@@ -10,7 +10,9 @@ from torch import nn
 
 from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.families.family import Family, Phase
-from gmdist.train.trainer import Hooks, RunIdentity, TrainConfig, check_identity, micro_batch_size
+from gmdist.train.control import Hooks
+from gmdist.train.state import RunIdentity, check_identity
+from gmdist.train.trainer import TrainConfig, micro_batch_size
 from tests.support import ADAM, Linear, MemorySource, fit, make_trainer, run_workers, small_family, tree_bytes
 
 
