@@ -12,13 +12,16 @@ import functools
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gmdist.errors import ConfigError, StorageError
+
+_PIECE_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,21 @@ def read_range(location: str, offset: int, num_bytes: int) -> bytes:
     if len(content) != num_bytes:
         raise StorageError(f"{location}: asked for {num_bytes} bytes at {offset}, got {len(content)}: the file was cut")
     return content
+
+
+def checksum(location: str) -> tuple[int, int]:
+    """Size in bytes and crc32 of a file, read in pieces."""
+    num_bytes, crc32 = 0, 0
+    with naming(location), ExitStack() as stack:
+        if is_s3(location):
+            bucket, key = _split(location)
+            pieces = _client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(_PIECE_BYTES)
+        else:
+            file = stack.enter_context(open(location, "rb"))
+            pieces = iter(lambda: file.read(_PIECE_BYTES), b"")
+        for piece in pieces:
+            num_bytes, crc32 = num_bytes + len(piece), zlib.crc32(piece, crc32)
+    return num_bytes, crc32
 
 
 def write(location: str, content: bytes) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import zlib
 from pathlib import Path
 
 import boto3
@@ -254,3 +255,12 @@ def test_empty_members_are_empty(folder: str) -> None:
     assert shards.read(0, 1)[1] == {"png": b"x" * 600}
     with pytest.raises(UndecodableError):
         decode_image(shards.read(0, 0)[1]["png"], 3)
+
+
+def test_checksum_of_a_file_larger_than_a_piece(folder, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "_PIECE_BYTES", 7)
+    content = bytes(range(50))
+    storage.write(f"{folder}/a", content)
+    assert storage.checksum(f"{folder}/a") == (50, zlib.crc32(content))
+    with pytest.raises(FileNotFoundError):
+        storage.checksum(f"{folder}/none")

@@ -95,12 +95,12 @@ def verify(location: str, meta: dict[str, Any]) -> None:
     for shard in meta["shards"]:
         path = storage.join(location, shard["name"])
         try:
-            content = storage.read(path)
+            num_bytes, crc32 = storage.checksum(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: missing") from error
-        if len(content) != shard["bytes"]:
-            raise CheckpointError(f"{path}: {len(content)} bytes instead of {shard['bytes']}")
-        if zlib.crc32(content) != shard["crc32"]:
+        if num_bytes != shard["bytes"]:
+            raise CheckpointError(f"{path}: {num_bytes} bytes instead of {shard['bytes']}")
+        if crc32 != shard["crc32"]:
             raise CheckpointError(f"{path}: damaged (its crc32 differs)")
 
 
