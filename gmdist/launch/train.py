@@ -110,11 +110,14 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         return finished
     if config.run.overwrite:
         runs.clear(storage.absolute(config.run.dir))
-    with connected(config.cluster):
+    stopper = _Stopper(on_message)
+    # Ray takes SIGTERM for itself when it starts: the handlers are set again after it.
+    with stopper.installed(), connected(config.cluster), stopper.installed():
         failures = 0
         while True:
+            stopper.check()
             try:
-                return _attempt(config, on_progress, on_message)
+                return _attempt(config, on_progress, on_message, stopper)
             except _WorkersFailedError as error:
                 failures += 1
                 _write_trace(config, error.failure)
@@ -124,6 +127,7 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
                 if failures > config.cluster.max_failures:
                     trace = storage.join(config.run.dir, "error.txt")
                     raise RunFailedError(f"{config.run.dir}: {reason}; the traceback is in {trace}") from error
+                stopper.check()
                 on_message(f"a worker failed ({reason}); restart {failures} of {config.cluster.max_failures}")
                 time.sleep(_BACKOFF_S * 2 ** (failures - 1))
 
@@ -134,7 +138,9 @@ class _WorkersFailedError(Exception):
         self.failure = failure
 
 
-def _attempt(config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None]) -> Outcome:
+def _attempt(
+    config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None], stopper: "_Stopper"
+) -> Outcome:
     """Start the workers once, and watch them to their end."""
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     result: list[Any] = []
@@ -158,12 +164,14 @@ def _attempt(config: Config, on_progress: Callable[[Progress], None], on_message
                 on_progress(news.progress)
             failures.extend(news.failures)
 
-        with _stopping(mailbox, on_message):
-            thread.start()
-            while thread.is_alive():
-                thread.join(_POLL_S)
-                look()
+        stopper.mailbox = mailbox
+        stopper.check()
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            look()
         look()
+        stopper.mailbox = None
     ray.kill(mailbox)
     ended = result[0]
     if isinstance(ended, Exception):
@@ -267,28 +275,42 @@ def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
         exchange()
 
 
-@contextmanager
-def _stopping(mailbox: Any, on_message: Callable[[str], None]) -> Iterator[None]:
-    """While this holds, the first SIGINT or SIGTERM asks the workers to stop, the second ends the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
+class _Stopper:
+    """While installed, the first SIGINT or SIGTERM asks the workers to stop, the second ends the process at once.
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    It is there before Ray is: an interrupt during Ray's own start would be swallowed.
+    """
+
+    def __init__(self, on_message: Callable[[str], None]) -> None:
+        self.mailbox: Any = None  # of the workers that are running, if any
+        self.asked = False
+        self._on_message = on_message
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
             raise KeyboardInterrupt
-        asked = True
-        on_message("stopping: the workers save a checkpoint first; once more to stop at once")
-        mailbox.request_stop.remote()
+        self.asked = True
+        self._on_message("stopping: running workers save a checkpoint first; once more to stop at once")
+        if self.mailbox is not None:
+            self.mailbox.request_stop.remote()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def check(self) -> None:
+        """KeyboardInterrupt if a stop was asked for while no worker ran."""
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def _cause(failures: list[Failure], ended: Exception) -> Failure:

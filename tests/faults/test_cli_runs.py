@@ -122,6 +122,18 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, 
     assert go_on(digits, run) == digest_of(undisturbed[1])
 
 
+def test_ctrl_c_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path) -> None:
+    process = start(command(digits, tmp_path / "run"))
+    assert process.stdout.readline() == "autoencoder_kl: starting\n"
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == "gmdist: stopped"
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_is_said_and_loses_nothing(digits: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine does not let a user mount a small file system")
