@@ -7,6 +7,8 @@ checkpoint to go on from.
 import argparse
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 
 from gmdist import __version__
@@ -33,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gmdist: stopped", file=sys.stderr)
         return EXIT_STOPPED
+    except Exception as error:  # noqa: BLE001 - nobody should have to read a traceback in a terminal
+        with tempfile.NamedTemporaryFile("w", prefix="gmdist-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"gmdist: {type(error).__name__}: {reason}; the traceback is in {file.name}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,8 +114,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, draw, save
+    from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
+    check_out(options.out)
     request = SampleRequest(options.num_images, options.label, options.seed, options.steps, options.guidance)
     print(save(draw(options.run, request), options.out))
     return EXIT_DONE

@@ -39,6 +39,8 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
             )
+        if not self.timeout_s > 0:
+            raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be above 0")
         if self.max_failures < 0:
             raise ConfigError(f"cluster.max_failures: {self.max_failures}; must be at least 0")
 
@@ -112,9 +114,8 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
     family = dict(tree["family"])
     family_name = family.pop("name", None)
-    if family_name not in CATALOGUE:
-        hint = _suggest(str(family_name), list(CATALOGUE))
-        raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}{hint}")
+    if not isinstance(family_name, str) or family_name not in CATALOGUE:
+        raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}")
     config = Config(
         name=_name(tree["name"]),
         family_name=family_name,
@@ -128,6 +129,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
         run=_structured(RunConfig, tree["run"], "run"),
     )
     _check(config)
+    _make_absolute(config)
     return config
 
 
@@ -141,9 +143,25 @@ def _check(config: Config) -> None:
     if problem:
         raise ConfigError(f"family.{problem}")
     micro_batch_size(config.train, config.data.batch_size, config.cluster.num_workers)
-    for location in (config.run.dir, config.data.train, config.data.test):
+    for key, location in (
+        ("run.dir", config.run.dir),
+        ("data.train", config.data.train),
+        ("data.test", config.data.test),
+    ):
         if location is not None:
+            if not location:
+                raise ConfigError(f"{key}: ''; must be a folder or an s3:// prefix")
             storage.is_s3(location)
+
+
+def _make_absolute(config: Config) -> None:
+    """Let every process, in whatever folder it runs, find what the user meant from theirs."""
+    config.run.dir = storage.absolute(config.run.dir)
+    config.data.train = storage.absolute(config.data.train)
+    config.data.test = config.data.test and storage.absolute(config.data.test)
+    for f in dataclasses.fields(config.family):
+        if f.metadata.get("location"):
+            setattr(config.family, f.name, storage.absolute(getattr(config.family, f.name)))
 
 
 def _name(value: Any) -> str:

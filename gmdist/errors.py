@@ -9,6 +9,12 @@ class ConfigError(GmdistError):
     """Wrong usage or config. Names the key, the value, and what would be valid. Exit code 2."""
 
 
+def check_int64(key: str, value: int) -> None:
+    """ConfigError for an integer that does not fit into 64 bits."""
+    if not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{key}: {value}; must fit into 64 bits")
+
+
 class DataError(GmdistError):
     """A data set that is missing, unsound, or not the one that a run was started with. Exit code 1."""
 

@@ -100,7 +100,10 @@ def write(location: str, content: bytes) -> None:
             _client().put_object(Bucket=bucket, Key=key, Body=content)
             return
         path = Path(location)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # under /proc and the like
+            raise StorageError(f"{location}: no folder can be made there; choose another one") from error
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:

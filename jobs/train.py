@@ -6,4 +6,5 @@ from gmdist.cli import main
 
 if __name__ == "__main__":
     # After the user's own overrides would be too late to let them choose another cluster.
-    sys.exit(main(["train", *sys.argv[1:2], "cluster.address=auto", *sys.argv[2:]]))
+    config, overrides = sys.argv[1:2], sys.argv[2:]
+    sys.exit(main(["train", *config, *(["cluster.address=auto"] if config else []), *overrides]))

@@ -176,6 +176,8 @@ def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) ->
     assert "--guidance: family 'autoencoder_kl' has no sampler" in refused(capsys, 2, *sample, "--guidance", "2")
     assert "--num-images: 0" in refused(capsys, 2, *sample, "--num-images", "0")
     assert "not a run" in refused(capsys, 2, "sample", str(tmp_path), "--out", "x.png")
+    assert "--seed: 2147483648; must be between" in refused(capsys, 2, *sample, "--seed", "2147483648")
+    assert "grids are PNG files" in refused(capsys, 2, "sample", str(trained), "--out", str(tmp_path / "x.jpg"))
 
 
 def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:
@@ -186,6 +188,32 @@ def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:
     with Reader(found.location, found.meta) as reader:
         for name, parameter in family.named_parameters():
             assert torch.equal(reader.read(EMA_PARAM, name, 0, parameter.numel()), parameter.flatten())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cluster.address=127.0.0.1:1", "cluster.address: '127.0.0.1:1'; no Ray cluster answers there"),
+        ("data.num_classes=3", "class label 9 is out of range"),
+    ],
+)
+def test_a_refused_overwrite_deletes_nothing(digits: Path, trained: Path, capsys, override, words) -> None:
+    before = tree_bytes(trained)
+    code = 2 if "cluster" in override else 1
+    assert words in refused(capsys, code, "train", *arguments(digits, trained, "run.overwrite=true", override))
+    assert tree_bytes(trained) == before
+
+
+def test_an_unexpected_error_is_one_line_too(trained: Path, capsys, monkeypatch) -> None:
+    def broken(*arguments):
+        raise ZeroDivisionError("never\nmind")
+
+    monkeypatch.setattr("gmdist.launch.sample.draw", broken)
+    line = refused(capsys, 1, "sample", str(trained), "--out", "x.png")
+    assert line.startswith("gmdist: ZeroDivisionError: never; the traceback is in ")
+    trace = Path(line.rpartition(" ")[2])
+    assert "Traceback" in trace.read_text()
+    trace.unlink()
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(trained: Path, tmp_path: Path) -> None:

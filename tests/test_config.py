@@ -72,6 +72,24 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         (".x=1", "'.x=1': not an override"),
         ("name.x=1", "name.x: no such key; 'name' has no keys below it"),
         ("train.num_steps=[", "not a valid YAML config"),
+        ("family.name=[a]", "family.name: '['a']'; must be one of"),
+        ("family.autoencoder.channels=7", "family.autoencoder.channels: 7; must be even"),
+        ("family.autoencoder.channels=-8", "family.autoencoder.channels: -8; must be even"),
+        ("family.autoencoder.multipliers=[]", "family.autoencoder.multipliers: []; must be one or more"),
+        ("family.autoencoder.multipliers=[1,-2]", "family.autoencoder.multipliers: [1, -2]"),
+        ("family.autoencoder.latent_channels=0", "family.autoencoder.latent_channels: 0; must be at least 1"),
+        ("family.autoencoder.num_res_blocks=-1", "family.autoencoder.num_res_blocks: -1; must be at least 1"),
+        ("family.kl_weight=.nan", "family.kl_weight: nan"),
+        ("optim.autoencoder.betas=[0.9,1.5]", "optim.autoencoder.betas: (0.9, 1.5); must be at least 0 and below 1"),
+        ("optim.autoencoder.lr=.inf", "optim.autoencoder.lr: inf; must be a number above 0"),
+        ("optim.autoencoder.warmup_steps=-5", "optim.autoencoder.warmup_steps: -5"),
+        ("optim.autoencoder.momentum=1.0", "optim.autoencoder.momentum: 1.0"),
+        ("train.ema_ramp=5", "train.ema_ramp: 5.0"),
+        ("train.seed=99999999999999999999999", "train.seed: 99999999999999999999999; must fit into 64 bits"),
+        ("data.seed=99999999999999999999999", "data.seed: 99999999999999999999999; must fit into 64 bits"),
+        ("data.image_size=100000", "data.image_size: 100000; must be at most"),
+        ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be above 0"),
+        ("run.dir=''", "run.dir: ''; must be a folder"),
     ],
 )
 def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
@@ -79,6 +97,34 @@ def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
         load(str(base), [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("family.unet.num_heads=3", "family.unet.num_heads: 3; must divide the attended widths [64, 128]"),
+        ("family.unet.num_heads=0", "family.unet.num_heads: 0"),
+        ("family.unet.dropout=2", "family.unet.dropout: 2.0"),
+        ("family.unet.attention_levels=[9]", "family.unet.attention_levels: [9]; the levels are 0 to 1"),
+        ("family.diffusion.num_timesteps=99999999999", "family.diffusion.num_timesteps: 99999999999"),
+        ("family.diffusion.sampler.guidance=.nan", "family.diffusion.sampler.guidance: nan"),
+        ("family.label_dropout=2", "family.label_dropout: 2.0; must be between 0 and 1"),
+    ],
+)
+def test_denoisers_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(str(ROOT / "configs/digits/latent_diffusion.yaml"), [override])
+    assert message in str(caught.value)
+
+
+def test_locations_are_made_absolute(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    config = load(str(base), ["data.test=s3://bucket/test/"])
+    assert config.run.dir == str(base.parent / "runs/x")
+    assert config.data.train == str(base.parent / "data/x")
+    assert config.data.test == "s3://bucket/test"
+    latent = load(str(ROOT / "configs/digits/latent_diffusion.yaml"), [])
+    assert latent.family.first_stage == str(base.parent / "runs/digits/autoencoder_kl")
 
 
 def test_missing_keys_are_named(base: Path) -> None:

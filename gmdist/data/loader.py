@@ -17,7 +17,7 @@ from gmdist.data.decode import UInt8Array, UndecodableError, check_size, decode_
 from gmdist.data.fetch import Shards
 from gmdist.data.shard import Manifest, Sample, parse_label
 from gmdist.data.tape import Int64Array, Tape, digest, owned
-from gmdist.errors import ConfigError, DataError
+from gmdist.errors import ConfigError, DataError, check_int64
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _SAMPLES_PER_TASK = 16  # fewer, and threads spend their time waiting for the GIL
@@ -47,6 +47,10 @@ class DataConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at least 1")
+        for key, most in (("image_size", 1 << 14), ("batch_size", 1 << 24), ("num_threads", 256), ("block", 1 << 40)):
+            if (getattr(self, key) or 0) > most:
+                raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at most {most}")
+        check_int64("data.seed", self.seed)
         if self.channels not in (1, 3):
             raise ConfigError(f"data.channels: {self.channels}; must be 1 (grey) or 3 (RGB)")
         if self.num_classes is not None and self.num_classes < 1:

@@ -1,6 +1,7 @@
 """Embedded data sets: real images that an installed package carries, so that nothing is downloaded."""
 
 import io
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from gmdist import storage
 from gmdist.data.pack import write_shards
-from gmdist.data.shard import Manifest
+from gmdist.data.shard import MANIFEST_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
 DIGITS_SIZE = 32  # pixels a side, from 8
@@ -61,6 +62,17 @@ def _write_digits(split: str, folder: str) -> Manifest:
         return write_shards(digits(split), folder, classes, num_shards=_DIGITS_SHARDS[split])
     with tempfile.TemporaryDirectory(prefix="gmdist-digits-") as scratch:
         wanted = write_shards(digits(split), scratch, classes, num_shards=_DIGITS_SHARDS[split])
-    if Manifest.load(folder).hash != wanted.hash:
+        if storage.exists(storage.join(folder, MANIFEST_NAME)):
+            same = Manifest.load(folder).hash == wanted.hash
+        else:  # interrupted before the manifest, if all that is there are parts of it
+            names = storage.list_names(folder)
+            same = all(_same(storage.join(folder, name), os.path.join(scratch, name)) for name in names)
+            if same:
+                write_shards(digits(split), folder, classes, num_shards=_DIGITS_SHARDS[split])
+    if not same:
         raise DataError(f"{folder}: holds another data set; choose another folder or delete it")
     return wanted
+
+
+def _same(location: str, other: str) -> bool:
+    return storage.exists(other) and storage.exists(location) and storage.read(location) == storage.read(other)

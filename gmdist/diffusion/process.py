@@ -3,6 +3,7 @@
 One class composes a schedule, a prediction and a sampler; pixels and latents use the same.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from gmdist.diffusion import samplers, schedules
 SCHEDULES = {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear, "cosine": schedules.cosine}
 SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm}
 PREDICTIONS = ("eps", "v")
+_MAX_TIMESTEPS = 1_000_000
 
 
 @dataclass
@@ -42,8 +44,10 @@ class DiffusionConfig:
             return f"prediction: '{self.prediction}'; must be one of {', '.join(PREDICTIONS)}"
         if self.sampler.name not in SAMPLERS:
             return f"sampler.name: '{self.sampler.name}'; must be one of {', '.join(SAMPLERS)}"
-        if self.num_timesteps < 1:
-            return f"num_timesteps: {self.num_timesteps}; must be at least 1"
+        if not 1 <= self.num_timesteps <= _MAX_TIMESTEPS:
+            return f"num_timesteps: {self.num_timesteps}; must be between 1 and {_MAX_TIMESTEPS}"
+        if not math.isfinite(self.sampler.guidance):
+            return f"sampler.guidance: {self.sampler.guidance}; must be a number"
         if not 1 <= self.sampler.num_steps <= self.num_timesteps:
             return f"sampler.num_steps: {self.sampler.num_steps}; must be between 1 and {self.num_timesteps}"
         return None

@@ -20,6 +20,10 @@ class AutoencoderKLConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
+        if problem := self.autoencoder.problem():
+            return f"autoencoder.{problem}"
+        if not 0.0 <= self.kl_weight < math.inf:
+            return f"kl_weight: {self.kl_weight}; must be a number of at least 0"
         factor = self.autoencoder.downsampling
         if image_size % factor:
             return f"autoencoder.multipliers: image sides must be divisible by {factor}, not {image_size}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from gmdist.diffusion.process import Diffusion, DiffusionConfig
-from gmdist.families.denoising import denoising_loss, drop_labels, sample_denoiser
+from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.nets.unet import UNet, UNetConfig
 
@@ -20,12 +20,12 @@ class DDPMConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
-        if image_size % self.unet.downsampling:
+        problem = denoiser_problem(self.unet, self.diffusion, self.label_dropout)
+        if problem is None and image_size % self.unet.downsampling:
             return (
                 f"unet.multipliers: the UNet needs image sides divisible by {self.unet.downsampling}, not {image_size}"
             )
-        problem = self.diffusion.problem()
-        return f"diffusion.{problem}" if problem else None
+        return problem
 
 
 class DDPM(Family):

@@ -4,8 +4,19 @@ import torch
 from torch import Tensor
 
 from gmdist import rng
-from gmdist.diffusion.process import Diffusion
-from gmdist.nets.unet import UNet
+from gmdist.diffusion.process import Diffusion, DiffusionConfig
+from gmdist.nets.unet import UNet, UNetConfig
+
+
+def denoiser_problem(unet: UNetConfig, diffusion: DiffusionConfig, label_dropout: float) -> str | None:
+    """Why these settings of a denoiser cannot be, as "key: value; what is valid"; None if they can."""
+    if problem := unet.problem():
+        return f"unet.{problem}"
+    if problem := diffusion.problem():
+        return f"diffusion.{problem}"
+    if not 0.0 <= label_dropout <= 1.0:
+        return f"label_dropout: {label_dropout}; must be between 0 and 1"
+    return None
 
 
 def drop_labels(label: Tensor, keys: Tensor, num_classes: int, probability: float, seed: int) -> Tensor:

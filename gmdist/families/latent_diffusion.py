@@ -9,7 +9,7 @@ from gmdist import rng
 from gmdist.diffusion.process import Diffusion, DiffusionConfig, SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
-from gmdist.families.denoising import denoising_loss, drop_labels, sample_denoiser
+from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.nets.unet import UNet, UNetConfig
 
@@ -20,7 +20,7 @@ _ENCODED_AT_ONCE = 16
 class LatentDiffusionConfig:
     """A UNet on the latents of another run; class-conditional where the data has classes."""
 
-    first_stage: str  # run folder, or checkpoint, of an autoencoder_kl
+    first_stage: str = field(metadata={"location": True})  # run folder, or checkpoint, of an autoencoder_kl
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(
         default_factory=lambda: DiffusionConfig(schedule="scaled_linear", sampler=SamplerConfig(guidance=2.0))
@@ -29,8 +29,7 @@ class LatentDiffusionConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
-        problem = self.diffusion.problem()
-        return f"diffusion.{problem}" if problem else None
+        return denoiser_problem(self.unet, self.diffusion, self.label_dropout)
 
 
 class LatentDiffusion(Family):

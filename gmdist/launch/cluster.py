@@ -5,8 +5,10 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray._private import services
 
 from gmdist.config import ClusterConfig
 from gmdist.errors import ConfigError
@@ -28,11 +30,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     already = ray.is_initialized()
-    if not already:
-        _connect(config)
     try:
+        if not already:
+            _connect(config)
         check_resources(config)
         yield
+    except SystemExit as error:  # Ray's own answer to a SIGTERM while it starts
+        raise KeyboardInterrupt from error
     finally:
         if not already:
             ray.shutdown()
@@ -43,7 +47,7 @@ def _connect(config: ClusterConfig) -> None:
         # Ray's servers listen on every interface and run whatever they are sent: only who has the token may ask.
         # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        with _own_address():
+        with _own_address(), _groups_of_their_own():
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker),
@@ -54,13 +58,49 @@ def _connect(config: ClusterConfig) -> None:
                 log_to_driver=False,
             )
         return
+    _probe(config.address)
     try:
         ray.init(address=config.address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address: '{config.address}'; no Ray cluster answers there ({str(error).splitlines()[0]}); "
-            "use 'local' to start one on this machine"
-        ) from error
+        raise _unreachable(config.address, str(error).splitlines()[0]) from error
+
+
+def _probe(address: str) -> None:
+    """ConfigError if nothing listens at host:port: Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise _unreachable(address, error.strerror or str(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"cluster.address: '{address}'; no Ray cluster answers there ({reason}); "
+        "use 'local' to start one on this machine"
+    )
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Start Ray's processes in process groups of their own while this holds.
+
+    A terminal's Ctrl-C, and a batch system's SIGTERM, go to the whole group of a command: in that group Ray would die
+    before its workers could save. Ray has no setting for it; its processes still end with this one, by the kernel.
+    """
+    original = services.ConsolePopen
+
+    class InOwnGroup(original):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, process_group=0, **options)
+
+    services.ConsolePopen = InOwnGroup
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
 
 
 @contextmanager

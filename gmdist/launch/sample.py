@@ -1,5 +1,6 @@
 """Images from a run: a grid, or one PNG each."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ def draw(run: str, request: SampleRequest) -> Tensor:
     classes = config.data.num_classes or 0
     if request.num_images < 1:
         raise ConfigError(f"--num-images: {request.num_images}; must be at least 1")
+    if not 0 <= request.seed < 2**31:
+        raise ConfigError(f"--seed: {request.seed}; must be between 0 and {2**31 - 1}")
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise ConfigError(f"--guidance: {request.guidance}; must be a number")
     if request.label is not None and not 0 <= request.label < classes:
         valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
         raise ConfigError(f"--label: {request.label}; {valid}")
@@ -66,13 +71,19 @@ def draw(run: str, request: SampleRequest) -> Tensor:
     return torch.cat(parts)
 
 
+def check_out(out: str) -> None:
+    """ConfigError for a name that is neither a grid's nor a folder's."""
+    if out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif")):
+        raise ConfigError(f"--out: {out}; grids are PNG files: use a name that ends in .png, or a folder's")
+
+
 def save(pictures: Tensor, out: str) -> str:
     """Write images uint8 [N, H, W, C] as a grid (a name that ends in .png) or one PNG each (any other: a folder).
 
     Returns:
         A line that says what was written.
     """
-    if out.endswith(".png"):
+    if out.lower().endswith(".png"):
         storage.write(out, images.png(images.grid(pictures)))
         return f"{out}: {len(pictures)} images"
     width = max(5, len(str(len(pictures) - 1)))

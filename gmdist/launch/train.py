@@ -108,11 +108,12 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         on_message(warning)
     if finished is not None:
         return finished
-    if config.run.overwrite:
-        runs.clear(storage.absolute(config.run.dir))
     stopper = _Stopper(on_message)
     # Ray takes SIGTERM for itself when it starts: the handlers are set again after it.
     with stopper.installed(), connected(config.cluster), stopper.installed():
+        stopper.check()
+        if config.run.overwrite:  # all that can be refused before the start has been
+            runs.clear(storage.absolute(config.run.dir))
         failures = 0
         while True:
             stopper.check()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import Downsample, ResBlock, SelfAttention2d, Upsample, group_norm
+from gmdist.nets.blocks import Downsample, ResBlock, SelfAttention2d, Upsample, group_norm, widths_problem
 
 
 @dataclass
@@ -22,6 +22,12 @@ class AutoencoderConfig:
     def downsampling(self) -> int:
         """Image side / latent side."""
         return 2 ** (len(self.multipliers) - 1)
+
+    def problem(self) -> str | None:
+        """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
+        if self.latent_channels < 1:
+            return f"latent_channels: {self.latent_channels}; must be at least 1"
+        return widths_problem(self.channels, self.multipliers, self.num_res_blocks)
 
 
 class Middle(nn.Module):

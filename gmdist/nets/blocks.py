@@ -7,12 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_MAX_WIDTH = 1 << 16
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with the field's 32 groups, fewer where that would leave less than 4 channels a group."""
-    return nn.GroupNorm(min(32, max(channels // 4, 1)), channels, eps=1e-6)
+    """GroupNorm with the field's 32 groups, fewer where they would be small or not divide the channels."""
+    return nn.GroupNorm(group_norm_groups(channels), channels, eps=1e-6)
+
+
+def group_norm_groups(channels: int) -> int:
+    """The largest number of groups, at most 32, that divides the channels and leaves each 4 or more."""
+    return next(groups for groups in range(min(32, max(channels // 4, 1)), 0, -1) if channels % groups == 0)
+
+
+def widths_problem(channels: int, multipliers: tuple[int, ...], num_res_blocks: int) -> str | None:
+    """Why a network of these widths cannot be, as "key: value; what is valid"; None if it can."""
+    if not 2 <= channels <= _MAX_WIDTH or channels % 2:
+        return f"channels: {channels}; must be even, from 2 to {_MAX_WIDTH}"
+    if not multipliers or not all(1 <= multiplier <= _MAX_WIDTH // channels for multiplier in multipliers):
+        return f"multipliers: {list(multipliers)}; must be one or more numbers from 1 to {_MAX_WIDTH // channels}"
+    if num_res_blocks < 1:
+        return f"num_res_blocks: {num_res_blocks}; must be at least 1"
+    return None
 
 
 def zero_init(module: Layer) -> Layer:

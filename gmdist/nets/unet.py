@@ -13,6 +13,7 @@ from gmdist.nets.blocks import (
     Upsample,
     group_norm,
     timestep_embedding,
+    widths_problem,
     zero_init,
 )
 
@@ -32,6 +33,20 @@ class UNetConfig:
     def downsampling(self) -> int:
         """Input side / lowest side: the input's side must be a multiple of it."""
         return 2 ** (len(self.multipliers) - 1)
+
+    def problem(self) -> str | None:
+        """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
+        if problem := widths_problem(self.channels, self.multipliers, self.num_res_blocks):
+            return problem
+        levels = range(len(self.multipliers))
+        if not set(self.attention_levels) <= set(levels):
+            return f"attention_levels: {list(self.attention_levels)}; the levels are 0 to {len(levels) - 1}"
+        attended = {self.channels * self.multipliers[level] for level in (*self.attention_levels, levels[-1])}
+        if self.num_heads < 1 or any(width % self.num_heads for width in attended):
+            return f"num_heads: {self.num_heads}; must divide the attended widths {sorted(attended)}"
+        if not 0.0 <= self.dropout < 1.0:
+            return f"dropout: {self.dropout}; must be at least 0 and below 1"
+        return None
 
 
 class Stage(nn.Module):

@@ -61,6 +61,9 @@ def find_newest(run_dir: str) -> tuple[Found | None, list[str]]:
 
     Returns:
         It, or None where there is none; and a line for every newer one that cannot be used.
+
+    Raises:
+        CheckpointError: there are complete checkpoints, and all are damaged.
     """
     folder = storage.join(run_dir, "checkpoints")
     steps = sorted((step for name in storage.list_names(folder) if (step := step_of(name)) is not None), reverse=True)
@@ -73,6 +76,12 @@ def find_newest(run_dir: str) -> tuple[Found | None, list[str]]:
             return Found(location, meta, warnings), warnings
         except CheckpointError as error:
             warnings.append(f"skipped an unusable checkpoint: {error}")
+    if any(storage.exists(storage.join(folder, folder_name(step), META_NAME)) for step in steps):
+        # Something else than an interrupted save did this; starting at step 0 would throw the run away.
+        raise CheckpointError(
+            f"{folder}: none of the checkpoints can be used ({warnings[0].partition(': ')[2]}); restore one, "
+            "or set run.overwrite=true to start anew"
+        )
     return None, warnings
 
 
@@ -83,11 +92,17 @@ def read_meta(location: str) -> dict[str, Any]:
         meta = json.loads(storage.read(path))
         if meta["format"] != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format {meta['format']}; this version of gmdist reads {FORMAT_VERSION}")
+        if meta.pop("crc32") != _crc32_of(meta):
+            raise CheckpointError(f"{path}: damaged (its crc32 differs)")
         return meta
     except FileNotFoundError as error:
         raise CheckpointError(f"{location}: incomplete, it has no {META_NAME}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r})") from error
+
+
+def _crc32_of(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def verify(location: str, meta: dict[str, Any]) -> None:
@@ -230,6 +245,7 @@ class Saver:
 
         def complete(shards: list[dict[str, Any]]) -> None:
             content = {"format": FORMAT_VERSION, "step": step, **meta, "shards": shards}
+            content["crc32"] = _crc32_of(content)
             storage.write(storage.join(location, META_NAME), (json.dumps(content, indent=1) + "\n").encode())
 
         # What is left of an earlier, interrupted save of this step goes first.

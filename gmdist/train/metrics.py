@@ -20,27 +20,32 @@ class Averages:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._dtype = torch.float64 if device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add one observation of some metrics."""
         for name, value in metrics.items():
-            weighted = (
-                value.detach().double() * weight if self._device.type == "cpu" else value.detach().float() * weight
-            )
+            weighted = value.detach().to(self._dtype) * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def reduce(self) -> dict[str, float]:
-        """The means over all workers, which must have added the same names; and begin anew."""
-        names = sorted(self._sums)
+        """The means over all workers that added something; and begin anew. Every worker calls it, with any names."""
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        everyone = [sorted(self._sums)]
+        if distributed:
+            everyone = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, sorted(self._sums))
+        names = sorted(set().union(*everyone))
         if not names:
             return {}
-        sums = torch.stack([self._sums[name] for name in names])
-        weights = torch.tensor([self._weights[name] for name in names], dtype=sums.dtype, device=sums.device)
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        sums = torch.stack([self._sums.get(name, zero) for name in names])
+        weights = torch.tensor([self._weights.get(name, 0.0) for name in names], dtype=self._dtype, device=self._device)
         both = torch.stack([sums, weights])
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed:
             dist.all_reduce(both)
         self._sums, self._weights = {}, {}
         return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
@@ -100,15 +105,17 @@ class MetricsLog:
 
 
 def read_lines(run_dir: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; [] where there is none. A last line that was cut by a kill is dropped."""
+    """The lines of a run's metrics.jsonl; [] where there is none. A line that a kill cut short is dropped."""
     try:
-        content = storage.read(storage.join(run_dir, FILE_NAME)).decode()
+        content = storage.read(storage.join(run_dir, FILE_NAME)).decode(errors="replace")
     except FileNotFoundError:
         return []
     lines = []
     for text in content.splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines

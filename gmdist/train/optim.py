@@ -34,8 +34,14 @@ class OptimConfig:
             raise ConfigError(f"{key}.name: '{self.name}'; must be one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"{key}.schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}")
-        if not self.lr > 0.0:
-            raise ConfigError(f"{key}.lr: {self.lr}; must be above 0")
+        if not 0.0 < self.lr < math.inf:
+            raise ConfigError(f"{key}.lr: {self.lr}; must be a number above 0")
+        for name in ("eps", "weight_decay", "final_lr", "warmup_steps"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{key}.{name}: {getattr(self, name)}; must be a number of at least 0")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"{key}.{name}: {getattr(self, name)}; must be at least 0 and below 1")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ConfigError(f"{key}.clip_norm: {self.clip_norm}; must be above 0, or null for no clipping")
 

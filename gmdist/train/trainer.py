@@ -1,6 +1,7 @@
 """The step and the loop. Knows the contract of a family, and no family."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gmdist import images, storage
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, check_int64
 from gmdist.families.family import Batch, Family
 from gmdist.rng import derive
 from gmdist.train import checkpoint
@@ -62,8 +63,11 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")
-        if not self.ema_halflife_kimg > 0:
-            raise ConfigError(f"train.ema_halflife_kimg: {self.ema_halflife_kimg}; must be above 0")
+        if not 0.0 < self.ema_halflife_kimg < math.inf:
+            raise ConfigError(f"train.ema_halflife_kimg: {self.ema_halflife_kimg}; must be a number above 0")
+        if self.ema_ramp is not None and not 0.0 < self.ema_ramp <= 1.0:
+            raise ConfigError(f"train.ema_ramp: {self.ema_ramp}; must be above 0 and at most 1, or null for no bound")
+        check_int64("train.seed", self.seed)
 
 
 class Loaded(Protocol):

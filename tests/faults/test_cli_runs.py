@@ -107,12 +107,12 @@ def go_on(digits: Path, run: Path, *more: str) -> str:
     return train_worker(load(str(ROOT / path), [*overrides, *settings]), torch.device("cpu")).digest
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, undisturbed) -> None:
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, undisturbed) -> None:
     run = tmp_path / "run"
     process = start(command(digits, run, "train.checkpoint_every=1000"))
     wait_for(run / "config.yaml", process)
     time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    os.killpg(process.pid, signal.SIGTERM)  # a terminal and a batch system signal the whole group
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     assert "stopped, the same command goes on from here" in output
@@ -122,11 +122,12 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, 
     assert go_on(digits, run) == digest_of(undisturbed[1])
 
 
-def test_ctrl_c_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path, number: int) -> None:
     process = start(command(digits, tmp_path / "run"))
     assert process.stdout.readline() == "autoencoder_kl: starting\n"
-    time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2.0)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     assert output.splitlines()[-1] == "gmdist: stopped"

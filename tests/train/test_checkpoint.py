@@ -68,6 +68,31 @@ def test_an_unsound_checkpoint_is_skipped_with_a_warning(run: Path, how: str) ->
     assert tree_bytes(run / "checkpoints") == whole
 
 
+@pytest.mark.parametrize("key", ["step", "images", "updates", "order_digest", "shapes", "shards"])
+def test_a_changed_meta_is_not_believed(run: Path, key: str) -> None:
+    path = run / "checkpoints/step-00000006/meta.json"
+    meta = json.loads(path.read_text())
+    for change in ({key: meta[key] + 1 if isinstance(meta[key], int) else None}, None):
+        wrong = meta | change if change else {name: value for name, value in meta.items() if name != key}
+        path.write_text(json.dumps(wrong))
+        found, warnings = find_newest(str(run))
+        assert found is not None
+        assert found.meta["step"] == 3
+        assert "damaged" in warnings[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(run: Path) -> None:
+    for shard in run.glob("checkpoints/*/*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    before = tree_bytes(run)
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints can be used .*or set run\.overwrite=true"):
+        fit(Linear(), run)
+    assert tree_bytes(run) == before
+    for meta in run.glob("checkpoints/*/meta.json"):  # but a first save that was interrupted is no loss
+        meta.unlink()
+    assert fit(Linear(), run).finished
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert find_newest(str(tmp_path / "nothing")) == (None, [])
     (tmp_path / "run/checkpoints/not-a-step").mkdir(parents=True)

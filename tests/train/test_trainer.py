@@ -131,6 +131,26 @@ def test_another_size_and_stage_goes_on_with_the_same_losses(route, tmp_path: Pa
         assert b["net/loss"] == pytest.approx(a["net/loss"], rel=1e-5)
 
 
+def evaluate_few(rank: int, world: int, folder: str) -> None:
+    class Telling(Linear):
+        def evaluate(self, batch):
+            return {"number": batch["key"].float().mean()}
+
+    trainer = make_trainer(
+        Telling(), Path(folder), rank=rank, world_size=world, batch_size=6, num_steps=2, evaluate_every=2
+    )
+        Telling(), Path(folder), rank=rank, world_size=world, batch_size=6, num_steps=2, evaluate_every=2
+    )
+    trainer.test_data = MemorySource(2, 2, rank, world)  # one worker has nothing to evaluate
+    trainer.fit()
+    trainer.close()
+
+
+def test_fewer_test_samples_than_workers(tmp_path: Path) -> None:
+    run_workers(evaluate_few, 3, str(tmp_path))
+    assert lines(tmp_path)[-1]["test/number"] == 0.5
+
+
 def test_frozen_children_and_buffers_come_back(tmp_path: Path) -> None:
     first = small_family("latent_diffusion", seed=1)
     fit(first, tmp_path, num_steps=3)
