@@ -75,3 +75,17 @@ def test_making_the_digits_again_changes_nothing_and_never_overwrites(tmp_path: 
     (tmp_path / "digits/train").rename(tmp_path / "digits/test")
     with pytest.raises(DataError, match="test: holds another data set"):
         make("digits", str(tmp_path / "digits"))
+
+
+def test_an_interrupted_make_is_finished(tmp_path: Path) -> None:
+    wanted = make("digits", str(tmp_path / "digits"))["train"].hash
+    folder = tmp_path / "digits/train"
+    (folder / "manifest.json").unlink()
+    (folder / "shard-000015.tar").unlink()
+    assert make("digits", str(tmp_path / "digits"))["train"].hash == wanted
+    assert Manifest.load(str(folder)).classes == tuple("0123456789")
+    (folder / "manifest.json").unlink()
+    (folder / "shard-000003.tar").write_bytes(b"somebody's own")
+    with pytest.raises(DataError, match="train: holds another data set"):
+        make("digits", str(tmp_path / "digits"))
+    assert (folder / "shard-000003.tar").read_bytes() == b"somebody's own"

@@ -139,8 +139,6 @@ def evaluate_few(rank: int, world: int, folder: str) -> None:
     trainer = make_trainer(
         Telling(), Path(folder), rank=rank, world_size=world, batch_size=6, num_steps=2, evaluate_every=2
     )
-        Telling(), Path(folder), rank=rank, world_size=world, batch_size=6, num_steps=2, evaluate_every=2
-    )
     trainer.test_data = MemorySource(2, 2, rank, world)  # one worker has nothing to evaluate
     trainer.fit()
     trainer.close()
