@@ -190,14 +190,15 @@ def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:
             assert torch.equal(reader.read(EMA_PARAM, name, 0, parameter.numel()), parameter.flatten())
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("cluster.address=127.0.0.1:1", "cluster.address: '127.0.0.1:1'; no Ray cluster answers there"),
+        ("cluster.gpus_per_worker=1", "2 workers with 1 GPU each need 2; the cluster has 0"),
         ("data.num_classes=3", "class label 9 is out of range"),
     ],
 )
-def test_a_refused_overwrite_deletes_nothing(digits: Path, trained: Path, capsys, override, words) -> None:
+def test_a_refused_overwrite_deletes_nothing(ray_cluster, digits: Path, trained: Path, capsys, override, words) -> None:
     before = tree_bytes(trained)
     code = 2 if "cluster" in override else 1
     assert words in refused(capsys, code, "train", *arguments(digits, trained, "run.overwrite=true", override))

@@ -165,11 +165,12 @@ def free_port() -> int:
 def test_a_submitted_job_is_the_same_run(digits: Path, tmp_path: Path, undisturbed) -> None:
     ray = shutil.which("ray", path=environment()["PATH"])
     assert ray
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent, client = (free_port() for _ in range(4))  # the defaults belong to the session's cluster
     short = tempfile.mkdtemp(prefix="ray-")  # pytest's folder is too deep for the path of a socket
     settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": short}
     head = [ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
     head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    head += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     cluster = subprocess.Popen(head, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{dashboard}"
