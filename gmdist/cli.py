@@ -20,8 +20,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return options.call(options)
     except ConfigError as error:
         print(f"gmdist: {error}", file=sys.stderr)
@@ -49,38 +49,45 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = _command(commands, "train", _train, "train a run, or go on with it")
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/digits/autoencoder_kl.yaml")
+    train.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/digits/autoencoder_kl.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
 
     sample = _command(commands, "sample", _sample, "draw images from a run")
-    sample.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    sample.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
-    sample.add_argument("--out", required=True, help="NAME.png for a grid, or a folder for one PNG an image")
+    sample.add_argument("--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image")
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
 
     report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
-    report.add_argument("runs", metavar="RUN", nargs="+", help="runs' folders; the page is written into the last one")
+    report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
     data = commands.add_parser("data", help="make, pack, index and check data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
     make.add_argument("name", metavar="NAME", help="digits")
-    make.add_argument("destination", metavar="DEST")
+    make.add_argument("destination", type=_location, metavar="DEST")
     pack = _command(actions, "pack", _data_pack, "pack a folder of images into shards")
-    pack.add_argument("source", metavar="SRC", help="a folder of images, or of one folder for each class")
-    pack.add_argument("destination", metavar="DEST", help="a folder or s3://bucket/prefix")
+    pack.add_argument("source", type=_location, metavar="SRC", help="a folder of images, or of a folder a class")
+    pack.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
     pack.add_argument("--image-size", type=int, help="cut the centre square and resize it to so many pixels a side")
     pack.add_argument("--shard-mib", type=float, default=64.0, help="size of a shard; default: %(default)s")
     index = _command(actions, "index", _data_index, "index plain WebDataset shards")
-    index.add_argument("location", metavar="URL", help="a folder or s3://bucket/prefix")
+    index.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
     check = _command(actions, "check", _data_check, "read all shards and compare them with their index")
-    check.add_argument("location", metavar="URL", help="a folder or s3://bucket/prefix")
+    check.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
 
     _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
     return parser
+
+
+def _location(text: str) -> str:
+    """An argument that names a place: `--out "$UNSET"` would otherwise mean the root of the file system."""
+    if not text.strip():
+        raise ConfigError("an argument is empty: ''; name a folder, a file or an s3:// prefix")
+    return text
 
 
 def _command(
@@ -116,7 +123,7 @@ def _train(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
-    check_out(options.out)
+    check_out(options.out, options.num_images)
     request = SampleRequest(options.num_images, options.label, options.seed, options.steps, options.guidance)
     print(save(draw(options.run, request), options.out))
     return EXIT_DONE

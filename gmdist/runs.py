@@ -6,6 +6,7 @@ This is where config, data, families and trainer meet; Ray is not needed for any
 import logging
 from dataclasses import asdict
 from pathlib import PurePosixPath
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ CONFIG_NAME = "config.yaml"
 # All that a run writes into its folder.
 _WRITTEN = ("checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json")
 _WRITTEN_TOO = ("report.html", "error.txt")
+
+_OPEN_ATTEMPTS = 3
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ def read_config(run: str) -> Config:
         raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
 
 
-def open_run(run: str, config: Config | None = None) -> tuple[dict[str, object], Family]:
+def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Family]:
     """A run's family with its averaged weights, in eval mode, and the checkpoint's meta.
 
     Args:
@@ -85,16 +88,25 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, object],
     """
     run_dir, location = split_run(run)
     config = config or read_config(run_dir)
-    if location is None:
-        found, warnings = checkpoint.find_newest(run_dir)
-        for warning in warnings:
-            _log.warning("%s", warning)
-        if found is None:
-            raise CheckpointError(f"{run}: has no complete checkpoint yet")
-        location, meta = found.location, found.meta
-    else:
+    if location is not None:
         meta = checkpoint.read_meta(location)
         checkpoint.verify(location, meta)
+        return meta, _load_family(config, location, meta)
+    for attempt in range(_OPEN_ATTEMPTS):
+        found, warnings = checkpoint.find_newest(run_dir)
+        if found is None:
+            raise CheckpointError(f"{run}: has no complete checkpoint yet")
+        for warning in warnings:
+            _log.warning("%s", warning)
+        try:
+            return found.meta, _load_family(config, found.location, found.meta)
+        except CheckpointError:  # a run that is still training deletes its oldest checkpoint now and then
+            if attempt + 1 == _OPEN_ATTEMPTS or storage.exists(storage.join(found.location, checkpoint.META_NAME)):
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _load_family(config: Config, location: str, meta: dict[str, Any]) -> Family:
     family = build_family(config)
     checkpoint.check_shapes(location, meta, shapes_of(family))
     trained = trained_children(family, config.optim)
@@ -105,14 +117,15 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, object],
             load_tensor(reader, kind, name, parameter.data)
         for name, buffer in family.named_buffers():
             load_tensor(reader, BUFFER, name, buffer)
-    return meta, family.eval().requires_grad_(False)
+    return family.eval().requires_grad_(False)
 
 
 def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     """Refuse what can be refused before any worker starts.
 
     Returns:
-        How the run ended, if it is finished already; and warnings about checkpoints that cannot be used.
+        How the run ended, if it is finished already, and warnings about checkpoints that cannot be used; a run that
+        goes on gives them itself.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -132,7 +145,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
-    return None, warnings
+    return None, []
 
 
 def clear(run_dir: str) -> None:

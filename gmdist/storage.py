@@ -14,7 +14,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,16 @@ def write(location: str, content: bytes) -> None:
             _client().put_object(Bucket=bucket, Key=key, Body=content)
             return
         path = Path(location)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # under /proc and the like
-            raise StorageError(f"{location}: no folder can be made there; choose another one") from error
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except FileNotFoundError as error:  # under /proc and the like
+            raise StorageError(f"{location}: no file can be made there; choose another folder") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -165,8 +164,10 @@ def delete_tree(folder: str) -> None:
                 keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
                 if keys:
                     _client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-        elif os.path.isdir(folder):
-            shutil.rmtree(folder)
+            return
+        while os.path.isdir(folder):
+            with suppress(FileNotFoundError):  # somebody else deletes it too
+                shutil.rmtree(folder)
 
 
 def delete(location: str) -> None:

@@ -177,7 +177,29 @@ def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) ->
     assert "--num-images: 0" in refused(capsys, 2, *sample, "--num-images", "0")
     assert "not a run" in refused(capsys, 2, "sample", str(tmp_path), "--out", "x.png")
     assert "--seed: 2147483648; must be between" in refused(capsys, 2, *sample, "--seed", "2147483648")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "00002.png").write_bytes(b"")
+    used = ["sample", str(trained), "--out", str(tmp_path / "used"), "--num-images", "2"]
+    assert "holds other files already (00002.png, ...)" in refused(capsys, 2, *used)
     assert "grids are PNG files" in refused(capsys, 2, "sample", str(trained), "--out", str(tmp_path / "x.jpg"))
+
+
+def test_an_empty_argument_is_not_the_root_of_the_file_system(trained: Path, capsys) -> None:
+    for command in (["sample", str(trained), "--out", ""], ["data", "pack", str(trained), ""], ["data", "check", " "]):
+        assert "an argument is empty" in refused(capsys, 2, *command)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A run that still trains prunes: here the newest checkpoint of a first look is gone at the second.
+    from gmdist.train import checkpoint
+
+    sound, warnings = checkpoint.find_newest(str(trained))
+    assert sound is not None
+    gone = checkpoint.Found(sound.location + "0", sound.meta, [])
+    looks = iter([(gone, warnings), (sound, warnings)])
+    monkeypatch.setattr(checkpoint, "find_newest", lambda run_dir: next(looks))
+    meta, _ = open_run(str(trained))
+    assert meta == sound.meta
 
 
 def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -161,6 +162,27 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         storage.write(location, b"new")
     assert os.listdir(tmp_path) == ["x"]
     assert storage.read(location) == b"old"
+
+
+def test_deleting_what_somebody_else_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(str(tmp_path / "x/y/z"), b"")
+    rmtree, calls = shutil.rmtree, []
+
+    def late(folder: str) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise FileNotFoundError(errno.ENOENT, "gone", "z")
+        rmtree(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    storage.delete_tree(str(tmp_path / "x"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_no_file_can_be_made(tmp_path: Path) -> None:
+    for location in ("/proc/x.png", "/proc/none/x.png"):
+        with pytest.raises(StorageError, match=f"^{location}: .*choose another folder"):
+            storage.write(location, b"")
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

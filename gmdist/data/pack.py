@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -59,13 +59,7 @@ def pack(
     if any(name == MANIFEST_NAME or name.endswith(".tar") for name in storage.list_names(destination)):
         raise DataError(f"{destination}: holds a data set already; choose another folder or delete it")
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix[1:].lower() in IMAGE_EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    paths = list(_images_in(root))
     flat = [path for path in paths if path.parent == root]
     if not paths:
         raise DataError(f"{source}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it")
@@ -74,6 +68,8 @@ def pack(
             f"{source}: has both images ({flat[0].name}, ...) and subfolders ({classes[0]}, ...); "
             "use one folder of images, or one subfolder for each class"
         )
+    for name in sorted(set(classes) - {path.relative_to(root).parts[0] for path in paths}):
+        raise DataError(f"{root / name}: no images in this class folder; it would take a label: delete it")
     relative = sorted((path.relative_to(root).as_posix() for path in paths), key=_shuffle_key)
     unreadable: list[str] = []
 
@@ -109,6 +105,20 @@ def pack(
     except DataError as error:
         raise DataError(f"{error}; {unreadable[0]}" if unreadable else str(error)) from error
     return Packed(manifest, unreadable)
+
+
+def _images_in(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """The image files in a folder and those below it, linked folders included, hidden ones not."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in above:  # a link that leads back to where it came from
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _images_in(path, (*above, (status.st_dev, status.st_ino)))
+        elif path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
+            yield path
 
 
 def _shuffle_key(name: str) -> bytes:

@@ -71,10 +71,19 @@ def draw(run: str, request: SampleRequest) -> Tensor:
     return torch.cat(parts)
 
 
-def check_out(out: str) -> None:
-    """ConfigError for a name that is neither a grid's nor a folder's."""
+def check_out(out: str, num_images: int) -> None:
+    """ConfigError for a name that is neither a grid's nor a folder's, or a folder that holds other files."""
     if out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif")):
         raise ConfigError(f"--out: {out}; grids are PNG files: use a name that ends in .png, or a folder's")
+    if not out.lower().endswith(".png"):
+        others = sorted(set(storage.list_names(out)) - set(_names(num_images)))
+        if others:  # whoever reads the folder would take them for samples
+            raise ConfigError(f"--out: {out}; holds other files already ({others[0]}, ...): choose another folder")
+
+
+def _names(num_images: int) -> list[str]:
+    width = max(5, len(str(num_images - 1)))
+    return [f"{number:0{width}d}.png" for number in range(num_images)]
 
 
 def save(pictures: Tensor, out: str) -> str:
@@ -86,7 +95,6 @@ def save(pictures: Tensor, out: str) -> str:
     if out.lower().endswith(".png"):
         storage.write(out, images.png(images.grid(pictures)))
         return f"{out}: {len(pictures)} images"
-    width = max(5, len(str(len(pictures) - 1)))
-    for number, picture in enumerate(pictures):
-        storage.write(storage.join(out, f"{number:0{width}d}.png"), images.png(picture))
+    for name, picture in zip(_names(len(pictures)), pictures, strict=True):
+        storage.write(storage.join(out, name), images.png(picture))
     return f"{out}/: {len(pictures)} images"

@@ -23,6 +23,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gmdist import runs, storage
 from gmdist.config import Config, from_yaml
@@ -30,7 +31,9 @@ from gmdist.errors import CheckpointError, ConfigError, DataError, GmdistError, 
 from gmdist.launch.cluster import connected
 from gmdist.train.control import Hooks, Outcome, Progress
 
+_TRACE_NAME = "error.txt"
 _POLL_S = 0.25
+_LOST_S = 60.0  # that workers get to save and end, and a new mailbox to answer, after one was lost
 _BACKOFF_S = 1.0  # before the first restart; doubles with each
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, StorageError)}
 # Large temporaries come from the heap and stay there: without these, a CPU worker spends its time in page faults.
@@ -118,7 +121,9 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         while True:
             stopper.check()
             try:
-                return _attempt(config, on_progress, on_message, stopper)
+                outcome = _attempt(config, on_progress, on_message, stopper)
+                storage.delete(storage.join(config.run.dir, _TRACE_NAME))  # of a failure that was overcome
+                return outcome
             except _WorkersFailedError as error:
                 failures += 1
                 _write_trace(config, error.failure)
@@ -126,7 +131,7 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
                     raise _ERRORS[error.failure.kind](error.failure.message) from error
                 reason = f"{error.failure.kind}: {error.failure.message}"
                 if failures > config.cluster.max_failures:
-                    trace = storage.join(config.run.dir, "error.txt")
+                    trace = storage.join(config.run.dir, _TRACE_NAME)
                     raise RunFailedError(f"{config.run.dir}: {reason}; the traceback is in {trace}") from error
                 stopper.check()
                 on_message(f"a worker failed ({reason}); restart {failures} of {config.cluster.max_failures}")
@@ -143,7 +148,7 @@ def _attempt(
     config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None], stopper: "_Stopper"
 ) -> Outcome:
     """Start the workers once, and watch them to their end."""
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = _open_mailbox()
     result: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="gmdist-ray-") as scratch:
         trainer = _ray_trainer(config, mailbox, scratch)
@@ -168,16 +173,34 @@ def _attempt(
         stopper.mailbox = mailbox
         stopper.check()
         thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        try:
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                look()
             look()
-        look()
-        stopper.mailbox = None
+        except RayError as error:
+            thread.join(_LOST_S)  # without a mailbox, workers save and return
+            lost = "the process between the command and its workers died: killed, or out of memory"
+            raise _WorkersFailedError(Failure("MailboxLost", lost, traceback.format_exc())) from error
+        finally:
+            stopper.mailbox = None
     ray.kill(mailbox)
     ended = result[0]
     if isinstance(ended, Exception):
         raise _WorkersFailedError(_cause(failures, ended)) from ended
     return ended.return_value
+
+
+def _open_mailbox() -> Any:
+    """A mailbox on the driver's own node: it is lost with the driver, and not with any other node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    try:
+        ray.get(mailbox.collect.remote(), timeout=_LOST_S)
+    except (RayError, TimeoutError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunFailedError(f"Ray does not answer any more ({reason}); run the same command again") from error
+    return mailbox
 
 
 def _ray_trainer(config: Config, mailbox: Any, scratch: str) -> TorchTrainer:
@@ -328,6 +351,6 @@ def _cause(failures: list[Failure], ended: Exception) -> Failure:
 def _write_trace(config: Config, failure: Failure) -> None:
     """Keep the traceback in the run's folder; where even that cannot be written, the line on stderr has to do."""
     try:
-        storage.write(storage.join(storage.absolute(config.run.dir), "error.txt"), failure.trace.encode())
+        storage.write(storage.join(config.run.dir, _TRACE_NAME), failure.trace.encode())
     except StorageError:
         return

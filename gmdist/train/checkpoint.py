@@ -129,12 +129,12 @@ class Reader:
 
     def __enter__(self) -> "Reader":
         folder = self.location
-        if storage.is_s3(folder):
-            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
-            for shard in self.meta["shards"]:
-                content = storage.read(storage.join(self.location, shard["name"]))
-                Path(folder, shard["name"]).write_bytes(content)
         try:
+            if storage.is_s3(folder):
+                folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
+                for shard in self.meta["shards"]:
+                    content = storage.read(storage.join(self.location, shard["name"]))
+                    Path(folder, shard["name"]).write_bytes(content)
             for shard in self.meta["shards"]:
                 file = self._stack.enter_context(safe_open(f"{folder}/{shard['name']}", "pt"))
                 for key in file.keys():  # noqa: SIM118 - not a dict
@@ -142,6 +142,9 @@ class Reader:
                     name, _, start = place.rpartition("|")
                     count = file.get_slice(key).get_shape()[0]
                     self._pieces.setdefault((kind, name), []).append((int(start), count, file, key))
+        except FileNotFoundError as error:  # the run goes on, and this one was the oldest
+            self._stack.close()
+            raise CheckpointError(f"{self.location}: deleted while it was being read") from error
         except (SafetensorError, ValueError) as error:
             self._stack.close()
             raise CheckpointError(f"{self.location}: damaged ({error})") from error

@@ -85,6 +85,25 @@ def test_sources_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "damaged", "none of the images can be read")
 
 
+def test_linked_folders_are_folders(tmp_path: Path) -> None:
+    fill(tmp_path / "store", ["cats/a.png", "cats/deep/b.png"])
+    source = fill(tmp_path / "in", ["dogs/c.png"])
+    (source / "cats").symlink_to(tmp_path / "store" / "cats")
+    (source / "dogs" / "again").symlink_to(source / "dogs")  # a circle ends
+    packed = pack(str(source), str(tmp_path / "out"))
+    assert packed.manifest.classes == ("cats", "dogs")
+    labels = {key: members["cls"] for key, members in samples(tmp_path / "out").items()}
+    assert labels == {"cats-a": b"0", "cats-deep-b": b"0", "dogs-c": b"1"}
+
+
+def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", ["cats/a.png", "dogs/b.png"])
+    (source / "birds" / "empty").mkdir(parents=True)
+    with pytest.raises(DataError, match="in/birds: no images in this class folder; .*delete it"):
+        pack(str(source), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     hidden = [".thumbnails/a.png", "cat/.a.png", "cat/.cache/a.png", "cat/._a.png"]
     source = fill(tmp_path / "in", ["cat/a.png", *hidden])

@@ -56,8 +56,8 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def kill_a_worker_after(run: Path, step: int) -> threading.Thread:
-    """Kill a worker process once the step's checkpoint is there."""
+def kill_after(run: Path, step: int, process: bytes) -> threading.Thread:
+    """Kill one of Ray's processes once the step's checkpoint is there."""
 
     def wait() -> None:
         while not (run / f"checkpoints/step-{step:08d}/meta.json").exists():
@@ -69,7 +69,7 @@ def kill_a_worker_after(run: Path, step: int) -> threading.Thread:
                     title = (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-                if b"RayTrainWorker" in title:
+                if process in title:
                     os.kill(int(entry.name), signal.SIGKILL)
                     return
 
@@ -78,14 +78,18 @@ def kill_a_worker_after(run: Path, step: int) -> threading.Thread:
     return thread
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(ray_cluster, digits: Path, tmp_path: Path) -> None:
+def test_a_killed_process_is_replaced_and_the_run_ends_the_same(ray_cluster, digits: Path, tmp_path: Path) -> None:
     settings = ["train.num_steps=300", "train.checkpoint_every=50", "train.sample_every=null"]
-    killer = kill_a_worker_after(tmp_path / "killed", 50)
+    killers = [kill_after(tmp_path / "killed", *fate) for fate in ((50, b"RayTrainWorker"), (150, b"ray::Mailbox"))]
     outcome, _, messages = watch(config_of(digits, tmp_path / "killed", *settings))
-    killer.join()
+    for killer in killers:
+        killer.join()
     assert outcome.finished
-    assert len(messages) == 1
+    assert len(messages) == 2
     assert "restart 1 of 3" in messages[0]
+    assert "MailboxLost" in messages[1]
+    assert "restart 2 of 3" in messages[1]
+    assert not (tmp_path / "killed/error.txt").exists()
     whole, _, _ = watch(config_of(digits, tmp_path / "whole", *settings))
     assert outcome == whole
     assert tree_bytes(tmp_path / "killed/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
