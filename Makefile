@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-gpu lint bench
+.PHONY: help setup demo test-local test-gpu test-s3 s3-server lint bench bench-loader
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +33,18 @@ demo: setup
 test-local: setup
 	$(BIN)/python -m pytest
 
+# A real S3 server (OpenStack Swift) in an environment of its own.
+.s3/installed: requirements-s3.txt
+	$(PYTHON) -m venv .s3
+	.s3/bin/pip install --quiet --disable-pip-version-check -r requirements-s3.txt
+	@touch $@
+
+s3-server: .s3/installed
+	.s3/bin/python tests/s3/server.py
+
+test-s3: setup .s3/installed
+	GMDIST_S3_PYTHON=.s3/bin/python $(BIN)/python -m pytest -m s3 tests/s3
+
 # On a machine with a GPU; needs neither Ray nor DeepSpeed, and says what it could not run.
 test-gpu:
 	GMDIST_TEST_DEVICE=cuda $(or $(wildcard $(BIN)/python),python3) -m pytest -m gpu -rs \
@@ -45,3 +57,12 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/rng.py
+
+# The peers of benchmarks/loader.py in an environment of their own.
+.peers/installed: requirements-peers.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	@touch $@
+
+bench-loader: setup .s3/installed .peers/installed
+	$(BIN)/python benchmarks/loader.py --peers .peers/bin/python --s3 .s3/bin/python

@@ -67,17 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make, pack, index and check data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
-    make.add_argument("name", metavar="NAME", help="digits")
+    make.add_argument("name", metavar="NAME", help="digits, glyphs or glyphs-color")
     make.add_argument("destination", type=_location, metavar="DEST")
-    pack = _command(actions, "pack", _data_pack, "pack a folder of images into shards")
-    pack.add_argument("source", type=_location, metavar="SRC", help="a folder of images, or of a folder a class")
+    pack = _command(actions, "pack", _data_pack, "pack images into shards; the same command goes on where it stopped")
+    pack.add_argument(
+        "source", type=_location, metavar="SRC", help="a folder of images, or of a folder a class; or shards"
+    )
     pack.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
     pack.add_argument("--image-size", type=int, help="cut the centre square and resize it to so many pixels a side")
+    pack.add_argument("--format", help="png, jpeg or webp; default: png with --image-size, else as they are")
+    pack.add_argument("--quality", type=int, help="1 to 100; default: 95 for jpeg, 90 for webp")
     pack.add_argument("--shard-mib", type=float, default=64.0, help="size of a shard; default: %(default)s")
+    pack.add_argument("--processes", type=int, help="each holds a shard in memory; default: one a core")
+    pack.add_argument(
+        "--max-unreadable", type=float, default=0.01, metavar="FRACTION", help="is left out; default: %(default)s"
+    )
     index = _command(actions, "index", _data_index, "index plain WebDataset shards")
     index.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
-    check = _command(actions, "check", _data_check, "read all shards and compare them with their index")
+    check = _command(actions, "check", _data_check, "read shards and compare them with their index")
     check.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
+    check.add_argument("--fraction", type=float, default=1.0, help="of the shards to read; default: all")
 
     _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
     return parser
@@ -146,36 +155,59 @@ def _data_make(options: argparse.Namespace) -> int:
 
 
 def _data_pack(options: argparse.Namespace) -> int:
+    from gmdist.data.encode import Encoding
     from gmdist.data.pack import pack
+    from gmdist.data.parallel import num_cores
+    from gmdist.data.progress import Meter
 
-    if options.image_size is not None and options.image_size < 1:
-        raise ConfigError(f"--image-size: {options.image_size}; must be at least 1")
+    encoding = Encoding(options.image_size, options.format, options.quality)
+    encoding.validate()
+    processes = num_cores() if options.processes is None else options.processes
     if not options.shard_mib > 0:
         raise ConfigError(f"--shard-mib: {options.shard_mib}; must be above 0")
-    packed = pack(options.source, options.destination, options.image_size, options.shard_mib)
-    for line in packed.unreadable:
-        print(f"gmdist: left out {line}", file=sys.stderr)
+    if processes < 1:
+        raise ConfigError(f"--processes: {processes}; must be at least 1")
+    if not 0 <= options.max_unreadable <= 1:
+        raise ConfigError(f"--max-unreadable: {options.max_unreadable}; must be from 0 to 1")
+    with Meter(options.destination) as meter:
+        packed = pack(
+            options.source,
+            options.destination,
+            encoding,
+            shard_mib=options.shard_mib,
+            processes=processes,
+            max_unreadable=options.max_unreadable,
+            on_progress=meter.update,
+            on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
+        )
     manifest = packed.manifest
-    classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-    print(f"{options.destination}: {manifest.num_samples} images in {len(manifest.shards)} shards{classes}")
+    what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
+    what += f", {len(manifest.classes)} classes" if manifest.classes else ""
+    print(f"{options.destination}: {what}{'; it was packed before' if packed.was_there else ''}")
     return EXIT_DONE
 
 
 def _data_index(options: argparse.Namespace) -> int:
-    from gmdist.data.shard import index_folder
+    from gmdist.data.index import index_folder
+    from gmdist.data.progress import Meter
 
-    manifest, problems = index_folder(options.location)
+    with Meter(options.location) as meter:
+        manifest, problems = index_folder(options.location, meter.update)
     if not problems:
         print(f"{options.location}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
     return _tell(problems)
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from gmdist.data.shard import check_folder
+    from gmdist.data.index import check_folder
+    from gmdist.data.progress import Meter
 
-    problems = check_folder(options.location)
+    if not 0 < options.fraction <= 1:
+        raise ConfigError(f"--fraction: {options.fraction}; must be above 0 and at most 1")
+    with Meter(options.location) as meter:
+        problems = check_folder(options.location, options.fraction, meter.update)
     if not problems:
-        print(f"{options.location}: sound")
+        print(f"{options.location}: sound" + ("" if options.fraction == 1 else ", as far as it was read"))
     return _tell(problems)
 
 

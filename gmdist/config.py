@@ -159,6 +159,7 @@ def _make_absolute(config: Config) -> None:
     config.run.dir = storage.absolute(config.run.dir)
     config.data.train = storage.absolute(config.data.train)
     config.data.test = config.data.test and storage.absolute(config.data.test)
+    config.data.cache_dir = config.data.cache_dir and storage.absolute(config.data.cache_dir)
     for f in dataclasses.fields(config.family):
         if f.metadata.get("location"):
             setattr(config.family, f.name, storage.absolute(getattr(config.family, f.name)))

@@ -3,6 +3,7 @@
 This is where config, data, families and trainer meet; Ray is not needed for any of it.
 """
 
+import gc
 import logging
 from dataclasses import asdict
 from pathlib import PurePosixPath
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 
-from gmdist import storage
+from gmdist import s3, storage
 from gmdist.config import Config, from_yaml
 from gmdist.data.loader import Loader, check_labels
-from gmdist.data.shard import Manifest
+from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
@@ -33,6 +34,11 @@ _WRITTEN_TOO = ("report.html", "error.txt")
 _OPEN_ATTEMPTS = 3
 
 _log = logging.getLogger(__name__)
+
+
+def use_storage(config: Config) -> None:
+    """Let this process reach object storage as the config says."""
+    s3.configure(config.data.s3)
 
 
 def build_family(config: Config) -> Family:
@@ -88,6 +94,7 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Fa
     """
     run_dir, location = split_run(run)
     config = config or read_config(run_dir)
+    use_storage(config)
     if location is not None:
         meta = checkpoint.read_meta(location)
         checkpoint.verify(location, meta)
@@ -131,6 +138,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
             run folder that holds another run.
     """
+    use_storage(config)
     for folder in (config.data.train, config.data.test):
         if folder is not None:
             check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
@@ -167,6 +175,8 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
 
     Where there are several workers, torch.distributed is initialised before, and each calls this.
     """
+    use_storage(config)
+    gc.freeze()  # what was imported stays: looking through it for garbage would take a twentieth of the loader's time
     run_dir = storage.absolute(config.run.dir)
     data = Loader(config.data, config.data.train, rank(), world_size())
     test = Loader(config.data, config.data.test, rank(), world_size()) if config.data.test else None

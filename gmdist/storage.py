@@ -1,4 +1,4 @@
-"""Files in local folders and under s3://, behind a few functions. The only importer of boto3.
+"""Files in local folders and under s3://, behind a few functions.
 
 A location is a string: a local path or s3://bucket/key. Nothing else is accepted: a location comes from configs, and
 some libraries run `pipe:` locations as commands.
@@ -8,20 +8,24 @@ location; a missing file is a FileNotFoundError.
 """
 
 import errno
-import functools
+import io
 import os
+import re
 import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import BinaryIO
 
+from gmdist import ranged, s3
 from gmdist.errors import ConfigError, StorageError
 
 _PIECE_BYTES = 1 << 23
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")  # of `write_from`
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,12 @@ class Stat:
     """What tells one version of a file from another."""
 
     num_bytes: int
-    etag: str  # S3's ETag; for a local file its modification time in nanoseconds
+    etag: str  # S3's ETag; for a local file "mtime-" and its modification time in nanoseconds
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is the version of a local file, which says nothing of its copy in object storage."""
+        return self.etag.startswith("mtime-")
 
 
 def is_s3(location: str) -> bool:
@@ -55,56 +64,104 @@ def read(location: str) -> bytes:
     """The whole content of a file."""
     with naming(location):
         if is_s3(location):
-            bucket, key = _split(location)
-            return _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+            return bytes(ranged.read_object(location))
         return Path(location).read_bytes()
 
 
-def read_range(location: str, offset: int, num_bytes: int) -> bytes:
-    """`num_bytes` of a file from `offset` on; StorageError if the file ends before."""
+def read_range(location: str, offset: int, num_bytes: int, version: Stat, stopped: Event | None = None) -> bytearray:
+    """`num_bytes` of a file from `offset` on.
+
+    Args:
+        location: of the file.
+        offset, num_bytes: bytes.
+        version: of an object in storage, the version that is meant.
+        stopped: ends the reading early, with a StorageError.
+
+    Raises:
+        StorageError: the file ends before, or the object is another version (`s3.ChangedError`).
+    """
     if num_bytes == 0:
-        return b""  # HTTP has no empty range: S3 answers with the whole object
+        return bytearray()  # HTTP has no empty range: S3 answers with the whole object
     with naming(location):
         if is_s3(location):
-            bucket, key = _split(location)
-            span = f"bytes={offset}-{offset + num_bytes - 1}"
-            content = _client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            filled = min(num_bytes, version.num_bytes - offset)
+            if filled == num_bytes:
+                stop, (total, etag) = offset + num_bytes, (version.num_bytes, version.etag)
+                return ranged.read_range(location, offset, stop, etag=etag, num_bytes=total, stopped=stopped)
         else:
-            with open(location, "rb") as file:
-                content = os.pread(file.fileno(), num_bytes, offset)
-    if len(content) != num_bytes:
-        raise StorageError(f"{location}: asked for {num_bytes} bytes at {offset}, got {len(content)}: the file was cut")
+            content = bytearray(num_bytes)
+            with open(location, "rb", buffering=0) as file:
+                filled = os.preadv(file.fileno(), [content], offset)
+    if filled != num_bytes:
+        raise StorageError(f"{location}: asked for {num_bytes} bytes at {offset}, got {filled}: the file was cut")
     return content
+
+
+class _Pieces(io.RawIOBase):
+    """One version of an object from its start to its end, a range at a time."""
+
+    def __init__(self, location: str, version: Stat) -> None:
+        self._location, self._version, self._position = location, version, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        num_bytes = min(len(buffer), self._version.num_bytes - self._position)
+        buffer[:num_bytes] = read_range(self._location, self._position, num_bytes, self._version)
+        self._position += num_bytes
+        return num_bytes
+
+
+def open_read(location: str, version: Stat) -> BinaryIO:
+    """A file to be read from its start to its end; an object in storage in pieces of 8 MiB.
+
+    Reading an object raises StorageErrors, `s3.ChangedError` if it is not that version any more.
+    """
+    with naming(location):
+        if is_s3(location):
+            return io.BufferedReader(_Pieces(location, version), _PIECE_BYTES)
+        return open(location, "rb")
 
 
 def checksum(location: str) -> tuple[int, int]:
     """Size in bytes and crc32 of a file, read in pieces."""
-    num_bytes, crc32 = 0, 0
-    with naming(location), ExitStack() as stack:
-        if is_s3(location):
-            bucket, key = _split(location)
-            pieces = _client().get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(_PIECE_BYTES)
-        else:
-            file = stack.enter_context(open(location, "rb"))
-            pieces = iter(lambda: file.read(_PIECE_BYTES), b"")
-        for piece in pieces:
-            num_bytes, crc32 = num_bytes + len(piece), zlib.crc32(piece, crc32)
-    return num_bytes, crc32
+    version, crc32 = stat(location), 0
+    for offset in range(0, version.num_bytes, _PIECE_BYTES):
+        piece = read_range(location, offset, min(_PIECE_BYTES, version.num_bytes - offset), version)
+        crc32 = zlib.crc32(piece, crc32)
+    return version.num_bytes, crc32
 
 
 def write(location: str, content: bytes) -> None:
     """Replace a file's content at once; parent folders are made."""
+    write_from(location, io.BytesIO(content))
+
+
+def copy_from_local(path: str, location: str) -> None:
+    """Write a local file's content to a location."""
+    with open(path, "rb") as file:
+        write_from(location, file)
+
+
+def write_from(location: str, source: BinaryIO) -> None:
+    """Replace a file's content at once by that of an open file, from its start; to S3 in parts where it is large."""
+    num_bytes = source.seek(0, os.SEEK_END)
+    source.seek(0)
     with naming(location):
         if is_s3(location):
-            bucket, key = _split(location)
-            _client().put_object(Bucket=bucket, Key=key, Body=content)
+            bucket, key = s3.split(location)
+            if num_bytes <= _PIECE_BYTES:
+                s3.client().put_object(Bucket=bucket, Key=key, Body=source.read())
+            else:
+                s3.client().upload_fileobj(source, bucket, key)
             return
         path = Path(location)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                file.write(content)
+                shutil.copyfileobj(source, file, _PIECE_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -114,25 +171,15 @@ def write(location: str, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def copy_from_local(path: str, location: str) -> None:
-    """Write a local file's content to a location."""
-    if is_s3(location):
-        with naming(location):
-            bucket, key = _split(location)
-            _client().upload_file(path, bucket, key)  # multipart above boto3's threshold
-    else:
-        write(location, Path(path).read_bytes())
-
-
 def stat(location: str) -> Stat:
     """Size and version of a file."""
     with naming(location):
         if is_s3(location):
-            bucket, key = _split(location)
-            head = _client().head_object(Bucket=bucket, Key=key)
+            bucket, key = s3.split(location)
+            head = s3.client().head_object(Bucket=bucket, Key=key)
             return Stat(head["ContentLength"], head["ETag"].strip('"'))
         status = os.stat(location)
-        return Stat(status.st_size, str(status.st_mtime_ns))
+        return Stat(status.st_size, f"mtime-{status.st_mtime_ns}")
 
 
 def exists(location: str) -> bool:
@@ -148,22 +195,36 @@ def list_names(folder: str) -> list[str]:
     """Sorted names of the files and folders directly inside a folder or prefix; [] where there is none."""
     with naming(folder):
         if is_s3(folder):
-            return sorted(_list_s3(folder))
+            return sorted(name for name, _ in _list_s3(folder))
         if not os.path.isdir(folder):
             return []
         return sorted(entry.name for entry in os.scandir(folder) if not entry.name.endswith(".tmp"))
+
+
+def list_stats(folder: str) -> dict[str, Stat]:
+    """The files directly inside a folder or prefix, by name: their sizes and versions; {} where there is none."""
+    with naming(folder):
+        if is_s3(folder):
+            return dict(sorted((name, version) for name, version in _list_s3(folder) if version is not None))
+        stats = {}
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            if entry.is_file() and not entry.name.endswith(".tmp"):
+                with suppress(FileNotFoundError):  # it vanished
+                    status = entry.stat()
+                    stats[entry.name] = Stat(status.st_size, f"mtime-{status.st_mtime_ns}")
+        return dict(sorted(stats.items()))
 
 
 def delete_tree(folder: str) -> None:
     """Delete a folder or prefix with all that is in it; nothing happens where there is none."""
     with naming(folder):
         if is_s3(folder):
-            bucket, prefix = _split_folder(folder)
-            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            bucket, prefix = _folder_prefix(folder)
+            pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             for page in pages:
                 keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
                 if keys:
-                    _client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+                    s3.client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
             return
         while os.path.isdir(folder):
             with suppress(FileNotFoundError):  # somebody else deletes it too
@@ -174,39 +235,42 @@ def delete(location: str) -> None:
     """Delete a file; nothing happens where there is none."""
     with naming(location):
         if is_s3(location):
-            bucket, key = _split(location)
-            _client().delete_object(Bucket=bucket, Key=key)
+            bucket, key = s3.split(location)
+            s3.client().delete_object(Bucket=bucket, Key=key)
         else:
             Path(location).unlink(missing_ok=True)
 
 
-def _split(location: str) -> tuple[str, str]:
-    bucket, _, key = location.removeprefix("s3://").partition("/")
-    return bucket, key
+def delete_leftovers(folder: str) -> None:
+    """Delete what writers that were killed have left directly inside a folder: temporary files, unfinished uploads."""
+    with naming(folder):
+        if is_s3(folder):
+            bucket, prefix = _folder_prefix(folder)
+            pages = s3.client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+                if "/" not in upload["Key"].removeprefix(prefix):
+                    s3.client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        elif os.path.isdir(folder):
+            for entry in list(os.scandir(folder)):
+                if _TEMPORARY.fullmatch(entry.name):
+                    delete(entry.path)
 
 
-def _split_folder(folder: str) -> tuple[str, str]:
-    bucket, prefix = _split(folder.rstrip("/"))
+def _folder_prefix(folder: str) -> tuple[str, str]:
+    bucket, prefix = s3.split(folder.rstrip("/"))
     return bucket, prefix + "/" if prefix else ""
 
 
-def _list_s3(folder: str) -> Iterator[str]:
-    bucket, prefix = _split_folder(folder)
-    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+def _list_s3(folder: str) -> Iterator[tuple[str, Stat | None]]:
+    """Names directly inside a prefix, with the versions of the objects and None for further prefixes."""
+    bucket, prefix = _folder_prefix(folder)
+    pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
     for page in pages:
-        # Consoles mark a folder by an empty object that is named like its prefix.
-        yield from (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", []) if entry["Key"] != prefix)
-        yield from (entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", []))
-
-
-@functools.cache
-def _client() -> Any:
-    # Endpoint, region and credentials come from boto3's own chain: environment, profile, instance role.
-    import boto3
-    from botocore.config import Config
-
-    config = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=5, read_timeout=15)
-    return boto3.session.Session().client("s3", config=config)
+        for entry in page.get("Contents", []):
+            if entry["Key"] != prefix:  # consoles mark a folder by an empty object that is named like its prefix
+                yield entry["Key"].removeprefix(prefix), Stat(entry["Size"], entry["ETag"].strip('"'))
+        for entry in page.get("CommonPrefixes", []):
+            yield entry["Prefix"].removeprefix(prefix).rstrip("/"), None
 
 
 @contextmanager
@@ -215,7 +279,7 @@ def naming(location: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and not location.startswith("s3://"):
+        if isinstance(error, FileNotFoundError) and not (is_s3(location) and error.filename != location):
             raise
         advice = {
             errno.ENOSPC: "free some space or choose another folder",
@@ -227,13 +291,4 @@ def naming(location: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
             raise
-        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
-        if code in ("404", "NoSuchKey", "NotFound"):
-            raise FileNotFoundError(errno.ENOENT, "no such object", location) from error
-        advice = {
-            "NoSuchBucket": "there is no such bucket; check its name and AWS_ENDPOINT_URL",
-            "403": "access denied; check the credentials' permissions for this bucket",
-            "AccessDenied": "access denied; check the credentials' permissions for this bucket",
-            "ExpiredToken": "the credentials have expired; renew them",
-        }.get(code, str(error).splitlines()[0])
-        raise StorageError(f"{location}: {advice}") from error
+        raise s3.explain(location, error) from error

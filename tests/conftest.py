@@ -20,6 +20,25 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    """A client of an S3 inside this process, with one bucket: s3://pictures."""
+    import boto3
+    from moto import mock_aws
+
+    from gmdist import s3
+
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with mock_aws():
+        s3.renew_credentials()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="pictures")
+        yield client
+    s3.renew_credentials()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """CUDA under `make test-gpu`, the CPU otherwise."""

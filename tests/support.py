@@ -70,6 +70,9 @@ class Part:
     digest: int
     quarantined: list[dict[str, Any]] = field(default_factory=list)
 
+    def batch_on(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in self.batch.items()}
+
 
 class MemorySource:
     """A data set in memory: smooth random images, in the order of a tape."""
@@ -87,6 +90,12 @@ class MemorySource:
         which = torch.from_numpy(shard * (self.num_samples // 2) + index)
         batch = {"image": self.images[which], "label": which % CLASSES, "key": torch.from_numpy(numbers)}
         return Part(batch, digest(numbers, which.numpy()))
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def notes(self) -> list[str]:
+        return []
 
     def batches(self, start: int) -> Iterator[Part]:
         """This worker's part of one batch after another."""

@@ -266,6 +266,37 @@ def test_data_commands(digits: Path, tmp_path: Path, capsys) -> None:
     assert "no .tar shards here" in refused(capsys, 1, "data", "index", str(tmp_path / "no"))
 
 
+def test_packing_says_what_it_did(tmp_path: Path, capsys) -> None:
+    for number in range(4):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("L", (9, 9), number).save(tmp_path / f"in/{number}.png")
+    (tmp_path / "in/bad.png").write_bytes(b"damaged")
+    (tmp_path / "in/0.txt").write_text("black")
+    command = ["data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--image-size", "8", "--format", "webp"]
+    capsys.readouterr()
+    assert main([*command, "--processes", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path}/out: 4 images in 1 shards\n"
+    assert printed.err == "gmdist: left out bad.png: not a JPEG, PNG or WebP image\n"
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out: 4 images in 1 shards; it was packed before\n"
+    assert main(["data", "check", str(tmp_path / "out"), "--fraction", "0.5"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out: sound, as far as it was read\n"
+    assert "holds a data set already" in refused(capsys, 1, *command, "--quality", "50")
+    assert main(["data", "pack", str(tmp_path / "in"), str(tmp_path / "none"), "--max-unreadable", "0"]) == 1
+    assert "gmdist: left out bad.png: " in (errors := capsys.readouterr().err)
+    assert f"gmdist: {tmp_path}/in: 1 of 5 images cannot be read, and --max-unreadable 0 allows 0" in errors
+    for option, value, message in (
+        ("--format", "gif", "--format: 'gif'; must be one of png, jpeg, webp"),
+        ("--quality", "101", "--quality: 101; must be from 1 to 100"),
+        ("--shard-mib", "0", "--shard-mib: 0.0; must be above 0"),
+        ("--processes", "0", "--processes: 0; must be at least 1"),
+        ("--max-unreadable", "2", "--max-unreadable: 2.0; must be from 0 to 1"),
+    ):
+        assert message in refused(capsys, 2, *command, option, value)
+    assert "--fraction: 0.0; must be above 0" in refused(capsys, 2, "data", "check", "x", "--fraction", "0")
+
+
 def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
     assert main(["report", str(trained)]) == 0
     page = (trained / "report.html").read_text()

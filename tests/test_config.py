@@ -156,3 +156,21 @@ def test_nothing_in_a_config_is_run(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a valid YAML config"):
         load(str(base))
     assert not (tmp_path / "owned").exists()
+
+
+def test_object_storage_is_set_in_the_config(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.s3.endpoint_url=http://minio:9000", "data.s3.addressing_style=path", "data.cache_dir=cache"]
+    config = load(str(base), settings)
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert config.data.s3.endpoint_url == "http://minio:9000"
+    assert config.data.cache_dir == f"{tmp_path}/cache"
+    for setting, words in (
+        ("data.s3.addressing_style=host", "data.s3.addressing_style: 'host'; must be one of auto, path, virtual"),
+        ("data.s3.endpoint_url=minio:9000", "data.s3.endpoint_url: 'minio:9000'; must begin with http"),
+        ("data.s3.endpoint=x", "data.s3.endpoint: no such key; did you mean 'endpoint_url'"),
+        ("data.s3.timeout_s=0", "data.s3.timeout_s: 0"),
+        ("data.s3.secret_key=x", "data.s3.secret_key: no such key"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load(str(base), [setting])

@@ -13,22 +13,24 @@ ROOT = Path(__file__).parent.parent / "gmdist"
 ALLOWED = {
     "errors": set(),
     "rng": set(),
-    "storage": set(),
+    "s3": set(),
+    "ranged": {"s3"},
+    "storage": {"s3", "ranged"},
     "images": set(),
     "nets": set(),
     "diffusion": set(),
-    "data": {"storage", "rng"},
+    "data": {"storage", "s3", "ranged", "rng"},
     "families": {"nets", "diffusion", "rng"},
     "train": {"families.family", "storage", "rng", "images"},
     "evaluation": {"families.family", "storage", "rng"},
     "config": {"families", "data", "train", "storage"},
-    "runs": {"config", "families", "data", "train", "storage", "rng"},
+    "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
     "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
     "launch": {"runs", "config", "families", "train", "evaluation", "report", "storage", "images"},
     "doctor": set(),
     "cli": {"launch", "config", "data", "report", "doctor"},
 }
-SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/engine.py", "boto3": "storage.py", "botocore": "storage.py"}
+SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/engine.py", "boto3": "s3.py", "botocore": "s3.py"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -7,40 +7,25 @@ import shutil
 import zlib
 from pathlib import Path
 
-import boto3
 import pytest
-from moto import mock_aws
 
-from gmdist import storage
+from gmdist import s3, storage
 from gmdist.data.decode import UndecodableError, decode_image
 from gmdist.data.fetch import Shards
+from gmdist.data.index import check_folder, index_folder
 from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.manifest import Manifest
 from gmdist.data.pack import write_shards
-from gmdist.data.shard import Manifest, check_folder, index_folder
 from gmdist.errors import ConfigError, DataError, StorageError
 
 BUCKET = "pictures"
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch):
-    """An S3 inside this process, with one bucket."""
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with mock_aws():
-        storage._client.cache_clear()
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        yield client
-    storage._client.cache_clear()
 
 
 @pytest.fixture(params=["local", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "folder")
-    request.getfixturevalue("s3")
+    request.getfixturevalue("bucket")
     return f"s3://{BUCKET}/some/folder"
 
 
@@ -56,17 +41,18 @@ def test_ranges(folder: str) -> None:
     location = storage.join(folder, "x")
     content = bytes(range(200))
     storage.write(location, content)
+    version = storage.stat(location)
     for offset, count in ((0, 200), (0, 1), (199, 1), (50, 100), (0, 0), (77, 0)):
-        assert storage.read_range(location, offset, count) == content[offset : offset + count]
+        assert storage.read_range(location, offset, count, version) == content[offset : offset + count]
     for offset, count in ((0, 201), (199, 2), (200, 1), (5000, 10)):
         with pytest.raises(StorageError, match=re.escape(location)):
-            storage.read_range(location, offset, count)
+            storage.read_range(location, offset, count, version)
 
 
 def test_what_is_missing_is_not_found(folder: str) -> None:
     location = storage.join(folder, "nothing")
     storage.write(storage.join(folder, "nothing-but", "this"), b"")
-    for call in (storage.read, storage.stat, lambda missing: storage.read_range(missing, 0, 1)):
+    for call in (storage.read, storage.stat, lambda missing: storage.read_range(missing, 0, 1, storage.Stat(1, ""))):
         with pytest.raises(FileNotFoundError, match=re.escape(location)):
             call(location)
     assert not storage.exists(location)
@@ -124,7 +110,7 @@ def test_other_schemes_are_refused(location: str) -> None:
         storage.delete,
         storage.delete_tree,
         storage.absolute,
-        lambda url: storage.read_range(url, 0, 1),
+        lambda url: storage.read_range(url, 0, 1, storage.Stat(1, "")),
         lambda url: storage.write(url, b""),
         lambda url: storage.copy_from_local(__file__, url),
     ):
@@ -194,14 +180,14 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"kept"
 
 
-def test_a_missing_bucket_is_named(s3, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_named(bucket, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     location = "s3://no-such-bucket/folder/x"
     for call in (
         storage.read,
         storage.list_names,
         storage.delete_tree,
-        lambda url: storage.read_range(url, 0, 1),
+        lambda url: storage.read_range(url, 0, 1, storage.Stat(1, "")),
         lambda url: storage.write(url, b""),
         lambda url: storage.copy_from_local(str(tmp_path / "x"), url),
     ):
@@ -209,12 +195,12 @@ def test_a_missing_bucket_is_named(s3, tmp_path: Path) -> None:
             call(location)
 
 
-def test_errors_are_one_line(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_one_line(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(f"s3://{BUCKET}/x", b"123")
     with pytest.raises(StorageError) as caught:
-        storage.read_range(f"s3://{BUCKET}/x", 100, 5)
+        storage.read_range(f"s3://{BUCKET}/x", 1, 5, storage.stat(f"s3://{BUCKET}/x"))
     assert "\n" not in str(caught.value)
-    storage._client.cache_clear()
+    s3.renew_credentials()
     with monkeypatch.context() as environment:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
             environment.delenv(name, raising=False)
@@ -225,17 +211,17 @@ def test_errors_are_one_line(s3, monkeypatch: pytest.MonkeyPatch) -> None:
             storage.read(f"s3://{BUCKET}/x")
 
 
-def test_more_objects_than_fit_a_page(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_objects_than_fit_a_page(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     for i in range(35):
-        s3.put_object(Bucket=BUCKET, Key=f"many/{i:02d}", Body=b"")
-    assert s3.list_objects_v2(Bucket=BUCKET, Prefix="many/")["KeyCount"] == 10
+        bucket.put_object(Bucket=BUCKET, Key=f"many/{i:02d}", Body=b"")
+    assert bucket.list_objects_v2(Bucket=BUCKET, Prefix="many/")["KeyCount"] == 10
     assert storage.list_names(f"s3://{BUCKET}/many") == [f"{i:02d}" for i in range(35)]
     storage.delete_tree(f"s3://{BUCKET}/many")
     assert storage.list_names(f"s3://{BUCKET}/many") == []
 
 
-def test_the_whole_bucket_is_a_folder(s3) -> None:
+def test_the_whole_bucket_is_a_folder(bucket) -> None:
     for root in (f"s3://{BUCKET}", f"s3://{BUCKET}/"):
         storage.write(storage.join(root, "deep", "x"), b"1")
         assert storage.list_names(root) == ["deep"]
@@ -244,14 +230,14 @@ def test_the_whole_bucket_is_a_folder(s3) -> None:
         assert storage.list_names(root) == []
 
 
-def test_folder_marks_of_consoles_are_no_files(s3) -> None:
-    s3.put_object(Bucket=BUCKET, Key="made/by/hand/", Body=b"")
+def test_folder_marks_of_consoles_are_no_files(bucket) -> None:
+    bucket.put_object(Bucket=BUCKET, Key="made/by/hand/", Body=b"")
     assert storage.list_names(f"s3://{BUCKET}/made/by/hand") == []
     with pytest.raises(DataError, match="no such data set, or it is empty"):
         Manifest.load(f"s3://{BUCKET}/made/by/hand")
 
 
-def test_a_data_set_is_the_same_on_s3(s3, digits: Path) -> None:
+def test_a_data_set_is_the_same_on_s3(bucket, digits: Path) -> None:
     # Copied as `aws s3 sync` would, and indexed again where it is.
     there = f"s3://{BUCKET}/digits"
     for path in (digits / "test").iterdir():
@@ -286,3 +272,59 @@ def test_checksum_of_a_file_larger_than_a_piece(folder, monkeypatch) -> None:
     assert storage.checksum(f"{folder}/a") == (50, zlib.crc32(content))
     with pytest.raises(FileNotFoundError):
         storage.checksum(f"{folder}/none")
+
+
+def test_large_files_are_written_in_parts(folder, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 40_000  # 10 MB
+    with open(tmp_path / "source", "wb+") as file:
+        file.write(content)
+        storage.write_from(f"{folder}/a", file)
+    assert storage.read(f"{folder}/a") == content
+    parts = storage.stat(f"{folder}/a").etag.rpartition("-")[2]
+    assert parts == "2" or not storage.is_s3(folder)
+
+
+def test_files_are_listed_with_their_versions(folder) -> None:
+    assert storage.list_stats(folder) == {}
+    for name in ("b", "a", "deep/c"):
+        storage.write(f"{folder}/{name}", name.encode())
+    assert storage.list_stats(folder) == {name: storage.stat(f"{folder}/{name}") for name in ("a", "b")}
+    assert list(storage.list_stats(folder)) == ["a", "b"]
+
+
+def test_an_open_file_is_read_in_pieces_of_one_version(folder, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "_PIECE_BYTES", 100)
+    content = bytes(range(250)) * 3
+    storage.write(f"{folder}/a", content)
+    version = storage.stat(f"{folder}/a")
+    with storage.open_read(f"{folder}/a", version) as file:
+        assert [file.read(300), file.read(7), file.read(), file.read()] == [
+            content[:300],
+            content[300:307],
+            content[307:],
+            b"",
+        ]
+    if storage.is_s3(folder):
+        with storage.open_read(f"{folder}/a", version) as file:
+            assert file.read(10) == content[:10]
+            storage.write(f"{folder}/a", b"other")
+            with pytest.raises(s3.ChangedError):
+                file.read()
+
+
+def test_what_killed_writers_left_is_deleted(folder, request) -> None:
+    storage.write(f"{folder}/a.tar", b"whole")
+    storage.write(f"{folder}/deep/b.tar", b"whole")
+    if storage.is_s3(folder):
+        client = request.getfixturevalue("bucket")
+        for name in ("a.tar", "deep/b.tar"):
+            client.create_multipart_upload(Bucket=BUCKET, Key=f"some/folder/{name}")
+        storage.delete_leftovers(folder)
+        left = client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+        assert [upload["Key"] for upload in left] == ["some/folder/deep/b.tar"]
+    else:
+        for name in (f".a.tar.{'0' * 32}.tmp", "mine.tmp", f"deep/.b.tar.{'0' * 32}.tmp"):
+            Path(folder, name).write_bytes(b"part")
+        storage.delete_leftovers(folder)
+        assert sorted(path.name for path in Path(folder).rglob("*.tmp")) == [f".b.tar.{'0' * 32}.tmp", "mine.tmp"]
+    assert storage.read(f"{folder}/a.tar") == b"whole"

@@ -1,63 +1,195 @@
 """Checked reads of samples: the bytes of a sample's members, or an error, never wrong bytes."""
 
+import functools
+import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
 
-from gmdist import storage
-from gmdist.data.shard import Manifest, Sample, ShardIndex, load_index
-from gmdist.errors import DataError
+from gmdist import s3, storage
+from gmdist.data.cache import PART_BYTES, Cache
+from gmdist.data.decode import Buffer
+from gmdist.data.manifest import MANIFEST_NAME, READ_ATTEMPTS, Manifest, ShardEntry
+from gmdist.data.shard import Sample, ShardIndex, load_index
+from gmdist.errors import DataError, StorageError
 
-_CACHED_INDEXES = 512  # about 300 kB each at 10,000 samples of 2 members
+_OPEN_SHARDS = 320  # indexes take about 300 kB each at 10,000 samples of 2 members, local shards a file handle
+# zlib lets other threads run while it works on more than 5 KiB: for a small image that costs more than it gains.
+_CRC_AT_ONCE_BYTES, _CRC_SMALL_BYTES = 4096, 1 << 16
+
+
+def _crc32(content: memoryview) -> int:
+    if len(content) > _CRC_SMALL_BYTES:
+        return zlib.crc32(content)
+    value = 0
+    for start in range(0, len(content), _CRC_AT_ONCE_BYTES):
+        value = zlib.crc32(content[start : start + _CRC_AT_ONCE_BYTES], value)
+    return value
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """What is kept of a shard that is being read."""
+
+    entry: ShardEntry
+    location: str
+    index: ShardIndex
+    file: FileIO | None  # of a local shard; closed when nobody has it any more
 
 
 class Shards:
     """The samples of a data set by (shard, index), for any number of threads."""
 
-    def __init__(self, folder: str, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+    def __init__(self, folder: str, manifest: Manifest, cache: Cache | None = None) -> None:
+        """Open a data set; its shards' indexes are read when they are needed.
+
+        Args:
+            folder: local or s3://.
+            manifest: its shards.
+            cache: where parts of shards from object storage are kept.
+        """
+        self.folder, self.manifest, self.cache = folder, manifest, cache
+        self.position = 0  # about the number of the last sample that was used: where the cache's future begins
+        self._is_s3 = storage.is_s3(folder)
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._versions: dict[int, storage.Stat] = {}
         self._lock = threading.Lock()
 
-    def location(self, shard: int, index: int) -> str:
-        """A sample's name for messages: its shard's location and its key."""
-        return f"{storage.join(self.folder, self.manifest.shards[shard].name)}: {self._index(shard).keys[index]}"
+    def location(self, shard: int) -> str:
+        """A shard's location."""
+        return storage.join(self.folder, self.manifest.shards[shard].name)
 
-    def read(self, shard: int, index: int) -> tuple[Sample, dict[str, bytes]]:
+    def name(self, shard: int, index: int) -> str:
+        """A sample's name for messages: its shard's location and its key."""
+        return f"{self.location(shard)}: {self.index(shard).keys[index]}"
+
+    def index(self, shard: int) -> ShardIndex:
+        """A shard's index."""
+        return self._open(shard).index
+
+    def _open(self, shard: int) -> _OpenShard:
+        """A shard with its index; the last ones that were asked for are kept."""
+        with self._lock:
+            found = self._open_shards.get(shard)
+            if found is not None:
+                self._open_shards.move_to_end(shard)
+                return found
+        entry, location = self.manifest.shards[shard], self.location(shard)
+        index = load_index(self.folder, entry)
+        file = None
+        if not self._is_s3:
+            with self._explaining(shard), storage.naming(location):
+                file = FileIO(location)
+        opened = _OpenShard(entry, location, index, file)
+        with self._lock:
+            self._open_shards[shard] = opened
+            while len(self._open_shards) > _OPEN_SHARDS:
+                self._open_shards.popitem(last=False)
+        return opened
+
+    @contextmanager
+    def _explaining(self, shard: int) -> Iterator[None]:
+        """Turn a shard that is gone or replaced into a DataError."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.location(shard)}: missing, but {storage.join(self.folder, MANIFEST_NAME)} lists it "
+                f"(shard {shard}); put it back, or run `gmdist data index {self.folder}`"
+            ) from error
+        except s3.ChangedError as error:
+            raise DataError(
+                f"{self.location(shard)}: the data set changed under the run: this is not the object that was indexed; "
+                f"put the old one back, or run `gmdist data index {self.folder}` and train anew"
+            ) from error
+
+    def fetch(self, shard: int, start: int, stop: int, stopped: threading.Event | None = None) -> bytearray:
+        """The bytes [start, stop) of a shard as it was when it was indexed.
+
+        Raises:
+            DataError: the shard is gone, was cut, or is another object.
+            StorageError: the storage does not answer, or `stopped` was set.
+        """
+        opened = self._open(shard)
+        if opened.file is None:
+            with self._explaining(shard):
+                return storage.read_range(opened.location, start, stop - start, self._version(shard), stopped)
+        content = bytearray(stop - start)
+        filled = 0
+        if content:
+            with storage.naming(opened.location):
+                filled = os.preadv(opened.file.fileno(), [content], start)
+        if filled != len(content):
+            raise StorageError(
+                f"{opened.location}: asked for {len(content)} bytes at {start}, got {filled}: the file was cut"
+            )
+        return content
+
+    def _version(self, shard: int) -> storage.Stat:
+        entry = self.manifest.shards[shard]
+        version = storage.Stat(entry.num_bytes, entry.etag)
+        if not (version.is_local and storage.is_s3(self.folder)):
+            return version
+        # Packed on a disk and copied to a bucket: the version that is there at first is the one of this run.
+        if shard not in self._versions:
+            found = storage.stat(self.location(shard))
+            if found.num_bytes != entry.num_bytes:
+                raise DataError(
+                    f"{self.location(shard)}: {found.num_bytes} bytes, but its manifest says {entry.num_bytes}; copy "
+                    f"the data set again, or run `gmdist data index {self.folder}`"
+                )
+            self._versions[shard] = found
+        return self._versions[shard]
+
+    def fetch_cached(
+        self, shard: int, start: int, stop: int, stopped: threading.Event, *, keep: bool
+    ) -> bytes | bytearray:
+        """The same, from the cache if it is there; with `keep`, the parts that hold it are fetched whole and kept."""
+        if self.cache is None:
+            return self.fetch(shard, start, stop, stopped)
+        num_bytes = self.manifest.shards[shard].num_bytes
+        content = bytearray()
+        for place in range(start // PART_BYTES, -(-stop // PART_BYTES)):
+            base = place * PART_BYTES
+            low, high = max(start, base) - base, min(stop, base + PART_BYTES) - base
+            piece: bytes | bytearray | None = self.cache.find(shard, place, low, high)
+            if piece is None and keep:
+                whole = (shard, base, min(base + PART_BYTES, num_bytes), stopped)
+                piece = self.cache.keep(shard, place, functools.partial(self.fetch, *whole))[low:high]
+            content += self.fetch(shard, base + low, base + high, stopped) if piece is None else piece
+        return content
+
+    def read(self, shard: int, index: int, content: Buffer | None = None) -> tuple[Sample, dict[str, memoryview]]:
         """A sample and its members' bytes by extension.
+
+        Args:
+            shard, index: the sample.
+            content: the bytes of the sample's span, where they were fetched before.
 
         Raises:
             DataError: the shard is gone, was cut, or holds other bytes than when it was indexed.
             StorageError: the storage did not answer.
         """
-        sample = self._index(shard)[index]
-        location = storage.join(self.folder, self.manifest.shards[shard].name)
-        start = min(member.offset for member in sample.members.values())
-        stop = max(member.offset + member.num_bytes for member in sample.members.values())
-        for _ in range(2):  # bytes can be damaged on their way: ask once more before blaming the shard
-            try:
-                span = storage.read_range(location, start, stop - start)
-            except FileNotFoundError as error:
-                raise DataError(f"{location}: missing, but the manifest lists it") from error
+        shard_index = self.index(shard)
+        sample = shard_index[index]
+        start, stop = shard_index.spans[index].tolist()
+        for _ in range(READ_ATTEMPTS):
+            span = memoryview(self.fetch(shard, start, stop) if content is None else content)
             members = {
                 extension: span[member.offset - start : member.offset - start + member.num_bytes]
                 for extension, member in sample.members.items()
             }
-            if all(zlib.crc32(members[extension]) == member.crc32 for extension, member in sample.members.items()):
+            if all(_crc32(members[extension]) == member.crc32 for extension, member in sample.members.items()):
                 return sample, members
+            if content is not None and self.cache is not None:
+                for place in range(start // PART_BYTES, -(-stop // PART_BYTES)):
+                    self.cache.drop(shard, place)
+            content = None
         raise DataError(
-            f"{location}: sample {sample.key!r} is not what was indexed (crc32 differs); "
+            f"{self.location(shard)}: sample {sample.key!r} is not what was indexed (crc32 differs); "
             f"`gmdist data check {self.folder}` lists what else is unsound"
         )
-
-    def _index(self, shard: int) -> ShardIndex:
-        with self._lock:
-            if shard in self._indexes:
-                self._indexes.move_to_end(shard)
-                return self._indexes[shard]
-        index = load_index(self.folder, self.manifest.shards[shard])
-        with self._lock:
-            self._indexes[shard] = index
-            while len(self._indexes) > _CACHED_INDEXES:
-                self._indexes.popitem(last=False)
-        return index

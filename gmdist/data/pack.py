@@ -1,26 +1,27 @@
-"""Writing shards: from folders of images, and from any stream of samples."""
+"""Writing shards: from folders of images, from other shards, and from any stream of samples."""
 
 import hashlib
-import io
-import os
-import posixpath
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-
-from PIL import Image, ImageOps, UnidentifiedImageError
+from contextlib import closing, suppress
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from itertools import islice
 
 from gmdist import storage
-from gmdist.data.decode import MAX_PIXELS, NO_IMAGE, UndecodableError, center_crop_resize, decode_image, to_array
-from gmdist.data.loader import IMAGE_EXTENSIONS
-from gmdist.data.shard import MANIFEST_NAME, Manifest, ShardEntry, ShardWriter
-from gmdist.errors import DataError
+from gmdist.data.decode import UndecodableError
+from gmdist.data.encode import Encoding, encode
+from gmdist.data.ledger import Ledger, is_unchanged
+from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry, ShardTable
+from gmdist.data.parallel import spread
+from gmdist.data.shard import ShardWriter, index_name
+from gmdist.data.sources import FileTask, ImageFolder, Probe, Raw, ShardFolder, ShardTask, open_source, tar_bytes
+from gmdist.errors import DataError, StorageError
 
-_WINDOW = 512  # images that are in memory at once
-_FORMATS = ("JPEG", "PNG", "WEBP")
-_MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
+_FORMAT_VERSION = 1  # of the plan too: a pack that another plan began is not gone on with
+_WINDOW = 32  # images that a thread has in memory at once
+_PROBED = 32  # images that are encoded to foretell the size of the others
 
 
 @dataclass(frozen=True)
@@ -29,126 +30,236 @@ class Packed:
 
     manifest: Manifest
     unreadable: list[str]  # "path: reason"
+    was_there: bool = False  # and finished; nothing was done
+
+
+@dataclass
+class _Record:
+    """What a data set is packed from: its file pack.json."""
+
+    fingerprint: str  # of the source and the settings
+    probe: Probe
+    unreadable: dict[str, list[str]] = field(default_factory=dict)  # by shard
+
+    def save(self, folder: str) -> None:
+        """Write it."""
+        content = {"format": _FORMAT_VERSION, "fingerprint": self.fingerprint, "probe": astuple(self.probe)}
+        text = json.dumps(content | {"unreadable": self.unreadable}, indent=1, sort_keys=True)
+        storage.write(storage.join(folder, PACK_NAME), text.encode())
+
+    @classmethod
+    def load(cls, folder: str) -> "_Record | None":
+        """None: there is none, or none of this version."""
+        try:
+            content = json.loads(storage.read(storage.join(folder, PACK_NAME)))
+            if content["format"] != _FORMAT_VERSION:
+                return None
+            return cls(content["fingerprint"], Probe(*content["probe"]), content["unreadable"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def lines(self) -> list[str]:
+        """What could not be read, in the order of the shards."""
+        return [line for name in sorted(self.unreadable) for line in self.unreadable[name]]
 
 
 def pack(
     source: str,
     destination: str,
-    image_size: int | None = None,
+    encoding: Encoding = Encoding(),  # noqa: B008 - it is frozen
+    *,
     shard_mib: float = 64.0,
+    processes: int = 1,
+    max_unreadable: float = 0.01,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_unreadable: Callable[[str], None] = lambda line: None,
 ) -> Packed:
-    """Pack a folder of images into shards.
+    """Pack images into shards; what an interrupted pack has finished is kept.
 
-    A folder with subfolders is one class a subfolder, labelled in the order of their names; a flat folder has no
-    labels. Samples are shuffled by a hash of their path, so the same folder makes the same bytes.
+    A local folder with subfolders is one class a subfolder, labelled in the order of their names; a flat folder has no
+    labels, and neither have the numbered folders of captioned images that img2dataset writes. Texts beside an image
+    (`.txt`, `.json` of the same stem) go with it. Samples are shuffled by a hash of their path. A folder or prefix of
+    shards is packed in its order, with its keys and members.
+
+    Which samples a shard holds is planned from the sizes in the source, and from those that its first images take once
+    encoded, before anything is written. So the same source makes the same bytes, whatever the number of processes and
+    wherever they were interrupted.
 
     Args:
-        source: a local folder.
-        destination: where the shards go, local or s3://; it must not hold a data set already.
-        image_size: cut the largest centred square and resize it to so many pixels a side; None keeps the files' bytes.
-        shard_mib: size of a shard.
-        on_progress: called with (images done, images in all).
+        source: a local folder, or for shards an s3:// prefix too.
+        destination: where the shards go, local or s3://; it must not hold another data set.
+        encoding: of the images.
+        shard_mib: size of a shard, roughly; each process holds one in memory.
+        processes: that encode and write.
+        max_unreadable: fraction of the samples that may be unreadable, which are left out; above 0, one always may.
+        on_progress: called with (bytes of the source done, bytes in all).
+        on_unreadable: called with "path: reason" for each sample that is left out.
 
     Raises:
-        DataError: no images, or a destination that is in use.
+        DataError: no images, too many that cannot be read, or a destination that is in use.
     """
-    root = Path(source)
-    if not root.is_dir():
-        raise DataError(f"{source}: no such folder")
-    if any(name == MANIFEST_NAME or name.endswith(".tar") for name in storage.list_names(destination)):
-        raise DataError(f"{destination}: holds a data set already; choose another folder or delete it")
-    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
-    paths = list(_images_in(root))
-    flat = [path for path in paths if path.parent == root]
-    if not paths:
-        raise DataError(f"{source}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it")
-    if classes and flat:
-        raise DataError(
-            f"{source}: has both images ({flat[0].name}, ...) and subfolders ({classes[0]}, ...); "
-            "use one folder of images, or one subfolder for each class"
-        )
-    for name in sorted(set(classes) - {path.relative_to(root).parts[0] for path in paths}):
-        raise DataError(f"{root / name}: no images in this class folder; it would take a label: delete it")
-    relative = sorted((path.relative_to(root).as_posix() for path in paths), key=_shuffle_key)
-    unreadable: list[str] = []
-
-    def load(name: str) -> tuple[str, dict[str, bytes]] | str:
-        try:
-            members = _image_member(root / name, image_size)
-        except UnidentifiedImageError:
-            return f"{name}: {NO_IMAGE}"
-        except (UndecodableError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{name}: {error}"
-        if classes:
-            members["cls"] = str(classes.index(name.split("/")[0])).encode()
-        return _key(name), members
-
-    def samples() -> Iterable[tuple[str, dict[str, bytes]]]:
-        taken: set[str] = set()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            # A window at a time: the pool would hold all images in memory if the writer were slower.
-            windows = (relative[i : i + _WINDOW] for i in range(0, len(relative), _WINDOW))
-            for done, result in enumerate(chain.from_iterable(pool.map(load, window) for window in windows)):
-                on_progress(done + 1, len(relative))
-                if isinstance(result, str):
-                    unreadable.append(result)
-                    continue
-                key, members = result
-                while key in taken:  # a.b.png and a_b.png
-                    key += "_"
-                taken.add(key)
-                yield key, members
-
-    try:
-        manifest = write_shards(samples(), destination, classes, shard_mib=shard_mib)
-    except DataError as error:
-        raise DataError(f"{error}; {unreadable[0]}" if unreadable else str(error)) from error
-    return Packed(manifest, unreadable)
+    listing = open_source(source)
+    is_inside = f"{storage.absolute(destination)}/".startswith(f"{storage.absolute(source)}/")
+    if is_inside and isinstance(listing, ImageFolder):  # the next time, it would be one of its classes
+        raise DataError(f"{destination}: lies in the source, {source}; choose a folder outside of it")
+    there = storage.list_stats(destination)
+    fingerprint = _fingerprint(listing, encoding, shard_mib)
+    record = _Record.load(destination)
+    if record is not None and record.fingerprint == fingerprint:
+        if MANIFEST_NAME in there:
+            return Packed(Manifest.load(destination), record.lines(), was_there=True)
+        with suppress(StorageError):  # unfinished uploads are seen by the bucket's owner alone, perhaps
+            storage.delete_leftovers(destination)
+    else:
+        _check_free(destination, there)
+        record = _Record(fingerprint, _probe(listing, encoding, processes))
+        record.save(destination)
+    ledger = Ledger(destination, partial(record.save, destination))
+    ledger.entries = {
+        name: entry
+        for name, entry in ledger.entries.items()
+        if index_name(name) in there and is_unchanged(destination, entry, there.get(name))
+    }
+    record.unreadable = {name: lines for name, lines in record.unreadable.items() if name in ledger.entries}
+    for line in record.lines():
+        on_unreadable(line)
+    tasks = listing.tasks(shard_mib * 2**20, record.probe, encoding.image_size is not None)
+    jobs = [job for job in _jobs(tasks, ledger.entries) if job.todo]
+    total = sum(task.source_bytes for task in tasks)
+    done = total - sum(job.share * len(job.todo) for job in jobs)
+    count = min(processes, len(jobs))
+    run = partial(_run, destination, encoding, processes // count if count else 1)
+    with ledger, closing(spread(run, jobs, processes=count)) as results:
+        for entry, lines, num_bytes in results:
+            if lines:
+                record.unreadable[entry.name] = lines
+            for line in lines:
+                on_unreadable(line)
+            if ledger.add(entry):
+                ledger.save()
+            done += num_bytes
+            on_progress(round(done), total)
+            if listing.num_samples is not None:
+                _check_budget(source, record, listing.num_samples, max_unreadable)
+    ledger.save()
+    unreadable = record.lines()
+    samples = sum(entry.samples for entry in ledger.entries.values())
+    if samples == 0:
+        raise DataError("; ".join([f"{destination}: none of the images can be read", *unreadable[:1]]))
+    _check_budget(source, record, samples + len(unreadable), max_unreadable)
+    return Packed(ledger.finish(listing.classes), unreadable)
 
 
-def _images_in(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """The image files in a folder and those below it, linked folders included, hidden ones not."""
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in above:  # a link that leads back to where it came from
+def _fingerprint(listing: ImageFolder | ShardFolder, encoding: Encoding, shard_mib: float) -> str:
+    """Of all that decides what is written."""
+    state = hashlib.blake2b(repr((astuple(encoding), shard_mib, listing.classes)).encode(), digest_size=16)
+    for name, version in listing.versions():
+        state.update(repr((name, version.num_bytes, version.etag)).encode())
+    return state.hexdigest()
+
+
+def _check_free(destination: str, there: Iterable[str]) -> None:
+    """DataError if the destination holds shards of something else."""
+    if not any(name == MANIFEST_NAME or name.endswith(".tar") for name in there):
         return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+    if PACK_NAME in there and MANIFEST_NAME not in there:
+        raise DataError(
+            f"{destination}: holds a part of another pack: the source or the settings are not those that it was begun "
+            "with; choose another folder or delete it"
+        )
+    raise DataError(f"{destination}: holds a data set already; choose another folder or delete it")
+
+
+def _check_budget(source: str, record: _Record, num_samples: int, max_unreadable: float) -> None:
+    count = sum(map(len, record.unreadable.values()))
+    allowed = max(1, int(max_unreadable * num_samples)) if max_unreadable > 0 else 0
+    if count > allowed:
+        raise DataError(
+            f"{source}: {count} of {num_samples} images cannot be read, and --max-unreadable {max_unreadable:g} allows "
+            f"{allowed}; raise it to go on without them; the first: {record.lines()[0]}"
+        )
+
+
+def _probe(listing: ImageFolder | ShardFolder, encoding: Encoding, threads: int) -> Probe:
+    """Encode the first images to foretell the size of the others."""
+    if encoding.keeps_files:
+        return Probe(0, 0, 0)
+    first = list(listing.first(_PROBED))
+    encoded = _encoded(iter([raw for _, raw in first]), encoding, threads)
+    sizes = [
+        (size, tar_bytes(members))
+        for (size, _), (_, members) in zip(first, encoded, strict=True)
+        if not isinstance(members, str)
+    ]
+    return Probe(len(sizes), sum(size for size, _ in sizes), sum(written for _, written in sizes))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A task and its shards."""
+
+    task: FileTask | ShardTask
+    names: tuple[str, ...]
+    todo: frozenset[str]  # of the names: those that are not there yet
+
+    @property
+    def share(self) -> float:
+        """Bytes of the source that each shard takes."""
+        return self.task.source_bytes / len(self.names)
+
+
+def _jobs(tasks: Iterable[FileTask | ShardTask], done: Container[str]) -> Iterator[_Job]:
+    first = 0
+    for task in tasks:
+        names = tuple(f"shard-{first + number:06d}.tar" for number in range(task.num_shards))
+        first += task.num_shards
+        yield _Job(task, names, frozenset(name for name in names if name not in done))
+
+
+def _run(
+    destination: str, encoding: Encoding, threads: int, job: _Job
+) -> Iterator[tuple[ShardEntry, list[str], float]]:
+    """Write the shards of a job: each with what could not be read, and its share of the source's bytes."""
+    raws = (raw for raw in job.task.samples() if job.names[raw.shard] in job.todo)
+    encoded = _encoded(raws, encoding, threads)
+    share = job.share
+    raw, result = next(encoded, _END)
+    for number, name in enumerate(job.names):
+        if name not in job.todo:
             continue
-        if path.is_dir():
-            yield from _images_in(path, (*above, (status.st_dev, status.st_ino)))
-        elif path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
-            yield path
+        writer, unreadable = ShardWriter(), []
+        while raw is not None and raw.shard == number:
+            if isinstance(result, str):
+                unreadable.append(f"{raw.name}: {result}")
+            else:
+                writer.add(raw.key, result)
+            raw, result = next(encoded, _END)
+        yield writer.save(destination, name), unreadable, share
 
 
-def _shuffle_key(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+_END = (None, "")
 
 
-def _key(name: str) -> str:
-    """A sample's key from its path: a name that tar, S3 and other readers take as it is."""
-    key = posixpath.splitext(name)[0].replace(".", "_").replace("/", "-").replace("\\", "_")
-    key = "".join("_" if ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 else c for c in key)
-    if len(key.encode()) > _MAX_KEY_BYTES:
-        key = key.encode()[: _MAX_KEY_BYTES - 17].decode(errors="ignore") + "-" + _shuffle_key(name).hex()
-    return key
+def _encoded(
+    raws: Iterator[Raw], encoding: Encoding, threads: int
+) -> Iterator[tuple[Raw | None, dict[str, bytes] | str]]:
+    """Samples in order, each with its members as they are stored or why there are none."""
+    if threads <= 1:
+        yield from ((raw, _load(encoding, raw)) for raw in raws)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # A window at a time: the pool would hold all images in memory if the writer were slower.
+        while window := list(islice(raws, _WINDOW * threads)):
+            yield from zip(window, pool.map(partial(_load, encoding), window), strict=True)
 
 
-def _image_member(path: Path, image_size: int | None) -> dict[str, bytes]:
-    content = path.read_bytes()
-    if image_size is None:
-        decode_image(content, 3)
-        return {path.suffix[1:].lower(): content}
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UndecodableError(f"{image.width}x{image.height} pixels; at most {MAX_PIXELS} are accepted")
-        upright = ImageOps.exif_transpose(image)  # cameras store how they were held
-        grey = upright.mode in ("L", "LA", "1")
-        array = to_array(upright, 1 if grey else 3)
-    resized = center_crop_resize(Image.fromarray(array[:, :, 0] if grey else array), image_size)
-    png = io.BytesIO()
-    resized.save(png, "PNG")
-    return {"png": png.getvalue()}
+def _load(encoding: Encoding, raw: Raw) -> dict[str, bytes] | str:
+    try:
+        return encode(raw.read(), encoding)
+    except UndecodableError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def write_shards(
@@ -189,7 +300,7 @@ def write_shards(
             count += 1
         if count:
             save(writer)
-    manifest = Manifest(tuple(entries), classes)
+    manifest = Manifest(ShardTable.of(entries), classes)
     if manifest.num_samples == 0:
         raise DataError(f"{destination}: none of the images can be read")
     manifest.save(destination)

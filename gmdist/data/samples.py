@@ -1,4 +1,4 @@
-"""Embedded data sets: real images that an installed package carries, so that nothing is downloaded."""
+"""Embedded data sets: real images that installed packages carry, so that nothing is downloaded."""
 
 import io
 import os
@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image
 
 from gmdist import storage
+from gmdist.data import glyphs
+from gmdist.data.manifest import MANIFEST_NAME, Manifest
 from gmdist.data.pack import write_shards
-from gmdist.data.shard import MANIFEST_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
 DIGITS_SIZE = 32  # pixels a side, from 8
-_DIGITS_SHARDS = {"train": 16, "test": 4}
+_NUM_SHARDS = {"train": 16, "test": 4}
 _DIGITS_TEST_EVERY = 6  # of each class
 
 
@@ -51,24 +52,40 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
 
     Where they are already, nothing is written; DataError if another data set is there.
     """
-    if name != "digits":
-        raise ConfigError(f"data make: no embedded data set '{name}'; there is: digits")
-    return {split: _write_digits(split, storage.join(destination, split)) for split in _DIGITS_SHARDS}
+    if name == "digits":
+        classes = tuple(str(digit) for digit in range(10))
+        contents = {split: list(digits(split)) for split in _NUM_SHARDS}
+    elif name in ("glyphs", "glyphs-color"):
+        found = glyphs.glyphs()
+        characters = sorted({glyph.character for glyph in found})
+        labels = {character: label for label, character in enumerate(characters)}
+        classes = tuple(map(glyphs.name_of, characters))
+        contents = {
+            split: [glyphs.sample(glyph, labels[glyph.character], name == "glyphs-color") for glyph in part]
+            for split, part in glyphs.split(found).items()
+        }
+    else:
+        raise ConfigError(f"data make: no embedded data set '{name}'; there are: digits, glyphs, glyphs-color")
+    return {
+        split: _write(samples, storage.join(destination, split), classes, _NUM_SHARDS[split])
+        for split, samples in contents.items()
+    }
 
 
-def _write_digits(split: str, folder: str) -> Manifest:
-    classes = tuple(str(digit) for digit in range(10))
+def _write(
+    samples: list[tuple[str, dict[str, bytes]]], folder: str, classes: tuple[str, ...], num_shards: int
+) -> Manifest:
     if not storage.list_names(folder):
-        return write_shards(digits(split), folder, classes, num_shards=_DIGITS_SHARDS[split])
-    with tempfile.TemporaryDirectory(prefix="gmdist-digits-") as scratch:
-        wanted = write_shards(digits(split), scratch, classes, num_shards=_DIGITS_SHARDS[split])
+        return write_shards(samples, folder, classes, num_shards=num_shards)
+    with tempfile.TemporaryDirectory(prefix="gmdist-make-") as scratch:
+        wanted = write_shards(samples, scratch, classes, num_shards=num_shards)
         if storage.exists(storage.join(folder, MANIFEST_NAME)):
             same = Manifest.load(folder).hash == wanted.hash
         else:  # interrupted before the manifest, if all that is there are parts of it
             names = storage.list_names(folder)
             same = all(_same(storage.join(folder, name), os.path.join(scratch, name)) for name in names)
             if same:
-                write_shards(digits(split), folder, classes, num_shards=_DIGITS_SHARDS[split])
+                write_shards(samples, folder, classes, num_shards=num_shards)
     if not same:
         raise DataError(f"{folder}: holds another data set; choose another folder or delete it")
     return wanted

@@ -10,7 +10,7 @@ when it is asked for.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -108,7 +108,7 @@ def permute(index: Int64Array, size: Int64Array, key: _Uint64Array) -> Int64Arra
 class Tape:
     """The order of a data set's samples."""
 
-    def __init__(self, samples: Sequence[int], *, seed: int, lanes: int, block: int | None, manifest: str) -> None:
+    def __init__(self, samples: npt.ArrayLike, *, seed: int, lanes: int, block: int | None, manifest: str) -> None:
         """Lay out the order.
 
         Args:
@@ -166,6 +166,56 @@ class Tape:
         key = keyed_hash(self.fingerprint.seed, 2, epochs, lane, block_number)
         position = lane_start + block_start + permute(index, block_size, key)
         return self._on_tape(epochs, position)
+
+    def block_end(self, number: int) -> int:
+        """The first number after `number` at which all lanes begin a new block, or a new epoch begins."""
+        epoch, slot = divmod(number, self.num_samples)
+        size = self.fingerprint.lanes * self.fingerprint.block
+        return epoch * self.num_samples + min(self.num_samples, (slot // size + 1) * size)
+
+    def next_use(self, shards: Int64Array, first: Int64Array, last: Int64Array, after: int) -> Int64Array:
+        """When ranges of samples are used next: the number at which the first of their blocks begins.
+
+        Args:
+            shards: [N], the ranges' shards.
+            first, last: [N], the ranges' first and last samples inside their shards.
+            after: all smaller numbers are done.
+
+        Returns:
+            Numbers [N], `after` where that block has begun; none is later than the end of the next epoch.
+        """
+        epoch = after // self.num_samples
+        result = self._first_use(epoch, shards, first, last, after)
+        later = result < 0
+        if later.any():
+            result[later] = self._first_use(epoch + 1, shards[later], first[later], last[later], after)
+        return result
+
+    def _first_use(self, epoch: int, shards: Int64Array, first: Int64Array, last: Int64Array, after: int) -> Int64Array:
+        """The same within one epoch; -1 for ranges that it does not use any more."""
+        lanes, block = self.fingerprint.lanes, self.fingerprint.block
+        order, ends = self._shard_order(epoch)
+        start = np.empty(len(order), np.int64)
+        start[order] = ends - self._samples[order]
+        position, stop = start[shards] + first, start[shards] + last
+        quotient, remainder = divmod(self.num_samples, lanes)
+        result = np.full(len(shards), -1, np.int64)
+        todo = np.ones(len(shards), bool)
+        while todo.any():  # one block of each range after the other: they are few
+            wide = remainder * (quotient + 1)
+            lane = np.where(
+                position < wide, position // (quotient + 1), remainder + (position - wide) // max(1, quotient)
+            )
+            lane_start = lane * quotient + np.minimum(lane, remainder)
+            lane_end = lane_start + quotient + (lane < remainder)
+            number = (position - lane_start) // block
+            begins = epoch * self.num_samples + number * block * lanes
+            useful = todo & (begins + block * lanes > after)
+            use = np.maximum(begins, after)
+            result = np.where(useful & ((result < 0) | (use < result)), use, result)
+            position = np.minimum(lane_start + (number + 1) * block, lane_end)
+            todo &= position <= stop
+        return result
 
     def replacement(self, number: int, attempt: int) -> tuple[int, int]:
         """The sample (shard, index) that stands in for number t when its own cannot be decoded, at the n-th attempt."""

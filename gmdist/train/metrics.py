@@ -27,7 +27,7 @@ class Averages:
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add one observation of some metrics."""
         for name, value in metrics.items():
-            weighted = value.detach().to(self._dtype) * weight
+            weighted = value.detach().to(self._device, self._dtype) * weight
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
             self._weights[name] = self._weights.get(name, 0.0) + weight
 

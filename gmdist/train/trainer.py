@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from gmdist import images, storage
 from gmdist.errors import ConfigError, check_int64
-from gmdist.families.family import Batch, Family
+from gmdist.families.family import Batch, Family, Metrics
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import Reader, Saver
@@ -73,8 +74,7 @@ class TrainConfig:
 class Loaded(Protocol):
     """A part of a batch, as the loader gives it."""
 
-    @property
-    def batch(self) -> Batch:
+    def batch_on(self, device: torch.device) -> Batch:
         """The samples."""
 
     @property
@@ -99,6 +99,12 @@ class Source(Protocol):
 
     def first(self, count: int) -> Loaded:
         """The first samples of the order, the same on every worker."""
+
+    def counters(self) -> dict[str, float]:
+        """What reading has cost this worker since the process began: bytes, requests, retries, stalls."""
+
+    def notes(self) -> list[str]:
+        """Lines that the user should read; each is given once."""
 
 
 class Trainer:
@@ -138,7 +144,7 @@ class Trainer:
         self.phases = family.phases()
         self._trained = trained_children(family, optim)
         if found is None:
-            self.family.initialize(self._to_device(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch))
+            self.family.initialize(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
         self._set_mode(training=True)
         self.units: dict[str, Unit] = {
             name: make_unit(
@@ -153,13 +159,15 @@ class Trainer:
         self._saver = Saver(run_dir, config.keep_checkpoints)
         self._control = Control()
         self._quarantined: list[dict[str, Any]] = []
+        self._waited_s = 0.0
+        self._counted = data.counters()
         self._log = MetricsLog(run_dir, self.step) if rank() == 0 else None
 
     # The step
 
     def train_step(self, loaded: Loaded) -> None:
         """One optimizer step on this worker's part of a batch."""
-        batch = self._to_device(loaded.batch)
+        batch = loaded.batch_on(self.device)
         micro_batches = split(batch, self.micro_batch_size)
         for number, phase in enumerate(self.phases):
             if self.step % phase.every:
@@ -189,7 +197,10 @@ class Trainer:
         stopping = False
         saved_step = self.step
         while self.step < config.num_steps and not stopping:
-            self.train_step(next(batches))
+            asked_s = time.monotonic()
+            loaded = next(batches)
+            self._waited_s += time.monotonic() - asked_s
+            self.train_step(loaded)
             last = self.step == config.num_steps
             if self.step % config.log_every == 0 or last:
                 self._write_metrics(clock)
@@ -225,6 +236,7 @@ class Trainer:
     # What is written
 
     def _write_metrics(self, clock: "Clock") -> None:
+        self._averages.add(self._data_metrics())
         line: dict[str, Any] = {"step": self.step, "images": self.seen, **self._averages.reduce()}
         for name, optim in self.optim.items():
             line[f"lr/{name}"] = learning_rate(optim, self.step - 1, self.config.num_steps)
@@ -236,9 +248,17 @@ class Trainer:
             return
         self._log.write(line)
         self._write_quarantine(quarantined)
+        for note in self.data.notes():
+            self.hooks.on_message(note)
         loss = next((value for name, value in line.items() if name.endswith("/loss")), float("nan"))
         left = (self.config.num_steps - self.step) * clock.seconds_a_step(self.step)
         self.hooks.on_progress(Progress(self.step, self.config.num_steps, line["images_per_s"], loss, left))
+
+    def _data_metrics(self) -> Metrics:
+        """What a worker waited for data, and what reading cost it, since the last line."""
+        now, before = self.data.counters() | {"wait_s": self._waited_s}, self._counted
+        self._counted = now
+        return {f"data/{name}": torch.tensor(value - before.get(name, 0.0)) for name, value in now.items()}
 
     def _gather_quarantined(self) -> list[dict[str, Any]]:
         lines, self._quarantined = self._quarantined, []
@@ -269,12 +289,12 @@ class Trainer:
     @torch.no_grad()
     def _write_preview(self) -> None:
         source = self.test_data or self.data
-        batch = source.first(min(self.config.num_preview_images, source.num_samples)).batch
+        batch = source.first(min(self.config.num_preview_images, source.num_samples)).batch_on(self.device)
         # Every worker makes an equal part; the last ones repeat a sample where the count does not divide.
         count = len(batch["key"])
         each = -(-count // world_size())
-        places = torch.arange(rank() * each, (rank() + 1) * each).clamp(max=count - 1)
-        part = self._to_device({name: tensor[places] for name, tensor in batch.items()})
+        places = torch.arange(rank() * each, (rank() + 1) * each, device=self.device).clamp(max=count - 1)
+        part = {name: tensor[places] for name, tensor in batch.items()}
         with self._averaged_weights():
             pictures = images.to_uint8(self.family.preview(part))
         if world_size() > 1:
@@ -291,7 +311,7 @@ class Trainer:
         averages = Averages(self.device)
         with self._averaged_weights():
             for loaded in self.test_data.sweep(self.micro_batch_size):
-                batch = self._to_device(loaded.batch)
+                batch = loaded.batch_on(self.device)
                 averages.add(self.family.evaluate(batch), weight=float(len(batch["key"])))
         line = {f"test/{name}": value for name, value in averages.reduce().items()}
         if self._log is not None and line:
@@ -353,9 +373,6 @@ class Trainer:
             dist.all_reduce(signed)
             total = int(signed.item()) & _MASK64
         return f"{total:016x}"
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _set_mode(self, training: bool) -> None:
         """Trained children train; frozen ones never do."""

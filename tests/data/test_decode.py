@@ -2,15 +2,27 @@
 
 import contextlib
 import io
-import random
+import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from gmdist.data.decode import MAX_PIXELS, UndecodableError, center_crop_resize, check_size, decode_image
+from gmdist.data.decode import (
+    MAX_CAPTION_BYTES,
+    MAX_PIXELS,
+    UndecodableError,
+    center_crop_resize,
+    check_size,
+    decode_array,
+    decode_caption,
+    decode_image,
+    decode_reduced,
+)
 from gmdist.errors import DataError
 
 
@@ -36,13 +48,13 @@ def as_pillow_sees_it(content: bytes, mode: str) -> np.ndarray:
         return np.asarray(image.convert(mode)).astype(int).reshape(image.height, image.width, -1)
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int, depth: int = 8, colour: int = 0) -> bytes:
     """A PNG of a few bytes that announces any size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -104,6 +116,75 @@ def test_other_kinds_of_transparency_become_white() -> None:
     assert (decode_image(encode(palette, "PNG", transparency=0), 3) == 255).all()
 
 
+def with_transform(content: bytes, transform: int) -> bytes:
+    """A JPEG of four components that says how they are meant: 0 CMYK, 2 YCCK."""
+    at = content.index(b"Adobe") + 11
+    return content[:at] + bytes([transform]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("transform", [0, 2], ids=["CMYK", "YCCK"])
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
+def test_print_colours_are_converted_as_pillow_does(transform: int, channels: int, mode: str) -> None:
+    inks = np.concatenate([smooth(24, 32), smooth(24, 32)[::-1, :, :1] // 2], axis=2)
+    content = with_transform(encode(Image.fromarray(inks, "CMYK"), "JPEG", quality=95), transform)
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == "CMYK"
+        seen = np.asarray(image.convert(mode)).astype(int).reshape(24, 32, -1)
+    assert np.abs(decode_image(content, channels) - seen).max() <= 2
+
+
+@pytest.mark.parametrize(("form", "settings"), [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_pixel_is_an_image(form: str, settings, channels: int) -> None:
+    image = decode_image(encode(np.full((1, 1, 3), 200, np.uint8), form, **settings), channels)
+    assert image.tolist() == [[[200] * channels]]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "min_side", "factor"),
+    [
+        (64, 96, 8, 8),
+        (64, 96, 9, 4),
+        (65, 99, 9, 8),
+        (99, 65, 33, 2),
+        (65, 99, 34, 1),
+        (5, 9, 64, 1),
+        (64, 96, None, 1),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_a_fraction(height: int, width: int, min_side: int | None, factor: int) -> None:
+    reduced = decode_reduced(encode(smooth(height, width), "JPEG"), 3, min_side)
+    assert reduced[1:] == (height, width, factor)
+    assert reduced.image.shape == (-(-height // factor), -(-width // factor), 3)
+    assert decode_reduced(encode(smooth(height, width), "PNG"), 3, min_side).image.shape == (height, width, 3)
+
+
+def test_fractions_of_a_truncated_jpeg_are_refused_too() -> None:
+    content = encode(noise(64, 64, 3), "JPEG")
+    for cut in (content[:-2], content[:-50], content[: len(content) // 2], content[:4]):
+        with pytest.raises(UndecodableError):
+            decode_reduced(cut, 3, 8)
+
+
+def animation(form: str) -> bytes:
+    frames = [Image.fromarray(noise(6, 6, 3, seed=i)) for i in range(3)]
+    return encode(frames[0], form, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_animations_are_refused(form: str) -> None:
+    with pytest.raises(UndecodableError, match=r"^an animation of 3 frames; images have one$"):
+        decode_image(animation(form), 3)
+
+
+def test_sixteen_bits_are_refused_and_not_cut_to_eight() -> None:
+    grey = encode(Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096), "PNG")
+    colour = png_header(4, 4, depth=16, colour=2)
+    for content in (grey, colour):
+        with pytest.raises(UndecodableError, match=r"^16 bits a channel; images have 8 bits a channel$"):
+            decode_image(content, 3)
+
+
 JPEG, PNG, WEBP = (encode(noise(40, 40, 3), form) for form in ("JPEG", "PNG", "WEBP"))
 NO_IMAGES = {
     "nothing": b"",
@@ -116,6 +197,7 @@ NO_IMAGES = {
     "half a WebP": WEBP[: len(WEBP) // 2],
     "16 bits": encode(Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096), "PNG"),
     "GIF": encode(noise(4, 4), "GIF"),
+    "an animated GIF": animation("GIF"),
     "TIFF": encode(noise(4, 4), "TIFF"),
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
 }
@@ -129,7 +211,7 @@ def test_whatever_is_no_sound_image_is_undecodable(case: str, channels: int) -> 
 
 
 def test_the_reason_is_for_people() -> None:
-    for case in ("nothing", "text", "GIF"):
+    for case in ("nothing", "text", "GIF", "an animated GIF"):
         with pytest.raises(UndecodableError, match=r"^not a JPEG, PNG or WebP image$"):
             decode_image(NO_IMAGES[case], 3)
 
@@ -146,16 +228,157 @@ def test_pixel_bombs_are_refused_before_they_unfold(side: int) -> None:
         decode_image(bytes(jpeg), 1)
 
 
-@pytest.mark.parametrize("content", [JPEG, PNG, WEBP], ids=["JPEG", "PNG", "WebP"])
-def test_damage_gives_an_image_or_one_kind_of_error(content: bytes) -> None:
-    draw = random.Random(0)
-    for _ in range(100):
-        damaged = bytearray(content[: draw.choice([len(content), draw.randrange(len(content))])])
-        for _ in range(3):
-            if damaged:
-                damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+@pytest.mark.parametrize("size", [(8191, 8193), (16_383, 16_383)])
+def test_a_webp_bomb_is_refused_before_it_unfolds(size: tuple[int, int]) -> None:
+    content = bytearray(encode(noise(8, 8, 4), "WEBP", exif=b"Exif\0\0"))  # such a file says its size twice
+    at = content.index(b"VP8X") + 12
+    content[at : at + 6] = b"".join((side - 1).to_bytes(3, "little") for side in size)
+    with pytest.raises(UndecodableError):
+        decode_image(bytes(content), 3)
+
+
+ANIMATED, YCCK = animation("WEBP"), with_transform(encode(Image.new("CMYK", (9, 9)), "JPEG"), 2)
+PALETTE = encode(Image.fromarray(noise(9, 9, 3)).quantize(8), "PNG", transparency=0)
+SOUND = st.sampled_from([JPEG, PNG, WEBP, ANIMATED, YCCK, PALETTE, animation("PNG")])
+
+
+def repaired(png: bytes) -> bytes:
+    """A damaged PNG with checksums that fit, so that what reads the chunks sees the damage."""
+    repaired, at = bytearray(png[:8]), 8
+    while at + 12 <= len(png):
+        end = at + 8 + int.from_bytes(png[at : at + 4], "big")
+        repaired += png[at:end] + struct.pack(">I", zlib.crc32(png[at + 4 : end]))
+        at = end + 4
+    return bytes(repaired)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    SOUND,
+    st.floats(0, 1),
+    st.lists(st.tuples(st.integers(0, 5000) | st.integers(0, 60), st.integers(0, 255)), max_size=4),
+    st.sampled_from([None, 4, 32]),
+)
+@example(b"", 1.0, [], None)
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
+def test_damage_gives_an_image_or_one_kind_of_error(
+    sound: bytes, kept: float, flips: list[tuple[int, int]], min_side: int | None
+) -> None:
+    content = bytearray(sound[: round(kept * len(sound))])
+    for place, value in flips:
+        if content:
+            content[place % len(content)] ^= value
+    for damaged in (bytes(content), repaired(bytes(content))):
         with contextlib.suppress(UndecodableError):
-            assert decode_image(bytes(damaged), 3).shape[2] == 3
+            image = decode_reduced(memoryview(damaged), 3, min_side).image
+            assert (image.dtype, image.shape[2]) == (np.uint8, 3)
+
+
+def npy(array: np.ndarray, **settings) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, **settings)
+    return buffer.getvalue()
+
+
+def array_of(content: bytes) -> np.ndarray:
+    return decode_array({"latent.npy": memoryview(content)}, "latent.npy")
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f2", "f8", "u1", "<u2", ">i8", "?"])
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3, 2)])
+def test_arrays_are_what_was_saved(version, dtype: str, shape: tuple[int, ...]) -> None:
+    array = noise(*shape, 1).reshape(shape).astype(dtype)
+    for saved in (array, np.array(array, order="F")):
+        read = array_of(npy(saved, version=version))
+        assert (read.shape, read.dtype) == (array.shape, array.dtype)
+        assert np.array_equal(read, array)
+
+
+SAVED = npy(noise(4, 6))
+
+
+def with_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(24)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not a .npy file"),
+        (b"\x80\x04\x95pickle", "not a .npy file"),
+        (npy(np.zeros(3), version=(3, 0)), "not a .npy file of version 1 or 2"),
+        (SAVED[:9], "damaged header"),
+        (SAVED[:40], "damaged header"),
+        (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 6)"), "damaged header"),
+        (with_header("(" * 3000), "damaged header"),
+        (with_header("{'descr': '|u1', 'fortran_order': __import__('os').abort(), 'shape': (4, 6)}"), "damaged header"),
+        (with_header(" " * 9000), "a header of 9010 bytes"),
+        (SAVED[:-1], r"23 bytes of values, but uint8 \[4, 6\] take 24"),
+        (SAVED + b"x", "25 bytes of values"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}"), ".* take 8000000000000$"),
+        (with_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -6)}"), "24 bytes of values"),
+        (npy(np.zeros((0, 4))), "0 bytes of values"),
+        (npy(np.array([{"a": 1}, None], object)), "values of type object"),
+        (npy(np.array(["a", "b"])), "values of type <U1"),
+        (npy(np.zeros(3, [("x", "f4")])), "values of type"),
+        (npy(np.zeros(3, "c8")), "values of type complex64"),
+        (npy(np.zeros(3, "M8[s]")), "values of type datetime64"),
+    ],
+)
+def test_other_arrays_are_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(UndecodableError, match=rf"^latent\.npy: {reason}"):
+        array_of(content)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 151), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 152))
+def test_a_damaged_array_is_an_array_or_undecodable(flips: list[tuple[int, int]], kept: int) -> None:
+    content = bytearray(SAVED)
+    for place, value in flips:
+        content[place] = value
+    with contextlib.suppress(UndecodableError):
+        assert array_of(bytes(content[:kept])).nbytes <= len(SAVED)
+
+
+def caption_of(content: bytes | None, source: str = "txt") -> str:
+    members = {} if content is None else {source.split(":")[0]: memoryview(content)}
+    return decode_caption({"png": memoryview(b""), **members}, source).decode()
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "eine süße Katze, 猫 🐈", "two\nlines"])
+def test_captions_are_text(text: str) -> None:
+    assert caption_of(text.encode()) == text
+    assert caption_of(f" {text}\r\n".encode()) == text
+    for escaped in (True, False):
+        tree = {"width": 3, "caption": text, "alt": "x"}
+        assert caption_of(json.dumps(tree, ensure_ascii=escaped).encode(), "json:caption") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "source", "reason"),
+    [
+        (None, "txt", r"^no \.txt among its members \['png'\]$"),
+        (None, "json:a", r"^no \.json among its members"),
+        (
+            "süß".encode("latin-1"),
+            "txt",
+            r"^txt: the caption is not UTF-8 \(.*0xfc in position 1.*\); convert it to UTF-8$",
+        ),
+        (b'{"a": "\xfc"}', "json:a", "^json: the caption is not UTF-8"),
+        (b'{"a": "\\ud800"}', "json:a", "^json: the caption is not UTF-8"),
+        (b'{"b": "x"}', "json:a", "^json: no text under the key 'a'$"),
+        (b'{"a": null}', "json:a", "^json: no text under the key 'a'$"),
+        (b'["a"]', "json:a", "^json: no text under the key 'a'$"),
+        (b'{"a": "x"', "json:a", "^json: not JSON: "),
+        (b"", "json:a", "^json: not JSON: "),
+        (b"[" * 100_000, "json:a", "^json: not JSON: "),
+        (b"x" * (MAX_CAPTION_BYTES + 1), "txt", "^txt: a caption of 65537 bytes; at most 65536"),
+    ],
+)
+def test_other_captions_are_refused(content: bytes | None, source: str, reason: str) -> None:
+    with pytest.raises(UndecodableError, match=reason):
+        caption_of(content, source)
 
 
 def test_the_centre_square_is_kept() -> None:
@@ -169,8 +392,8 @@ def test_the_centre_square_is_kept() -> None:
     assert center_crop_resize(Image.fromarray(noise(7, 8)), 3).size == (3, 3)
 
 
-def test_a_wrong_size_names_the_image_and_both_ways_out() -> None:
-    check_size(np.zeros((8, 8, 3), np.uint8), 8, "x")
-    with pytest.raises(DataError, match=r"^shard-1\.tar: k7: the image is 9x8, but data\.image_size is 8") as caught:
-        check_size(np.zeros((8, 9, 3), np.uint8), 8, "shard-1.tar: k7")
+def test_a_wrong_size_names_both_ways_out() -> None:
+    check_size(np.zeros((8, 8, 3), np.uint8), 8)
+    with pytest.raises(DataError, match=r"^the image is 9x8, but data\.image_size is 8") as caught:
+        check_size(np.zeros((8, 9, 3), np.uint8), 8)
     assert "--image-size 8" in str(caught.value)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gmdist import storage
+from gmdist.data.cache import Cache
+from gmdist.data.fetch import Shards
 from gmdist.data.loader import DataConfig, Loaded, Loader
+from gmdist.data.manifest import Manifest, ShardTable
 from gmdist.data.pack import write_shards
-from gmdist.data.shard import Manifest
 from gmdist.errors import ConfigError, DataError, StorageError
 
 SHARD_SIZES, CLASSES, SIZE, BATCH = (7, 9, 5), 4, 6, 12
@@ -49,7 +50,7 @@ def write(folder: Path, changed: dict[int, dict[str, bytes]] | None = None, chan
         (part / "shard-000000.index.safetensors").rename(folder / f"{name}.index.safetensors")
         entries.append(replace(entry, name=f"{name}.tar"))
         first += size
-    Manifest(tuple(entries)).save(str(folder))
+    Manifest(ShardTable.of(entries)).save(str(folder))
     return str(folder)
 
 
@@ -253,7 +254,7 @@ def test_labels_out_of_range_are_refused_where_they_are(tmp_path: Path) -> None:
     # The manifest's own count may be wrong: it is not covered by a checksum.
     folder = write(tmp_path, {8: {"cls": b"7"}})
     manifest = Manifest.load(folder)
-    Manifest(tuple(replace(shard, labels=CLASSES) for shard in manifest.shards)).save(folder)
+    Manifest(ShardTable.of(replace(shard, labels=CLASSES) for shard in manifest.shards)).save(folder)
     with pytest.raises(DataError, match=r"shard-1\.tar: k8: class label 7 is out of range.*0 to 3"):
         list(Loader(settings(folder), folder).sweep(8))
 
@@ -264,7 +265,9 @@ def test_missing_labels_are_refused(tmp_path: Path) -> None:
         Loader(settings(folder), folder)
     folder = write(tmp_path / "some", {5: {"cls": None}})
     with pytest.raises(DataError, match=r"shard-0\.tar: k5: no class label"):
-        list(Loader(settings(folder), folder).sweep(8))
+        list(Loader(settings(folder, max_bad_fraction=0.0), folder).sweep(8))
+    lines = [line for part in Loader(settings(folder), folder).sweep(8) for line in part.quarantined]
+    assert [(line["sample"], line["reason"].split(",")[0]) for line in lines] == [("k5", "no class label (.cls)")]
 
 
 def test_mixed_image_sizes_are_refused(tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_other_bytes_than_were_indexed_are_refused(tmp_path: Path) -> None:
         list(Loader(settings(folder), folder).sweep(8))
 
     shard.unlink()
-    with pytest.raises(DataError, match=r"shard-1\.tar: missing, but the manifest lists it"):
+    with pytest.raises(DataError, match=r"shard-1\.tar: missing, but .*manifest\.json lists it \(shard 1\)"):
         list(Loader(settings(folder), folder).sweep(8))
 
     shard.write_bytes(sound)
@@ -307,24 +310,39 @@ def test_other_bytes_than_were_indexed_are_refused(tmp_path: Path) -> None:
 
 def test_bytes_that_were_damaged_on_their_way_are_asked_for_again(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = merged(load(plain, 2))
-    read_range, lock, damaged = storage.read_range, threading.Lock(), set()
+    fetch, lock, damaged = Shards.fetch, threading.Lock(), set()
 
-    def unreliable(location: str, offset: int, num_bytes: int) -> bytes:
-        content = read_range(location, offset, num_bytes)
+    def unreliable(shards: Shards, shard: int, start: int, *arguments: object) -> bytes:
+        content = fetch(shards, shard, start, *arguments)
         with lock:
-            first = (location, offset) not in damaged
-            damaged.add((location, offset))
+            first = (shard, start) not in damaged
+            damaged.add((shard, start))
         return bytes([content[0] ^ 1]) + content[1:] if first else content
 
-    monkeypatch.setattr(storage, "read_range", unreliable)
+    monkeypatch.setattr(Shards, "fetch", unreliable)
     assert merged(load(plain, 2)) == expected
     assert damaged
+
+
+def test_a_full_disk_of_the_cache_is_told_once(plain: str, tmp_path: Path) -> None:
+    loader = Loader(settings(plain), plain)
+    assert loader.notes() == []
+    cache = Cache(str(tmp_path / "cache"), 1000, loader.tape.fingerprint.manifest, loader._next_use)
+    loader._shards.cache, loader.config.cache_dir = cache, str(tmp_path / "cache")
+    assert loader.notes() == []
+    cache.is_disk_full = True
+    (note,) = loader.notes()
+    assert f"data.cache_dir: {tmp_path}/cache: its disk is full" in note
+    assert loader.notes() == []
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("batch_size", 0),
+        ("cache_dir", "s3://bucket/cache"),
+        ("cache_gib", 0.0),
+        ("prefetch_mib", 0),
         ("image_size", -1),
         ("lanes", 0),
         ("block", 0),
@@ -332,6 +350,12 @@ def test_bytes_that_were_damaged_on_their_way_are_asked_for_again(plain: str, mo
         ("prefetch_batches", 0),
         ("channels", 2),
         ("num_classes", 0),
+        ("resize", "bicubic"),
+        ("crop", "random"),
+        ("crop", "left"),
+        ("image", False),
+        ("caption", "text"),
+        ("caption", "json:"),
         ("max_bad_fraction", 1.5),
         ("max_bad_fraction", -0.1),
         ("max_bad_fraction", float("nan")),
@@ -339,7 +363,7 @@ def test_bytes_that_were_damaged_on_their_way_are_asked_for_again(plain: str, mo
 )
 def test_impossible_settings_name_the_key(key: str, value) -> None:
     settings("x").validate()
-    with pytest.raises(ConfigError, match=rf"^data\.{key}: {value}; must be"):
+    with pytest.raises(ConfigError, match=rf"^data\.{key}: '?{value}'?; must be"):
         settings("x", **{key: value}).validate()
 
 

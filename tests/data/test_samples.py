@@ -1,5 +1,10 @@
-"""The embedded digits: all of them, in two splits that share nothing, and still the digits of scikit-learn."""
+"""The embedded data sets: all of them, in two splits that share nothing, and still what they were made from."""
 
+import string
+import subprocess
+import sys
+import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +12,13 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from gmdist.data import glyphs
+from gmdist.data.decode import decode_image
+from gmdist.data.index import check_folder
 from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.manifest import Manifest
 from gmdist.data.samples import DIGITS_SIZE, make
 from gmdist.data.samples import digits as embedded
-from gmdist.data.shard import Manifest, check_folder
 from gmdist.errors import ConfigError, DataError
 from gmdist.images import to_uint8
 
@@ -59,7 +67,7 @@ def test_they_are_the_digits_of_scikit_learn(digits: Path) -> None:
 
 
 def test_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no embedded data set 'mnist'; there is: digits"):
+    with pytest.raises(ConfigError, match=r"no embedded data set 'mnist'; there are: digits, glyphs, glyphs-color"):
         make("mnist", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -89,3 +97,107 @@ def test_an_interrupted_make_is_finished(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train: holds another data set"):
         make("digits", str(tmp_path / "digits"))
     assert (folder / "shard-000003.tar").read_bytes() == b"somebody's own"
+
+
+# Glyphs.
+
+
+@pytest.fixture(scope="module")
+def all_glyphs() -> list[glyphs.Glyph]:
+    return glyphs.glyphs()
+
+
+def test_there_are_some_20000_glyphs(all_glyphs: list[glyphs.Glyph]) -> None:
+    assert 18_000 < len(all_glyphs) < 25_000
+    characters = {glyph.character for glyph in all_glyphs}
+    assert 1_000 < len(characters) < 2_000
+    assert set(string.ascii_letters + string.digits + string.punctuation + "äñжΩ") < characters
+    assert {glyph.face for glyph in all_glyphs} == set(glyphs._FACES)
+    assert not any(unicodedata.category(c)[0] in "CZM" for c in characters)
+    assert len({glyph.ink.tobytes() for glyph in all_glyphs}) == len(all_glyphs)
+    assert len({glyph.key for glyph in all_glyphs}) == len(all_glyphs)
+
+
+def test_glyphs_are_centred_in_a_margin(all_glyphs: list[glyphs.Glyph]) -> None:
+    for glyph in all_glyphs[::7]:
+        left, top, right, bottom = glyph.ink.getbbox()
+        assert glyph.ink.size == (64, 64)
+        assert abs(left + right - 64) <= 1
+        assert abs(top + bottom - 64) <= 1
+        assert min(left, top) >= 3
+    # An o is smaller than an O: scaled to the frame, nobody could tell them apart.
+    ink = {glyph.character: glyph.ink.getbbox() for glyph in all_glyphs if glyph.face == "DejaVuSans"}
+    assert ink["o"][3] - ink["o"][1] < 0.8 * (ink["O"][3] - ink["O"][1])
+
+
+def test_tex_fonts_have_the_characters_that_they_say(all_glyphs: list[glyphs.Glyph]) -> None:
+    # Their "<" is an inverted exclamation mark, and much else is not what Unicode says.
+    characters = {glyph.character for glyph in all_glyphs if glyph.face == "cmr10"}
+    assert characters == set(string.ascii_letters + string.digits)
+
+
+def test_every_character_is_in_both_splits_and_no_image(all_glyphs: list[glyphs.Glyph]) -> None:
+    parts = glyphs.split(all_glyphs)
+    train, test = ({glyph.key for glyph in parts[name]} for name in ("train", "test"))
+    assert not train & test
+    assert len(train | test) == len(all_glyphs)
+    assert 0.12 < len(test) / len(all_glyphs) < 0.18
+    for part in parts.values():
+        assert {glyph.character for glyph in part} == {glyph.character for glyph in all_glyphs}
+    assert {glyph.face for glyph in parts["test"]} == set(glyphs._FACES)
+
+
+def test_captions_say_what_is_seen(all_glyphs: list[glyphs.Glyph]) -> None:
+    def caption(key: str, colour: bool) -> str:
+        (glyph,) = (glyph for glyph in all_glyphs if glyph.key == key)
+        return glyphs.sample(glyph, 0, colour)[1]["txt"].decode()
+
+    assert caption("0061-DejaVuSerif-Bold", False) == "latin small letter a, serif, bold"
+    assert caption("0416-STIXGeneralItalic", False) == "cyrillic capital letter zhe, times, italic"
+    for glyph in all_glyphs[::501]:
+        members = glyphs.sample(glyph, 0, True)[1]
+        above, below = members["txt"].decode().rpartition(", ")[2].split(" on ")
+        seen = decode_image(members["png"], 3)
+        assert tuple(seen[0, 0]) == glyphs._PALETTE[below]
+        ink = np.asarray(glyph.ink)
+        assert (seen[ink == 255] == glyphs._PALETTE[above]).all()
+        grey = decode_image(glyphs.sample(glyph, 0, False)[1]["png"], 1)
+        assert np.array_equal(grey[:, :, 0], ink)
+
+
+def test_colours_stand_out() -> None:
+    assert glyphs._contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    pairs = glyphs.colour_pairs()
+    assert ("red", "white") in pairs
+    assert ("grey", "blue") not in pairs
+    assert {name for pair in pairs for name in pair} == set(glyphs._PALETTE)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("glyphs", 1), ("glyphs-color", 3)])
+def test_glyphs_are_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_glyphs: list[glyphs.Glyph], name: str, channels: int
+) -> None:
+    monkeypatch.setattr(glyphs, "glyphs", lambda: all_glyphs[:600])
+    made = make(name, str(tmp_path / "one"))
+    assert made["train"].num_samples + made["test"].num_samples == 600
+    assert made["train"].classes == made["test"].classes
+    assert made["train"].classes[:2] == ("exclamation mark", "quotation mark")
+    assert made["train"].num_labels == len(made["train"].classes)
+    config = DataConfig(train="", batch_size=1, image_size=64, channels=channels, num_classes=len(made["test"].classes))
+    loader = Loader(config, str(tmp_path / "one/test"))
+    batch = loader.first(loader.num_samples).batch
+    assert batch["image"].shape == (made["test"].num_samples, channels, 64, 64)
+    assert batch["image"].std() > 0.3
+    assert check_folder(str(tmp_path / "one/train")) == []
+    again = make(name, str(tmp_path / "one"))
+    assert {split: m.hash for split, m in again.items()} == {split: m.hash for split, m in made.items()}
+    with pytest.raises(DataError, match="train: holds another data set"):
+        make("glyphs" if name != "glyphs" else "glyphs-color", str(tmp_path / "one"))
+
+
+def test_glyphs_are_drawn_alike_everywhere(all_glyphs: list[glyphs.Glyph]) -> None:
+    code = "from gmdist.data import glyphs; import zlib\n"
+    code += "print(zlib.crc32(b''.join(ink.tobytes() for _, ink in glyphs._drawn('cmtt10'))))"
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    here = b"".join(glyph.tobytes() for _, glyph in glyphs._drawn("cmtt10"))
+    assert int(other) == zlib.crc32(here)

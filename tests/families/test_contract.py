@@ -71,7 +71,7 @@ def test_each_phase_changes_only_what_it_trains(name: str, device: torch.device,
         loaded = trainer.data.first(8)
         for phase in trainer.phases:
             before = hashes(trainer.family)
-            trainer.units[phase.trains].accumulate(phase, trainer._to_device(loaded.batch), 0, 1.0)
+            trainer.units[phase.trains].accumulate(phase, loaded.batch_on(trainer.device), 0, 1.0)
             trainer.units[phase.trains].step(1e-3)
             after = hashes(trainer.family)
             changed = {key.partition(".")[0] for key in before if before[key] != after[key]}

@@ -66,7 +66,7 @@ def test_a_stand_in_trains_and_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "whole/samples/step-00000003.png").exists()
     logged = lines(tmp_path / "whole")
     assert [line["step"] for line in logged] == [2, 4, 6]
-    assert {"scale/loss", "lazy/loss", "lr/scale", "images_per_s", "order_digest"} <= set(logged[0])
+    assert {"scale/loss", "lazy/loss", "lr/scale", "images_per_s", "data/wait_s", "order_digest"} <= set(logged[0])
     assert logged[-1]["order_digest"] == whole.digest
 
 
@@ -94,7 +94,8 @@ def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> Non
     fit(Linear(), tmp_path / "killed", log_every=1)
 
     def without_speed(run):
-        return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines(run)]
+        timed = ("images_per_s", "data/wait_s")
+        return [{key: value for key, value in line.items() if key not in timed} for line in lines(run)]
 
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
 
@@ -308,17 +309,17 @@ def test_quarantined_samples_are_listed(tmp_path: Path) -> None:
 def bucket(monkeypatch: pytest.MonkeyPatch):
     """An S3 bucket in this process."""
     moto = pytest.importorskip("moto")
-    from gmdist import storage
+    from gmdist import s3
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     with moto.mock_aws():
-        storage._client.cache_clear()
-        storage._client().create_bucket(Bucket="runs")
+        s3.renew_credentials()
+        s3.client().create_bucket(Bucket="runs")
         yield "s3://runs"
-    storage._client.cache_clear()
+    s3.renew_credentials()
 
 
 def test_a_run_in_object_storage_is_the_same_run(bucket: str, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What a run reads of a sample, as its config says: image, label, caption and arrays."""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gmdist.data.decode import UInt8Array, UndecodableError, check_size, decode_array, decode_caption, decode_image
+from gmdist.data.shard import IMAGE_EXTENSIONS, parse_label
+from gmdist.data.transform import FILTERS, decode_square
+from gmdist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from gmdist.data.loader import DataConfig
+
+Layout = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: shape, and dtype in the machine's byte order
+
+
+class Decoded(NamedTuple):
+    """What a batch takes of one sample."""
+
+    image: UInt8Array | None  # [H, W, C], perhaps in the memory that was given for it; None: data.image is false
+    label: int  # -1 without
+    caption: bytes  # UTF-8; empty without
+    arrays: list[npt.NDArray[Any]]  # in the order of data.arrays
+
+
+def validate_members(config: "DataConfig") -> None:
+    """Raise ConfigError for members that cannot be asked for, or not together."""
+    for key, valid in (("resize", ("none", *FILTERS)), ("crop", ("center", "random"))):
+        if getattr(config, key) not in valid:
+            raise ConfigError(f"data.{key}: '{getattr(config, key)}'; must be one of {', '.join(valid)}")
+    if config.crop == "random" and config.resize == "none":
+        raise ConfigError("data.crop: 'random'; must be center where data.resize is none: nothing is cut then")
+    if not config.image and (config.resize != "none" or config.flip):
+        raise ConfigError("data.image: False; must be true with data.resize or data.flip")
+    if not config.image and not config.arrays:
+        raise ConfigError("data.image: False; must be true, or data.arrays must name what is read instead")
+    if config.caption is not None and not re.fullmatch("txt|json:.+", config.caption):
+        raise ConfigError(f"data.caption: '{config.caption}'; must be txt, json:KEY, or null for no captions")
+    for extension in config.arrays:
+        if not extension.endswith(".npy") or config.arrays.count(extension) > 1:
+            raise ConfigError(f"data.arrays: '{extension}'; must be extensions such as latent.npy, each once")
+        if batch_key(extension) in ("image", "label", "caption", "key"):
+            raise ConfigError(f"data.arrays: '{extension}'; must be another name: batches have their own of that one")
+
+
+def decode_members(
+    config: "DataConfig",
+    layouts: list[Layout],
+    members: Mapping[str, memoryview],
+    place: float | None,
+    out: UInt8Array | None,
+) -> Decoded:
+    """Decode what the config asks for.
+
+    Args:
+        config: of the data set.
+        layouts: of config.arrays, each.
+        members: the sample's bytes by extension.
+        place: of the square that is cut from a resized image, along its longer side, from 0 to 1; None: the centre.
+
+        out: memory that an image [H, W, C] may be decoded to; None: there is no image.
+
+    Raises:
+        UndecodableError: a member is missing or unsound.
+        DataError: the image's size or the label is not the config's.
+    """
+    image = _image(config, members, place, out) if config.image else None
+    caption = b"" if config.caption is None else decode_caption(members, config.caption)
+    arrays = [decode_array(members, extension) for extension in config.arrays]
+    for extension, array, layout in zip(config.arrays, arrays, layouts, strict=True):
+        if _layout(array) != layout:
+            shape, dtype = layout
+            raise UndecodableError(
+                f"{extension}: {array.dtype} {list(array.shape)}, but others of the data set are {dtype} {list(shape)}"
+            )
+    return Decoded(image, _label(config, members), caption, arrays)
+
+
+def array_layouts(config: "DataConfig", members: Mapping[str, memoryview]) -> list[Layout]:
+    """The layouts of config.arrays in a sample; UndecodableError if it lacks one."""
+    return [_layout(decode_array(members, extension)) for extension in config.arrays]
+
+
+def _layout(array: npt.NDArray[Any]) -> Layout:
+    return array.shape, array.dtype.newbyteorder("=")
+
+
+def _image(
+    config: "DataConfig", members: Mapping[str, memoryview], place: float | None, out: UInt8Array | None
+) -> UInt8Array:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            if config.resize != "none":
+                return decode_square(members[extension], config.channels, config.image_size, config.resize, place)
+            image = decode_image(members[extension], config.channels, out)
+            check_size(image, config.image_size)
+            return image
+    raise UndecodableError(f"no image among its members {sorted(members)}; images are {', '.join(IMAGE_EXTENSIONS)}")
+
+
+def _label(config: "DataConfig", members: Mapping[str, memoryview]) -> int:
+    classes = config.num_classes
+    if classes is None:
+        return -1
+    if "cls" not in members:
+        raise UndecodableError(f"no class label (.cls), but data.num_classes is {classes}")
+    label = parse_label(bytes(members["cls"]), "cls")
+    if label >= classes:
+        raise DataError(label_problem(label, classes))
+    return label
+
+
+def label_problem(label: int, classes: int) -> str:
+    """What to say of a label that is not below the number of classes."""
+    return f"class label {label} is out of range: data.num_classes is {classes}, so labels are 0 to {classes - 1}"
+
+
+def stack_captions(captions: list[bytes]) -> npt.NDArray[np.uint8]:
+    """Captions in one array, padded with zeros to the longest: [N, L]."""
+    longest = max(map(len, captions), default=0)
+    padded = bytearray().join(caption.ljust(longest, b"\0") for caption in captions)
+    return np.frombuffer(padded, np.uint8).reshape(len(captions), longest)
+
+
+def batch_key(extension: str) -> str:
+    """An array's name in a batch: latent for latent.npy."""
+    return extension.removesuffix(".npy")

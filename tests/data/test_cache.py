@@ -1,0 +1,170 @@
+"""The disk cache: what is used last in the future goes first, the limit holds, and a full disk stops nothing."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gmdist.data.cache import Cache, PartName
+from gmdist.data.tape import Int64Array
+from gmdist.errors import StorageError
+
+SIZE = 100
+DATA = "0123456789abcdef"
+
+
+def content_of(shard: int, place: int) -> bytearray:
+    return bytearray(f"{shard},{place};".encode().ljust(SIZE, b"."))
+
+
+def by_shard(shards: Int64Array, places: Int64Array) -> Int64Array:
+    """Shard n is used at number n."""
+    return shards
+
+
+def cache_of(folder: Path, parts: float, next_use=by_shard) -> Cache:
+    return Cache(str(folder), int(parts * SIZE), DATA, next_use)
+
+
+def put(cache: Cache, shard: int, place: int = 0) -> None:
+    assert cache.keep(shard, place, lambda: content_of(shard, place)) == content_of(shard, place)
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(name.shard for name in map(PartName.parse, os.listdir(folder)) if name)
+
+
+def test_what_is_kept_is_found(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 10)
+    assert cache.find(3, 1, 0, 5) is None
+    put(cache, 3, 1)
+    assert cache.find(3, 1, 0, 5) == b"3,1;."
+    assert cache.find(3, 1, SIZE - 1, SIZE) == b"."
+    assert cache.find(3, 1, 0, SIZE + 1) is None  # a part that was cut is none
+    cache.drop(3, 1)
+    assert cache.find(3, 1, 0, 5) is None
+    cache.drop(3, 1)
+
+
+def test_what_is_used_last_goes_first(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 4)
+    for shard in (5, 9, 2, 7):
+        put(cache, shard)
+    put(cache, 4)
+    assert kept(tmp_path) == [2, 4, 5, 7]
+    put(cache, 8)  # later than all that is there: not kept, but read
+    assert kept(tmp_path) == [2, 4, 5, 7]
+    put(cache, 1)
+    assert kept(tmp_path) == [1, 2, 4, 5]
+
+
+def test_fewer_misses_than_with_the_least_recently_used(tmp_path: Path) -> None:
+    # Epochs over 10 parts through a cache of 5: the least recently used would always be the one that comes next.
+    now = 0
+
+    def next_use(shards: Int64Array, places: Int64Array) -> Int64Array:
+        return now + (shards - now) % 10
+
+    cache = cache_of(tmp_path, 5, next_use)
+    misses = 0
+    for now in range(100):
+        if cache.find(now % 10, 0, 0, SIZE) is None:
+            misses += 1
+            put(cache, now % 10)
+    assert misses <= 60
+
+
+def test_other_data_sets_go_before_anything(tmp_path: Path) -> None:
+    other = Cache(str(tmp_path), 4 * SIZE, "f" * 16, by_shard)
+    for shard in (0, 1, 2):
+        put(other, shard)
+    cache = cache_of(tmp_path, 4)
+    for shard in (100, 101, 102, 103):
+        put(cache, shard)
+    assert kept(tmp_path) == [100, 101, 102, 103]
+
+
+def test_the_limit_holds_while_others_write(tmp_path: Path) -> None:
+    caches = [cache_of(tmp_path, 20) for _ in range(3)]
+    random = np.random.default_rng(0)
+    for shard in random.permutation(300).tolist():
+        put(caches[shard % 3], shard)
+        assert len(kept(tmp_path)) <= 20 + len(caches)
+
+
+def test_one_worker_fetches_for_all(tmp_path: Path) -> None:
+    caches, fetches = [cache_of(tmp_path, 10) for _ in range(4)], []
+
+    def fetch() -> bytearray:
+        fetches.append(1)
+        time.sleep(0.05)
+        return content_of(1, 0)
+
+    threads = [threading.Thread(target=cache.keep, args=(1, 0, fetch)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetches) == 1
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    left, busy = tmp_path / f"{DATA}-0000001-00000.tmp", tmp_path / f"{DATA}-0000002-00000.tmp"
+    left.write_bytes(b"half")
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(busy)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        cache = cache_of(tmp_path, 10)
+        assert os.listdir(tmp_path) == [busy.name]
+    finally:
+        process.kill()
+        process.wait()
+    put(cache, 2)  # its lock has ended with it
+    assert kept(tmp_path) == [2]
+
+
+def test_a_failed_fetch_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 10)
+
+    def fetch() -> bytearray:
+        raise StorageError("stalled")
+
+    with pytest.raises(StorageError, match="stalled"):
+        cache.keep(1, 0, fetch)
+    put(cache, 1)
+    assert kept(tmp_path) == [1]
+
+
+def test_a_full_disk_stops_the_keeping_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(tmp_path, 10)
+    put(cache, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    put(cache, 2)
+    assert cache.is_disk_full
+    put(cache, 3)
+    assert sorted(os.listdir(tmp_path)) == [str(PartName(DATA, 1, 0))]
+    assert cache.find(1, 0, 0, 3) == b"1,0"
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError, match=rf"data.cache_dir: {tmp_path}: its disk has .* and data.cache_gib is 1e\+09"
+    ):
+        Cache(str(tmp_path), 10**9 << 30, DATA, by_shard)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"data.cache_dir: .*file.*choose another folder"):
+        cache_of(tmp_path / "file" / "x", 1)
