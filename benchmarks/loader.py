@@ -181,7 +181,7 @@ def compare(folder: Path, peers: str | None, s3: dict[str, str]) -> None:
 def upload(folder: Path) -> None:
     """Copy the data set to the S3 server."""
     from gmdist import s3, storage
-    from gmdist.data.shard import index_folder
+    from gmdist.data.index import index_folder
 
     s3.client().create_bucket(Bucket="images")
     for path in sorted(folder.glob("*.tar")):

@@ -170,7 +170,7 @@ def test_a_flipped_bit_in_the_bucket_names_the_sample(bucket: str, stored_digits
 
 
 def test_a_shard_that_is_overwritten_says_that_the_data_set_changed(bucket: str, stored_digits: str) -> None:
-    from gmdist.data.shard import index_folder
+    from gmdist.data.index import index_folder
 
     folder = copied(stored_digits, bucket, "overwritten")
     index_folder(folder)  # with the ETags of the bucket
