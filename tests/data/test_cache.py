@@ -117,9 +117,8 @@ def test_one_worker_fetches_for_all(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
     left, busy = tmp_path / f"{DATA}-0000001-00000.tmp", tmp_path / f"{DATA}-0000002-00000.tmp"
     left.write_bytes(b"half")
-    holder = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(); time.sleep(60)"
-    )
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
+    holder += "; time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(busy)], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
