@@ -79,13 +79,16 @@ def kill_after(run: Path, step: int, process: bytes) -> threading.Thread:
 
 
 def test_a_killed_process_is_replaced_and_the_run_ends_the_same(ray_cluster, digits: Path, tmp_path: Path) -> None:
-    settings = ["train.num_steps=200", "train.checkpoint_every=50", "train.sample_every=null"]
-    killer = kill_after(tmp_path / "killed", 50, b"RayTrainWorker")
+    settings = ["train.num_steps=300", "train.checkpoint_every=50", "train.sample_every=null"]
+    killers = [kill_after(tmp_path / "killed", *fate) for fate in ((50, b"RayTrainWorker"), (150, b"ray::Mailbox"))]
     outcome, _, messages = watch(config_of(digits, tmp_path / "killed", *settings))
-    killer.join()
+    for killer in killers:
+        killer.join()
     assert outcome.finished
-    assert len(messages) == 1
+    assert len(messages) == 2
     assert "restart 1 of 3" in messages[0]
+    assert "MailboxLost" in messages[1]
+    assert "restart 2 of 3" in messages[1]
     assert not (tmp_path / "killed/error.txt").exists()
     whole, _, _ = watch(config_of(digits, tmp_path / "whole", *settings))
     assert outcome == whole
