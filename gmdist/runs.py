@@ -21,8 +21,8 @@ from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
-from gmdist.train.control import Hooks, Outcome
 from gmdist.train.engine import rank, world_size
+from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
 from gmdist.train.trainer import Trainer, trained_children
 

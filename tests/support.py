@@ -24,7 +24,7 @@ from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.unet import UNetConfig
-from gmdist.train.control import Hooks, Outcome
+from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import OptimConfig
 from gmdist.train.state import RunIdentity
 from gmdist.train.trainer import TrainConfig, Trainer

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from gmdist.train.control import Progress
+from gmdist.train.hooks import Progress
 
 _LINE_EVERY_S = 10.0
 

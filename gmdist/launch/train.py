@@ -11,7 +11,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -29,7 +28,8 @@ from gmdist import runs, storage
 from gmdist.config import Config, from_yaml
 from gmdist.errors import CheckpointError, ConfigError, DataError, GmdistError, StorageError
 from gmdist.launch.cluster import connected
-from gmdist.train.control import Hooks, Outcome, Progress
+from gmdist.launch.mailbox import Failure, Mailbox, News
+from gmdist.train.hooks import Hooks, Outcome, Progress
 
 _TRACE_NAME = "error.txt"
 _POLL_S = 0.25
@@ -38,51 +38,6 @@ _BACKOFF_S = 1.0  # before the first restart; doubles with each
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, StorageError)}
 # Large temporaries come from the heap and stay there: without these, a CPU worker spends its time in page faults.
 _MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-
-
-@dataclass
-class Failure:
-    """Why a worker failed."""
-
-    kind: str  # the error's class
-    message: str
-    trace: str
-
-
-@dataclass
-class News:
-    """What workers have said since the last look."""
-
-    progress: Progress | None = None
-    messages: list[str] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-
-
-class Mailbox:
-    """An actor between the driver and its workers: progress one way, the request to stop the other."""
-
-    def __init__(self) -> None:
-        self._news = News()
-        self._stop = False
-
-    def exchange(self, progress: Progress | None, messages: list[str]) -> bool:
-        """A worker's news; answers whether it should stop."""
-        self._news.progress = progress or self._news.progress
-        self._news.messages += messages
-        return self._stop
-
-    def fail(self, failure: Failure) -> None:
-        """A worker's last words."""
-        self._news.failures.append(failure)
-
-    def collect(self) -> News:
-        """The driver takes what has come."""
-        news, self._news = self._news, News()
-        return news
-
-    def request_stop(self) -> None:
-        """Ask the workers to save and return."""
-        self._stop = True
 
 
 class RunFailedError(GmdistError):
@@ -173,6 +128,7 @@ def _attempt(
         stopper.mailbox = mailbox
         stopper.check()
         thread.start()
+        _check_answers(mailbox)
         try:
             while thread.is_alive():
                 thread.join(_POLL_S)
@@ -194,13 +150,16 @@ def _attempt(
 def _open_mailbox() -> Any:
     """A mailbox on the driver's own node: it is lost with the driver, and not with any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+
+
+def _check_answers(mailbox: Any) -> None:
+    """RunFailedError if a new mailbox does not come up."""
     try:
-        ray.get(mailbox.collect.remote(), timeout=_LOST_S)
+        ray.get(mailbox.stop_requested.remote(), timeout=_LOST_S)
     except (RayError, TimeoutError) as error:
         reason = str(error).partition("\n")[0]
         raise RunFailedError(f"Ray does not answer any more ({reason}); run the same command again") from error
-    return mailbox
 
 
 def _ray_trainer(config: Config, mailbox: Any, scratch: str) -> TorchTrainer:

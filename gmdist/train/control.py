@@ -1,43 +1,12 @@
-"""A run and whoever watches it: where it stands, how long it takes, and the request to stop."""
+"""What the workers of a run agree on between steps, and the time that steps take."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, for whoever watches it."""
-
-    step: int
-    num_steps: int
-    images_per_s: float  # over all workers
-    loss: float
-    seconds_left: float
-
-
-@dataclass
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    seen: int  # samples whose step is done
-    digest: str  # of their order, hexadecimal
-    finished: bool  # False: stopped on request, to be resumed
-
-
-@dataclass
-class Hooks:
-    """The run's connections to whoever started it. Rank 0's are used."""
-
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    on_message: Callable[[str], None] = lambda message: None
-    stop_requested: Callable[[], bool] = lambda: False
 
 
 class Clock:

@@ -17,9 +17,10 @@ from gmdist.families.family import Batch, Family, Metrics
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import Reader, Saver
-from gmdist.train.control import Clock, Control, Hooks, Outcome, Progress
+from gmdist.train.control import Clock, Control
 from gmdist.train.ema import EMA
 from gmdist.train.engine import PRECISIONS, STAGES, Unit, make_unit, rank, world_size
+from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog
 from gmdist.train.optim import OptimConfig, learning_rate
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
