@@ -236,7 +236,7 @@ class Trainer:
 
     # What is written
 
-    def _write_metrics(self, clock: "Clock") -> None:
+    def _write_metrics(self, clock: Clock) -> None:
         self._averages.add(self._data_metrics())
         line: dict[str, Any] = {"step": self.step, "images": self.seen, **self._averages.reduce()}
         for name, optim in self.optim.items():

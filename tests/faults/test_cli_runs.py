@@ -1,5 +1,6 @@
 """Whole runs of the command, as a user starts them: killed, interrupted, without space, and as a job."""
 
+import json
 import os
 import shutil
 import signal
@@ -58,14 +59,6 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that nothing happens to, and its output."""
@@ -87,39 +80,42 @@ def test_output_is_quiet_and_tells_the_progress(undisturbed: tuple[Path, str]) -
     assert "step 120, 1920 images, order digest" in lines[-1]
 
 
-def test_a_killed_driver_ends_with_the_same_bits(digits: Path, tmp_path: Path, undisturbed) -> None:
-    run = tmp_path / "run"
-    process = start(command(digits, run))
-    wait_for(run / "checkpoints/step-00000020/meta.json", process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "checkpoints/step-00000080/meta.json").exists()
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has told of a step after this one."""
+    deadline = time.monotonic() + DEADLINE_S
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or max((line["step"] for line in read_lines(metrics)), default=0) <= step:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_an_interrupted_and_killed_run_ends_with_the_same_bits(digits: Path, tmp_path: Path, undisturbed) -> None:
+    run, step = tmp_path / "run", 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = start(command(digits, run))
+        wait_for_step(run, step, process)
+        if number == signal.SIGKILL:
+            os.kill(process.pid, number)
+        else:
+            os.killpg(process.pid, number)  # a terminal and a batch system signal the whole group
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        reached = max(int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/*/meta.json"))
+        if number != signal.SIGKILL:
+            assert process.returncode == 130, output
+            assert "stopped, the same command goes on from here" in output
+            assert "Traceback" not in output
+            assert reached > step
+        step = reached
+        assert step < 120
     ended = run_to_end(command(digits, run))
     assert ended.returncode == 0, ended.stderr
     assert tree_bytes(run / "checkpoints") == tree_bytes(undisturbed[0] / "checkpoints")
     assert digest_of(ended.stdout) == digest_of(undisturbed[1])
-
-
-def go_on(digits: Path, run: Path, *more: str) -> str:
-    """Go on with a run in this process, as one worker without Ray, and return the digest at its end."""
-    _, _, _, _, path, *overrides = command(digits, run, *more)
-    settings = ["cluster.num_workers=1", "train.zero_stage=0"]
-    return train_worker(load(str(ROOT / path), [*overrides, *settings]), torch.device("cpu")).digest
-
-
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(digits: Path, tmp_path: Path, undisturbed) -> None:
-    run = tmp_path / "run"
-    process = start(command(digits, run, "train.checkpoint_every=1000"))
-    wait_for(run / "config.yaml", process)
-    time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGTERM)  # a terminal and a batch system signal the whole group
-    output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130, output
-    assert "stopped, the same command goes on from here" in output
-    assert "Traceback" not in output
-    (left,) = (run / "checkpoints").iterdir()
-    assert left.name != "step-00000120"
-    assert go_on(digits, run) == digest_of(undisturbed[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -133,6 +129,13 @@ def test_a_signal_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path
     assert output.splitlines()[-1] == "gmdist: stopped"
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def go_on(digits: Path, run: Path, *more: str) -> str:
+    """Go on with a run in this process, as one worker without Ray, and return the digest at its end."""
+    _, _, _, _, path, *overrides = command(digits, run, *more)
+    settings = ["cluster.num_workers=1", "train.zero_stage=0"]
+    return train_worker(load(str(ROOT / path), [*overrides, *settings]), torch.device("cpu")).digest
 
 
 def test_a_full_disk_is_said_and_loses_nothing(digits: Path, tmp_path: Path) -> None:
