@@ -4,9 +4,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 DEMO := runs/demo
+OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-gpu test-s3 s3-server lint bench bench-loader
+.PHONY: help setup demo test-local test-gpu test-s3 s3-server lint lint-oldest bench bench-loader
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -54,6 +55,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# GPU machines may hold an older torch: all that is used of it has to be there. Its types are in every wheel, and the one
+# for macOS is small and without CUDA; nothing of it is run.
+.torch-oldest/installed: pyproject.toml
+	rm -rf .torch-oldest
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .torch-oldest --only-binary=:all: \
+		--platform macosx_11_0_arm64 --python-version 3.12 torch==$(OLDEST_TORCH)
+	@touch $@
+
+lint-oldest: setup .torch-oldest/installed
+	MYPYPATH=.torch-oldest $(BIN)/mypy --python-version 3.12 --cache-dir .mypy_cache/oldest
 
 bench: setup
 	$(BIN)/python benchmarks/rng.py
