@@ -145,7 +145,7 @@ def test_a_full_disk_is_said_and_loses_nothing(digits: Path, tmp_path: Path) -> 
     disk.mkdir()
     # A checkpoint is about 1 MB: the first fits, the second does not.
     script = f'mount -t tmpfs -o size=1800k tmpfs {disk} && "$@"; code=$?; cp -r {disk}/run {tmp_path}/left; exit $code'
-    small = command(digits, disk / "run", "train.keep_checkpoints=null")
+    small = command(digits, disk / "run", "train.keep_checkpoints=null", "cluster.num_workers=1")
     ended = run_to_end(["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *small])
     assert ended.returncode == 1, ended.stdout + ended.stderr
     (line,) = ended.stderr.strip().splitlines()
@@ -174,7 +174,8 @@ def test_a_submitted_job_is_the_same_run(digits: Path, tmp_path: Path, undisturb
     head = [ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
     head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    cluster = subprocess.Popen(head, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen(head, env=settings, start_new_session=True, **silent)
     try:
         address = f"http://127.0.0.1:{dashboard}"
         for _ in range(DEADLINE_S):
@@ -190,8 +191,8 @@ def test_a_submitted_job_is_the_same_run(digits: Path, tmp_path: Path, undisturb
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
     finally:
-        cluster.terminate()
-        cluster.wait(timeout=60)
+        os.killpg(cluster.pid, signal.SIGKILL)  # it would take half a minute to say goodbye
+        cluster.wait()
         shutil.rmtree(short, ignore_errors=True)
     output = next(line for line in ended.stdout.splitlines() if "order digest" in line)
     assert digest_of(output) == digest_of(undisturbed[1])

@@ -83,8 +83,8 @@ def train_alone(rank: int, world_size: int, config: str) -> None:
 
 
 def test_a_killed_process_is_replaced_and_the_run_ends_the_same(ray_cluster, digits: Path, tmp_path: Path) -> None:
-    settings = ["train.num_steps=300", "train.checkpoint_every=50", "train.sample_every=null"]
-    killers = [kill_after(tmp_path / "killed", *fate) for fate in ((50, b"RayTrainWorker"), (150, b"ray::Mailbox"))]
+    settings = ["train.num_steps=150", "train.checkpoint_every=25", "train.sample_every=null"]
+    killers = [kill_after(tmp_path / "killed", *fate) for fate in ((25, b"RayTrainWorker"), (75, b"ray::Mailbox"))]
     outcome, _, messages = watch(config_of(digits, tmp_path / "killed", *settings))
     for killer in killers:
         killer.join()

@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _misunderstand(self, path: str, fault: Fault) -> None:
         content = self.owner.whole(path)  # the Range is signed: the server would refuse another one
         status, content_range = 200, None
-        if fault.kind == "shifted":
+        if fault.kind == "shifted" and "Range" in self.headers:
             first, last = (int(end) + 1 for end in self.headers["Range"].removeprefix("bytes=").split("-"))
             status, content_range = 206, f"bytes {first}-{last}/{len(content)}"
             content = content[first : last + 1]

@@ -1,5 +1,6 @@
 """Each way in which object storage fails: the bytes are right, or one line says what to do; nothing hangs."""
 
+import random
 import threading
 import time
 import zlib
@@ -157,6 +158,15 @@ def test_a_flipped_bit_on_its_way_is_found_and_asked_for_again(
     once(proxy, Fault("flip", after=700))
     assert sweep(f"{stored_digits}/test") == sweep(str(digits / "test"))
     assert proxy.faults > 5
+
+
+def test_a_third_of_all_answers_are_damaged(proxy: FaultProxy, stored_digits: str, digits: Path) -> None:
+    draw = random.Random(0)
+    harms = [Fault("flip", after=300), Fault("short", after=1)]
+    proxy.decide = lambda path, count: draw.choice(harms) if draw.random() < 0.35 else None
+    expected = sweep(str(digits / "test"))
+    assert [sweep(f"{stored_digits}/test") for _ in range(8)] == [expected] * 8
+    assert proxy.faults > 30
 
 
 def test_a_flipped_bit_in_the_bucket_names_the_sample(bucket: str, stored_digits: str) -> None:
