@@ -200,6 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         if fault.kind == "reset":
+            time.sleep(0.1)  # a reset takes with it what has arrived and was not read yet
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         elif fault.kind == "stall":

@@ -74,7 +74,8 @@ def test_what_has_come_is_not_asked_for_again(proxy: FaultProxy, stored: tuple[s
     (_, first), (_, second) = proxy.requests
     assert first == f"bytes={START}-{STOP - 1}"
     begin = int(second.removeprefix("bytes=").partition("-")[0])
-    assert START + 100_000 < begin <= START + 200_000
+    # A reset that comes early takes with it what the kernel holds: that has not come.
+    assert START + (0 if kind == "reset" else 100_000) < begin <= START + 200_000
     assert ranged.counters.snapshot()["bytes"] == STOP - START
 
 
