@@ -8,6 +8,7 @@ the ratios that are asked for. The S3 server is OpenStack Swift on loopback: its
 """
 
 import argparse
+import functools
 import gc
 import io
 import json
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,9 +100,11 @@ _contents: list[bytes] = []
 
 def ours(folder: str) -> int:
     """One epoch of our loader."""
-    from gmdist.data.loader import DataConfig, Loader
+    from gmdist.data.config import DataConfig
+    from gmdist.data.loader import Loader
 
-    loader = Loader(DataConfig(folder, BATCH, 256, num_classes=10, num_threads=THREADS), folder)
+    config = DataConfig(train=folder, batch_size=BATCH, image_size=256, num_classes=10, num_threads=THREADS)
+    loader = Loader(config, folder)
     batches, count = loader.batches(0), 0
     while count < loader.num_samples - BATCH:
         count += len(next(batches).tensors["label"])
@@ -107,9 +112,71 @@ def ours(folder: str) -> int:
     return count
 
 
-def measure(contender: str, folder: str) -> None:
-    """Run one of our own contenders in this process, and print its figures."""
-    run = decode_alone if contender == "decode" else ours
+def resume(folder: str) -> None:
+    """How long the first batch takes where a run goes on, and what is read for it."""
+    from gmdist.data.config import DataConfig
+    from gmdist.data.loader import Loader
+
+    config = DataConfig(train=folder, batch_size=BATCH, image_size=256, num_classes=10, num_threads=THREADS)
+    loader = Loader(config, folder)  # boto3 takes some time to start, and any run takes it
+    worst: dict[str, float] = {}
+    for place in np.linspace(0.0, 0.999, 12):
+        before, began_s = loader.counters(), time.perf_counter()
+        batches = Loader(config, folder).batches(int(place * loader.num_samples))
+        next(batches)
+        seconds, after = time.perf_counter() - began_s, loader.counters()
+        batches.close()
+        read = {name: after[name] - before.get(name, 0.0) for name in ("bytes", "requests")}
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in (read | {"s": seconds}).items()}
+    print(json.dumps(worst))
+
+
+def scale(_: str) -> None:
+    """A data set of a million shards: how long its manifest takes to open, and where its samples are."""
+    from gmdist.data.manifest import Manifest, ShardTable
+    from gmdist.data.tape import Tape, owned
+
+    shards, samples, workers = 1_000_000, 1000, 1024
+    numbers = np.arange(shards)
+    columns = {
+        "name": np.char.add(np.char.add("shard-", np.char.zfill(numbers.astype("S7"), 7)), ".tar"),
+        "etag": np.char.zfill(numbers.astype("S32"), 32),
+        **dict.fromkeys(("samples", "num_bytes", "index_crc32"), np.full(shards, samples)),
+        "labels": np.full(shards, 10),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Manifest(ShardTable(columns)).save(folder)
+        del columns
+        figures = json.loads(subprocess.check_output([sys.executable, __file__, "--measure", "open", folder]))
+        tape = Tape(Manifest.load(folder).shards.columns["samples"], seed=0, lanes=240, block=273, manifest="")
+    asked = np.random.default_rng(0).integers(0, tape.num_samples, 1 << 20)
+    tape.locate(asked[:1])  # the epoch's order of shards is drawn once
+    for at_once in (1 << 14, 64):
+        began_s = time.perf_counter()
+        for first in range(0, 64 * at_once, at_once):
+            tape.locate(asked[first : first + at_once])
+        figures[f"locate_{at_once}_us"] = (time.perf_counter() - began_s) / (64 * at_once) * 1e6
+    start, count = 7 * tape.num_samples - 12_345, 1 << 20  # over the end of an epoch
+    woven = np.empty((2, count), np.int64)
+    for rank in range(workers):
+        mine = owned(start, start + count, rank, workers)
+        woven[:, mine - start] = tape.locate(mine)
+    figures["one_order"] = bool((woven == np.stack(tape.locate(np.arange(start, start + count)))).all())
+    print(json.dumps(figures))
+
+
+def open_manifest(folder: str) -> None:
+    """Seconds and MB that a manifest takes."""
+    from gmdist.data.manifest import Manifest
+
+    before_mb, began_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, time.perf_counter()
+    Manifest.load(folder)
+    seconds = time.perf_counter() - began_s
+    print(json.dumps({"open_s": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before_mb}))
+
+
+def epoch(run: Callable[[str], int], folder: str) -> None:
+    """Print the figures of an epoch, after one that warms caches."""
     gc.freeze()  # as a worker does
     figures = {}
     for _ in range(2):
@@ -117,6 +184,16 @@ def measure(contender: str, folder: str) -> None:
         count = run(folder)
         figures = {"samples": count, "wall_s": time.perf_counter() - began_s, "cpu_s": cpu_s() - began_cpu_s}
     print(json.dumps(figures))
+
+
+MEASURED: dict[str, Callable[[str], None]] = {
+    "decode": functools.partial(epoch, decode_alone),
+    "local": functools.partial(epoch, ours),
+    "s3": functools.partial(epoch, ours),
+    "resume": resume,
+    "scale": scale,
+    "open": open_manifest,
+}
 
 
 def main() -> None:
@@ -128,7 +205,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure)
+        contender, where = options.measure
+        MEASURED[contender](where)
         return
     with tempfile.TemporaryDirectory(prefix="gmdist-bench-") as scratch:
         folder = Path(options.folder or scratch)
@@ -150,19 +228,17 @@ def main() -> None:
 def compare(folder: Path, peers: str | None, s3: dict[str, str]) -> None:
     """Run the contenders in turn."""
     os.environ.update(s3 | {"OMP_NUM_THREADS": "1"})
+    remote = "s3://images/photographs"
     commands = {name: [sys.executable, __file__, "--measure", name, str(folder)] for name in ("decode", "local")}
     if s3:
-        upload(folder)
-        commands["s3"] = [sys.executable, __file__, "--measure", "s3", "s3://images/photographs"]
+        upload(folder, remote)
+        commands["s3"] = [sys.executable, __file__, "--measure", "s3", remote]
     if peers:
         commands |= {name: [peers, str(HERE / "loader_peers.py"), name, str(folder)] for name in PEERS}
     figures: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in commands}
     for _ in range(ROUNDS):
         for name, command in commands.items():
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ended.returncode:
-                sys.exit(f"{name}: {ended.stderr[-2000:]}")
-            figure = json.loads(ended.stdout.strip().splitlines()[-1])
+            figure = figures_of(name, command)
             for clock in ("wall", "cpu"):
                 figures[name][clock].append(figure["samples"] / figure[f"{clock}_s"])
     medians = {
@@ -175,18 +251,47 @@ def compare(folder: Path, peers: str | None, s3: dict[str, str]) -> None:
         if mine in medians and theirs in medians:
             ratio = medians[mine][clock] / medians[theirs][clock]
             unit = "samples/CPU-s" if clock == "cpu" else "samples/s"
-            print(f"{mine} / {theirs}, {unit}: {ratio:.2f} (at least {wanted}) {'ok' if ratio >= wanted else 'SHORT'}")
+            tell(f"{mine} / {theirs}, {unit}", ratio, wanted, ratio >= wanted)
+    if s3:
+        worst = figures_of("resume", [sys.executable, __file__, "--measure", "resume", remote])
+        tell(
+            f"resume from S3, the worst of 12 places: first batch after s ({worst['requests']:.0f} requests)",
+            worst["s"],
+            1.0,
+        )
+        tell("read until then, parts of 8 MiB", worst["bytes"] / (8 << 20), 3.0)
+    large = figures_of("scale", [sys.executable, __file__, "--measure", "scale", ""])
+    tell("a manifest of 1,000,000 shards opens, s", large["open_s"], 2.0)
+    tell("the same, MB", large["mb"], 200.0)
+    tell("locating any of 10^9 samples, 16,384 at once, microseconds each", large["locate_16384_us"], 20.0)
+    tell("the same, 64 at once", large["locate_64_us"], 20.0)
+    print(f"the orders of 1,024 workers, woven together, are the one order: {'ok' if large['one_order'] else 'NO'}")
 
 
-def upload(folder: Path) -> None:
+def figures_of(name: str, command: list[str]) -> dict[str, Any]:
+    """The figures that a contender prints."""
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        sys.exit(f"{name}: {ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.strip().splitlines()[-1])
+
+
+def tell(what: str, value: float, wanted: float, holds: bool | None = None) -> None:
+    """Print a figure beside what is asked for: at most so much, unless `holds` says it."""
+    word = "at most" if holds is None else "at least"
+    holds = value <= wanted if holds is None else holds
+    print(f"{what}: {value:.2f} ({word} {wanted:g}) {'ok' if holds else 'SHORT'}")
+
+
+def upload(folder: Path, remote: str) -> None:
     """Copy the data set to the S3 server."""
     from gmdist import s3, storage
     from gmdist.data.index import index_folder
 
     s3.client().create_bucket(Bucket="images")
     for path in sorted(folder.glob("*.tar")):
-        storage.copy_from_local(str(path), f"s3://images/photographs/{path.name}")
-    index_folder("s3://images/photographs")
+        storage.copy_from_local(str(path), f"{remote}/{path.name}")
+    index_folder(remote)
 
 
 if __name__ == "__main__":

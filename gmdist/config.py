@@ -5,14 +5,14 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gmdist import storage
-from gmdist.data.loader import DataConfig
+from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
 from gmdist.families import CATALOGUE
 from gmdist.train.optim import OptimConfig
@@ -143,23 +143,15 @@ def _check(config: Config) -> None:
     if problem:
         raise ConfigError(f"family.{problem}")
     micro_batch_size(config.train, config.data.batch_size, config.cluster.num_workers)
-    for key, location in (
-        ("run.dir", config.run.dir),
-        ("data.train", config.data.train),
-        ("data.test", config.data.test),
-    ):
-        if location is not None:
-            if not location:
-                raise ConfigError(f"{key}: ''; must be a folder or an s3:// prefix")
-            storage.is_s3(location)
+    if not config.run.dir:
+        raise ConfigError("run.dir: ''; must be a folder or an s3:// prefix")
+    storage.is_s3(config.run.dir)
 
 
 def _make_absolute(config: Config) -> None:
     """Let every process, in whatever folder it runs, find what the user meant from theirs."""
     config.run.dir = storage.absolute(config.run.dir)
-    config.data.train = storage.absolute(config.data.train)
-    config.data.test = config.data.test and storage.absolute(config.data.test)
-    config.data.cache_dir = config.data.cache_dir and storage.absolute(config.data.cache_dir)
+    config.data.make_absolute()
     for f in dataclasses.fields(config.family):
         if f.metadata.get("location"):
             setattr(config.family, f.name, storage.absolute(getattr(config.family, f.name)))
@@ -248,8 +240,13 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
     _refuse_unknown(values, list(fields), prefix)
     for key, value in values.items():
         inner = fields[str(key)].type
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            _refuse_unknown_fields(inner, value, f"{prefix}.{key}")
+        named = {f"{prefix}.{key}": value}
+        if get_origin(inner) is dict and isinstance(value, dict):
+            inner = get_args(inner)[1]
+            named = {f"{prefix}.{key}.{name}": values for name, values in value.items()}
+        for place, values in named.items():
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(values, dict):
+                _refuse_unknown_fields(inner, values, place)
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:
@@ -281,6 +278,8 @@ def _plain(value: Any) -> Any:
     """A dataclass as plain values, for YAML."""
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value

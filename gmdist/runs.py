@@ -5,17 +5,17 @@ This is where config, data, families and trainer meet; Ray is not needed for any
 
 import gc
 import logging
-from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gmdist import s3, storage
 from gmdist.config import Config, from_yaml
 from gmdist.data.loader import Loader, check_labels
 from gmdist.data.manifest import Manifest
-from gmdist.errors import CheckpointError, ConfigError
+from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
@@ -44,6 +44,12 @@ def use_storage(config: Config) -> None:
 def build_family(config: Config) -> Family:
     """The family of a config with freshly drawn weights: the same on every worker."""
     kind, _ = CATALOGUE[config.family_name]
+    for name in kind.inputs:
+        if name not in config.data.batch_keys:
+            raise ConfigError(
+                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
+                f"{', '.join(config.data.batch_keys)}: set data.image, data.caption or data.arrays"
+            )
     surroundings = Surroundings(
         image_size=config.data.image_size,
         image_channels=config.data.channels,
@@ -139,17 +145,17 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             run folder that holds another run.
     """
     use_storage(config)
-    for folder in (config.data.train, config.data.test):
-        if folder is not None:
-            check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+    tests = [config.data.test] if config.data.test is not None else []
+    for folder in [data.train for data in config.data.trained_on] + tests:
+        check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
     with torch.device("meta"):
         family = build_family(config)
     if config.run.overwrite:
         return None, []
     found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
     if found is not None:
-        loader = Loader(config.data, config.data.train)
-        check_identity(found, _identity(config, loader), config.train.seed, loader.tape.fingerprint)
+        loader = Loader(config.data, config.data.trained_on)
+        check_identity(found, _identity(config, loader), config.train.seed, loader.fingerprint)
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
@@ -167,7 +173,21 @@ def clear(run_dir: str) -> None:
 
 
 def _identity(config: Config, loader: Loader) -> RunIdentity:
-    return RunIdentity(config.family_name, config.data.batch_size, asdict(loader.tape.fingerprint))
+    return RunIdentity(config.family_name, config.data.batch_size, loader.fingerprint.to_dict())
+
+
+def _check_agreement(key: str, loader: Loader) -> None:
+    """DataError if the workers do not read the same data: a folder of the same name on each machine may differ."""
+    own = loader.fingerprint.to_dict()
+    found: list[Any] = [None] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, own)
+    for other, theirs in enumerate(found[1:], 1):
+        if theirs != found[0]:
+            raise DataError(
+                f"{key}: worker {other} reads another data set than worker 0, or another version of it; all workers "
+                "need the same, in a shared folder or on s3://, or copied with its manifest"
+            )
 
 
 def train_worker(config: Config, device: torch.device, hooks: Hooks | None = None) -> Outcome:
@@ -178,14 +198,17 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     use_storage(config)
     gc.freeze()  # what was imported stays: looking through it for garbage would take a twentieth of the loader's time
     run_dir = storage.absolute(config.run.dir)
-    data = Loader(config.data, config.data.train, rank(), world_size())
+    data = Loader(config.data, config.data.trained_on, rank(), world_size())
     test = Loader(config.data, config.data.test, rank(), world_size()) if config.data.test else None
+    for key, loader in (("data.train", data), ("data.test", test)):
+        if loader is not None:
+            _check_agreement(key, loader)
     trainer = Trainer(
         build_family(config),
         config.train,
         config.optim,
         _identity(config, data),
-        data.tape.fingerprint,
+        data.fingerprint,
         run_dir,
         data,
         test,

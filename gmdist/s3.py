@@ -171,6 +171,22 @@ def open_range(location: str, start: int, stop: int, *, etag: str, num_bytes: in
     return Body(answer["Body"], stop - start)
 
 
+def head(location: str) -> tuple[int, str]:
+    """Size, bytes, and ETag of an object; boto3's errors."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(location)
+    try:
+        answer = client().head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") != "400":
+            raise
+        # Answers to HEAD have no body, and so give no reason; those to GET do, and boto3 learns the region from them.
+        answer = client().get_object(Bucket=bucket, Key=key)
+        answer["Body"].close()
+    return answer["ContentLength"], answer["ETag"].strip('"')
+
+
 def open_object(location: str) -> Body:
     """Ask for a whole object, of whatever version; errors as in `open_range`."""
     answer = _get(location)

@@ -100,27 +100,28 @@ def read_range(location: str, offset: int, num_bytes: int, version: Stat, stoppe
 class _Pieces(io.RawIOBase):
     """One version of an object from its start to its end, a range at a time."""
 
-    def __init__(self, location: str, version: Stat) -> None:
-        self._location, self._version, self._position = location, version, 0
+    def __init__(self, location: str, version: Stat, stopped: Event | None) -> None:
+        self._location, self._version, self._stopped, self._position = location, version, stopped, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
         num_bytes = min(len(buffer), self._version.num_bytes - self._position)
-        buffer[:num_bytes] = read_range(self._location, self._position, num_bytes, self._version)
+        buffer[:num_bytes] = read_range(self._location, self._position, num_bytes, self._version, self._stopped)
         self._position += num_bytes
         return num_bytes
 
 
-def open_read(location: str, version: Stat) -> BinaryIO:
+def open_read(location: str, version: Stat, stopped: Event | None = None) -> BinaryIO:
     """A file to be read from its start to its end; an object in storage in pieces of 8 MiB.
 
-    Reading an object raises StorageErrors, `s3.ChangedError` if it is not that version any more.
+    Reading an object raises StorageErrors: `s3.ChangedError` if it is not that version any more, and one when `stopped`
+    is set.
     """
     with naming(location):
         if is_s3(location):
-            return io.BufferedReader(_Pieces(location, version), _PIECE_BYTES)
+            return io.BufferedReader(_Pieces(location, version, stopped), _PIECE_BYTES)
         return open(location, "rb")
 
 
@@ -175,9 +176,7 @@ def stat(location: str) -> Stat:
     """Size and version of a file."""
     with naming(location):
         if is_s3(location):
-            bucket, key = s3.split(location)
-            head = s3.client().head_object(Bucket=bucket, Key=key)
-            return Stat(head["ContentLength"], head["ETag"].strip('"'))
+            return Stat(*s3.head(location))
         status = os.stat(location)
         return Stat(status.st_size, f"mtime-{status.st_mtime_ns}")
 

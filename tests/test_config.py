@@ -158,6 +158,29 @@ def test_nothing_in_a_config_is_run(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_mix_takes_the_place_of_one_data_set(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    mix = ["data.train=null", "data.mix.photos.train=s3://bucket/photos", "data.mix.photos.weight=3"]
+    config = load(str(base), [*mix, "data.mix.glyphs.train=glyphs"])
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert [(part.train, part.weight) for part in config.data.trained_on] == [
+        ("s3://bucket/photos", 3),
+        (f"{base.parent}/glyphs", 1),
+    ]
+    for settings, words in (
+        (["data.train=null"], r"^data\.train: missing; must be a folder or an s3:// prefix, or data\.mix"),
+        (["data.mix.photos.train=x"], r"^data\.train: 'data/x'; must be null beside data\.mix"),
+        ([*mix, "data.mix.photos.wieght=2"], r"^data\.mix\.photos\.wieght: no such key; did you mean 'weight'\?"),
+        ([*mix, "data.mix.photos.weight=0"], r"^data\.mix\.photos\.weight: 0; must be from 1 to"),
+        ([*mix, "data.mix.photos.weight=0.5"], r"^data\.mix\.photos\.weight: Value '0\.5'"),
+        ([*mix, "data.mix.other.weight=2"], r"^data\.mix\.other\.train: missing"),
+        ([*mix, "data.mix.other.train=''"], r"^data\.mix\.other\.train: ''; must be a folder"),
+        (["data.train=null", "data.mix=photos"], r"^data\.mix: "),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load(str(base), settings)
+
+
 def test_object_storage_is_set_in_the_config(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ["data.s3.endpoint_url=http://minio:9000", "data.s3.addressing_style=path", "data.cache_dir=cache"]

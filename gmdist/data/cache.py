@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +47,19 @@ class PartName:
 class Cache:
     """A folder of parts. Threads and processes share it."""
 
-    def __init__(self, folder: str, limit_bytes: int, data: str, next_use: NextUse) -> None:
+    def __init__(self, folder: str, limit_bytes: int, next_uses: Mapping[str, NextUse]) -> None:
         """Open the folder, and delete what an earlier process left half-written.
 
         Args:
             folder: on a local disk.
             limit_bytes: that its parts may take; for moments a little more, while several workers write.
-            data: the manifest's hash: parts of other data sets are the first to go.
-            next_use: tells when parts are used next.
+            next_uses: tell when parts are used next, by the hash of the data set's manifest; parts of other data sets
+                are the first to go.
 
         Raises:
             StorageError: the folder cannot be written, or its disk is smaller than the limit.
         """
-        self._folder, self._limit_bytes, self._data, self._next_use = Path(folder), limit_bytes, data, next_use
+        self._folder, self._limit_bytes, self._next_uses = Path(folder), limit_bytes, next_uses
         self._lock = threading.Lock()
         self.is_disk_full = False  # then nothing more is kept
         try:
@@ -79,20 +79,20 @@ class Cache:
                 f"data.cache_gib is {limit_bytes / 2**30:g}; free some space, set it lower, or choose another folder"
             )
 
-    def find(self, shard: int, place: int, start: int, stop: int) -> bytes | None:
+    def find(self, part: PartName, start: int, stop: int) -> bytes | None:
         """The bytes [start, stop) of a part, counted from its own start; None if it is not there."""
         try:
-            with open(self._path(shard, place), "rb", buffering=0) as file:
+            with open(self._path(part), "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), stop - start, start)
         except FileNotFoundError:
             return None
         return content if len(content) == stop - start else None
 
-    def keep(self, shard: int, place: int, fetch: Callable[[], bytearray]) -> bytes | bytearray:
+    def keep(self, part: PartName, fetch: Callable[[], bytes | bytearray]) -> bytes | bytearray:
         """A whole part: fetched, and kept if there is room for it; or from another worker, if one is fetching it."""
         if self.is_disk_full:
             return fetch()
-        path = self._path(shard, place)
+        path = self._path(part)
         temporary = path.with_suffix(".tmp")
         content = None
         try:
@@ -102,7 +102,7 @@ class Cache:
                     with suppress(FileNotFoundError):
                         return path.read_bytes()
                 content = fetch()
-                if self._make_room(shard, place, len(content)):
+                if self._make_room(part, len(content)):
                     file.truncate(0)
                     file.write(content)
                     file.flush()
@@ -116,12 +116,12 @@ class Cache:
             temporary.unlink(missing_ok=True)
         return fetch() if content is None else content
 
-    def drop(self, shard: int, place: int) -> None:
+    def drop(self, part: PartName) -> None:
         """Delete a part whose bytes are wrong."""
-        self._path(shard, place).unlink(missing_ok=True)
+        self._path(part).unlink(missing_ok=True)
 
-    def _path(self, shard: int, place: int) -> Path:
-        return self._folder / str(PartName(self._data, shard, place))
+    def _path(self, part: PartName) -> Path:
+        return self._folder / str(part)
 
     def _parts(self) -> dict[PartName, int]:
         """Sizes of the parts that are there, bytes."""
@@ -132,7 +132,7 @@ class Cache:
                     parts[name] = entry.stat().st_size
         return parts
 
-    def _make_room(self, shard: int, place: int, num_bytes: int) -> bool:
+    def _make_room(self, part: PartName, num_bytes: int) -> bool:
         """Delete what is used later than this part until it fits; False where it does not fit."""
         with self._lock:
             # Other workers write too: look through the folder every now and then, and before anything is deleted.
@@ -141,19 +141,21 @@ class Cache:
                 parts = self._parts()
                 self._used_bytes, self._unchecked_bytes = sum(parts.values()), 0
                 excess_bytes = self._used_bytes + num_bytes - self._limit_bytes
-                if excess_bytes > 0 and not self._delete(parts, (shard, place), excess_bytes, spare_bytes):
+                if excess_bytes > 0 and not self._delete(parts, part, excess_bytes, spare_bytes):
                     return False
             self._used_bytes += num_bytes
             self._unchecked_bytes += num_bytes
             return True
 
-    def _delete(self, parts: dict[PartName, int], incoming: tuple[int, int], excess: int, spare: int) -> bool:
+    def _delete(self, parts: dict[PartName, int], incoming: PartName, excess: int, spare: int) -> bool:
         """Delete `excess` bytes, and up to `spare` more, of parts that are used later than the incoming one."""
-        own = [name for name in parts if name.data == self._data]
-        others = [name for name in parts if name.data != self._data]
-        places = np.array([(name.shard, name.place) for name in own] + [incoming], np.int64)
-        uses = self._next_use(places[:, 0], places[:, 1])
-        later = [own[i] for i in np.argsort(-uses[:-1], kind="stable").tolist() if uses[i] > uses[-1]]
+        others = [name for name in parts if name.data not in self._next_uses]
+        uses: dict[PartName, int] = {}
+        for data, next_use in self._next_uses.items():
+            own = [name for name in (*parts, incoming) if name.data == data]
+            places = np.array([(name.shard, name.place) for name in own], np.int64).reshape(-1, 2)
+            uses.update(zip(own, next_use(places[:, 0], places[:, 1]).tolist(), strict=True))
+        later = sorted((name for name in uses if uses[name] > uses[incoming]), key=lambda name: -uses[name])
         victims, freed = [], 0
         for name in others + later:
             if freed >= excess and freed + parts[name] > excess + spare:
@@ -163,7 +165,7 @@ class Cache:
         if freed < excess:
             return False
         for name in victims:
-            (self._folder / str(name)).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
         self._used_bytes -= freed
         return True
 

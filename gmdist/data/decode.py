@@ -121,8 +121,10 @@ def _decode_jpeg(content: Buffer, channels: int, min_side: int | None, out: UInt
             if min(least.values()) >= min_side:
                 image = simplejpeg.decode_jpeg(content, colorspace=colorspace, min_factor=2, **least)
                 return Reduced(image, height, width, factor)
-        into = out if out is not None and out.shape[:2] == (height, width) else None
-        return Reduced(simplejpeg.decode_jpeg(content, colorspace=colorspace, buffer=into), height, width, 1)
+        if out is None or out.shape[:2] != (height, width):
+            return Reduced(simplejpeg.decode_jpeg(content, colorspace=colorspace), height, width, 1)
+        simplejpeg.decode_jpeg(content, colorspace=colorspace, buffer=out)
+        return Reduced(out, height, width, 1)
     except ValueError as error:
         raise UndecodableError(str(error)) from error
 

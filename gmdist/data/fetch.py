@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import FileIO
 
 from gmdist import s3, storage
-from gmdist.data.cache import PART_BYTES, Cache
+from gmdist.data.cache import PART_BYTES, Cache, PartName
 from gmdist.data.decode import Buffer
 from gmdist.data.manifest import MANIFEST_NAME, READ_ATTEMPTS, Manifest, ShardEntry
 from gmdist.data.shard import Sample, ShardIndex, load_index
@@ -44,15 +44,15 @@ class _OpenShard:
 class Shards:
     """The samples of a data set by (shard, index), for any number of threads."""
 
-    def __init__(self, folder: str, manifest: Manifest, cache: Cache | None = None) -> None:
+    def __init__(self, folder: str, manifest: Manifest) -> None:
         """Open a data set; its shards' indexes are read when they are needed.
 
         Args:
             folder: local or s3://.
             manifest: its shards.
-            cache: where parts of shards from object storage are kept.
         """
-        self.folder, self.manifest, self.cache = folder, manifest, cache
+        self.folder, self.manifest = folder, manifest
+        self.cache: Cache | None = None  # where parts of shards from object storage are kept
         self.position = 0  # about the number of the last sample that was used: where the cache's future begins
         self._is_s3 = storage.is_s3(folder)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -107,7 +107,7 @@ class Shards:
                 f"put the old one back, or run `gmdist data index {self.folder}` and train anew"
             ) from error
 
-    def fetch(self, shard: int, start: int, stop: int, stopped: threading.Event | None = None) -> bytearray:
+    def fetch(self, shard: int, start: int, stop: int, stopped: threading.Event | None = None) -> bytes | bytearray:
         """The bytes [start, stop) of a shard as it was when it was indexed.
 
         Raises:
@@ -118,14 +118,14 @@ class Shards:
         if opened.file is None:
             with self._explaining(shard):
                 return storage.read_range(opened.location, start, stop - start, self._version(shard), stopped)
-        content = bytearray(stop - start)
-        filled = 0
-        if content:
+        try:
+            content = os.pread(opened.file.fileno(), stop - start, start)
+        except OSError:
             with storage.naming(opened.location):
-                filled = os.preadv(opened.file.fileno(), [content], start)
-        if filled != len(content):
+                raise
+        if len(content) != stop - start:
             raise StorageError(
-                f"{opened.location}: asked for {len(content)} bytes at {start}, got {filled}: the file was cut"
+                f"{opened.location}: asked for {stop - start} bytes at {start}, got {len(content)}: the file was cut"
             )
         return content
 
@@ -156,10 +156,11 @@ class Shards:
         for place in range(start // PART_BYTES, -(-stop // PART_BYTES)):
             base = place * PART_BYTES
             low, high = max(start, base) - base, min(stop, base + PART_BYTES) - base
-            piece: bytes | bytearray | None = self.cache.find(shard, place, low, high)
+            name = PartName(self.manifest.hash, shard, place)
+            piece: bytes | bytearray | None = self.cache.find(name, low, high)
             if piece is None and keep:
                 whole = (shard, base, min(base + PART_BYTES, num_bytes), stopped)
-                piece = self.cache.keep(shard, place, functools.partial(self.fetch, *whole))[low:high]
+                piece = self.cache.keep(name, functools.partial(self.fetch, *whole))[low:high]
             content += self.fetch(shard, base + low, base + high, stopped) if piece is None else piece
         return content
 
@@ -187,7 +188,7 @@ class Shards:
                 return sample, members
             if content is not None and self.cache is not None:
                 for place in range(start // PART_BYTES, -(-stop // PART_BYTES)):
-                    self.cache.drop(shard, place)
+                    self.cache.drop(PartName(self.manifest.hash, shard, place))
             content = None
         raise DataError(
             f"{self.location(shard)}: sample {sample.key!r} is not what was indexed (crc32 differs); "

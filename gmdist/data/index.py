@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from functools import partial
+from threading import Event
 from typing import Any, TypeVar
 
 from gmdist import storage
@@ -122,12 +123,15 @@ def _is_another(folder: str, entry: ShardEntry, listed: storage.Stat) -> bool:
     return not is_unchanged(folder, entry, listed)
 
 
-def _spread(
-    call: Callable[[_Task], _Result], folder: str, tasks: Sequence[_Task], num_bytes: int
-) -> Generator[_Result]:
-    """The results of reading shards; on S3 by threads, since reading waits and the checksums leave the GIL."""
+def _spread(call: Callable[..., _Result], folder: str, tasks: Sequence[_Task], num_bytes: int) -> Generator[_Result]:
+    """The results of reading shards; on S3 by threads, since reading waits and the checksums leave the GIL.
+
+    What is called there takes `stopped` too: set when the command is interrupted.
+    """
     if storage.is_s3(folder):
-        return spread(partial(_once, call), tasks, threads=min(_S3_THREADS, len(tasks)))
+        stopped = Event()
+        call = partial(call, stopped=stopped)
+        return spread(partial(_once, call), tasks, threads=min(_S3_THREADS, len(tasks)), stopped=stopped)
     # Fewer bytes are read before processes have started.
     processes = min(num_cores(), len(tasks)) if num_bytes >= _PROCESSES_FROM_BYTES else 1
     return spread(partial(_once, call), tasks, processes=processes)
@@ -137,7 +141,9 @@ def _once(call: Callable[[_Task], _Result], task: _Task) -> list[_Result]:
     return [call(task)]
 
 
-def _index(folder: str, task: tuple[str, ShardEntry | None]) -> tuple[str, ShardEntry | str]:
+def _index(
+    folder: str, task: tuple[str, ShardEntry | None], stopped: Event | None = None
+) -> tuple[str, ShardEntry | str]:
     """Index one shard, unless that was done: its name, and its line of the manifest or why there is none."""
     name, known = task
     location = storage.join(folder, name)
@@ -145,7 +151,7 @@ def _index(folder: str, task: tuple[str, ShardEntry | None]) -> tuple[str, Shard
         version = storage.stat(location)
         if known is not None and storage.Stat(known.num_bytes, known.etag) == version and _has_index(folder, known):
             return name, known
-        with open_shard(location, version) as file:
+        with open_shard(location, version, stopped) as file:
             index, labels = scan(file, location)
     except (DataError, FileNotFoundError, StorageError) as error:
         return name, _problem(location, error)
@@ -162,12 +168,12 @@ def _has_index(folder: str, entry: ShardEntry) -> bool:
     return True
 
 
-def _check(folder: str, entry: ShardEntry) -> tuple[ShardEntry, str | None]:
+def _check(folder: str, entry: ShardEntry, stopped: Event | None = None) -> tuple[ShardEntry, str | None]:
     """Compare one shard with its index: its entry, and the first difference."""
     location = storage.join(folder, entry.name)
     try:
         saved = load_index(folder, entry)
-        with open_shard(location, storage.stat(location)) as file:
+        with open_shard(location, storage.stat(location), stopped) as file:
             found, _ = scan(file, location)
     except (DataError, FileNotFoundError, StorageError) as error:
         return entry, _problem(location, error)

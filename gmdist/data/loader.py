@@ -1,5 +1,6 @@
-"""Batches for one worker: its numbers of the tape, read and decoded by threads ahead of use."""
+"""Batches for one worker: its numbers of the order, read and decoded by threads ahead of use."""
 
+import functools
 import math
 import threading
 import weakref
@@ -7,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gmdist import ranged, storage
 from gmdist.data.cache import PART_BYTES, Cache
+from gmdist.data.config import DataConfig, MixedConfig, batch_key
 from gmdist.data.decode import UInt8Array, UndecodableError
 from gmdist.data.fetch import Shards
 from gmdist.data.manifest import Manifest
@@ -24,72 +26,21 @@ from gmdist.data.members import (
     Decoded,
     Layout,
     array_layouts,
-    batch_key,
     decode_members,
     label_problem,
     stack_captions,
-    validate_members,
 )
+from gmdist.data.mix import Fingerprint, Mix
 from gmdist.data.prefetch import Prefetcher
-from gmdist.data.tape import Int64Array, Tape, digest, owned
+from gmdist.data.tape import Int64Array, Tape, default_block, digest, owned, usable_lanes
 from gmdist.data.transform import flips, places
-from gmdist.errors import ConfigError, DataError, check_int64
-from gmdist.s3 import S3Config
+from gmdist.errors import DataError
 
-_LOCATED_AT_ONCE = 2048
+_LOCATED_AT_ONCE = 1 << 14  # samples
 _SAMPLES_PER_TASK = 16  # fewer, and threads spend their time waiting for the GIL
 _REPLACEMENT_ATTEMPTS = 16
 
-
-@dataclass
-class DataConfig:
-    """Where samples come from."""
-
-    train: str  # folder or s3:// prefix of shards
-    batch_size: int  # samples a step, over all workers
-    image_size: int  # pixels a side
-    test: str | None = None  # shards for evaluation; None: no evaluation
-    channels: int = 3  # 1 grey, 3 RGB
-    image: bool = True  # False: none is read, for data sets of latents or tokens
-    resize: str = "none"  # of the shorter side to image_size: "area", "lanczos"; "none": images have that size
-    crop: str = "center"  # what is kept of a resized image's longer side; "random": drawn by the sample's number
-    flip: bool = False  # every other image is mirrored, drawn by the sample's number
-    num_classes: int | None = None  # labels are 0 ... num_classes - 1; None: labels are not read
-    caption: str | None = None  # "txt": that member; "json:KEY": a text of the json member; None: captions are not read
-    arrays: tuple[str, ...] = ()  # members that are arrays, such as latent.npy
-    seed: int = 0  # draws the order of samples, crops and flips
-    lanes: int = 240  # places of the data set that are read in turn; at most the number of shards counts
-    block: int | None = None  # samples of a lane that are shuffled together; None: 65,536 / lanes, at least 256
-    num_threads: int = 2  # that read and decode, a worker
-    prefetch_batches: int = 4  # that are made ahead of use, a worker
-    prefetch_mib: int = 1024  # of samples from object storage that are read ahead of use, a worker
-    cache_dir: str | None = None  # local folder that keeps what was read from object storage; None: nothing is kept
-    cache_gib: float = 100.0  # most that it takes, for all workers of a machine
-    s3: S3Config = field(default_factory=S3Config)  # where object storage is
-    max_bad_fraction: float = 0.001  # of the data set's samples that may be replaced before the run fails
-
-    def validate(self) -> None:
-        """Raise ConfigError for values that cannot be."""
-        for key in ("batch_size", "image_size", "lanes", "block", "num_threads", "prefetch_batches", "prefetch_mib"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at least 1")
-        for key, most in (("image_size", 1 << 14), ("batch_size", 1 << 24), ("num_threads", 256), ("block", 1 << 40)):
-            if (getattr(self, key) or 0) > most:
-                raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at most {most}")
-        if self.cache_dir is not None and (not self.cache_dir or storage.is_s3(self.cache_dir)):
-            raise ConfigError(f"data.cache_dir: '{self.cache_dir}'; must be a local folder, or null for no cache")
-        if not self.cache_gib > 0:
-            raise ConfigError(f"data.cache_gib: {self.cache_gib}; must be above 0")
-        self.s3.validate()
-        check_int64("data.seed", self.seed)
-        if self.channels not in (1, 3):
-            raise ConfigError(f"data.channels: {self.channels}; must be 1 (grey) or 3 (RGB)")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ConfigError(f"data.num_classes: {self.num_classes}; must be at least 1, or null for no labels")
-        validate_members(self)
-        if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise ConfigError(f"data.max_bad_fraction: {self.max_bad_fraction}; must be between 0 and 1")
+_Split = Callable[[Int64Array], tuple[Int64Array, Int64Array]]  # numbers -> data sets, and the numbers there
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,51 +68,85 @@ class Loaded:
         return self.batch_on(torch.device("cpu"))
 
 
-class Loader:
-    """Reads a data set in the order of its tape."""
+class _Located(NamedTuple):
+    """Some samples: their numbers, and where they are. [N] each."""
 
-    def __init__(self, config: DataConfig, folder: str, rank: int = 0, world_size: int = 1) -> None:
-        """Open a data set.
+    numbers: Int64Array
+    sources: Int64Array  # the data sets
+    own: Int64Array  # the numbers there
+    shards: Int64Array
+    indices: Int64Array  # in the shards
 
-        Args:
-            config: sizes and order.
-            folder: the shards: config.train or config.test.
-            rank, world_size: which numbers are this worker's.
 
-        Raises:
-            DataError: there is no data set, its labels are outside the config's classes, or it lacks data.arrays.
-        """
-        folder = storage.absolute(folder)
-        manifest = Manifest.load(folder)
+class _Source:
+    """One data set: its shards and their order."""
+
+    def __init__(self, config: DataConfig, folder: str, manifest: Manifest, lanes: int, block: int) -> None:
         check_labels(config, manifest, folder)
-        self.config, self._rank, self._world_size = config, rank, world_size
-        cache = None
-        if config.cache_dir is not None and storage.is_s3(folder):
-            cache = Cache(config.cache_dir, int(config.cache_gib * 2**30), manifest.hash, self._next_use)
-        self._shards = Shards(folder, manifest, cache)
-        self.tape = Tape(
-            manifest.shards.columns["samples"],
-            seed=config.seed,
-            lanes=config.lanes,
-            block=config.block,
-            manifest=manifest.hash,
-        )
-        self.num_samples = self.tape.num_samples
-        self._bad: set[tuple[int, int]] = set()
-        self._has_told = False  # that the cache's disk is full
-        self._spare: deque[Tensor] = deque()  # memory of batches that are gone
-        self._lock = threading.Lock()
-        self.layouts = self._find_layouts()
+        samples = manifest.shards.columns["samples"]
+        self.shards = Shards(folder, manifest)
+        self.tape = Tape(samples, seed=config.seed, lanes=lanes, block=block, manifest=manifest.hash)
 
-    def _next_use(self, shards: Int64Array, places: Int64Array) -> Int64Array:
+    def next_use(self, shards: Int64Array, places: Int64Array) -> Int64Array:
         """When parts of shards are used next, as if all samples of a shard were of one size."""
-        columns = self._shards.manifest.shards.columns
+        columns = self.shards.manifest.shards.columns
         samples = columns["samples"][shards]
         per_byte = samples / np.maximum(1, columns["num_bytes"][shards])
         first = (places * PART_BYTES * per_byte).astype(np.int64)
         last = ((places + 1) * PART_BYTES * per_byte).astype(np.int64)
         most = np.maximum(0, samples - 1)
-        return self.tape.next_use(shards, np.minimum(first, most), np.minimum(last, most), self._shards.position)
+        return self.tape.next_use(shards, np.minimum(first, most), np.minimum(last, most), self.shards.position)
+
+
+class Loader:
+    """Reads a data set, or a mix of several, in an order that its config alone decides."""
+
+    def __init__(self, config: DataConfig, data: str | list[MixedConfig], rank: int = 0, world_size: int = 1) -> None:
+        """Open the data.
+
+        Args:
+            config: sizes and order.
+            data: the folder of one data set, or several with their weights: config.trained_on.
+            rank, world_size: which numbers are this worker's.
+
+        Raises:
+            DataError: there is no data set, its labels are outside the config's classes, or it lacks data.arrays.
+        """
+        mixed = [MixedConfig(data)] if isinstance(data, str) else data
+        self.config, self._rank, self._world_size = config, rank, world_size
+        self._mix = Mix([part.weight for part in mixed], seed=config.seed, lanes=config.lanes)
+        folders = [storage.absolute(part.train) for part in mixed]
+        manifests = [Manifest.load(folder) for folder in folders]
+        block = config.block or _default_block(self._mix, manifests)
+        self._sources = [
+            _Source(config, folder, manifest, lanes, block)
+            for folder, manifest, lanes in zip(folders, manifests, self._mix.lanes, strict=True)
+        ]
+        self.fingerprint = Fingerprint(self._mix.weights, tuple(source.tape.fingerprint for source in self._sources))
+        self._ends = np.cumsum([source.tape.num_samples for source in self._sources])
+        self.num_samples = int(self._ends[-1])
+        self._remote = [i for i, source in enumerate(self._sources) if storage.is_s3(source.shards.folder)]
+        self._cache = self._open_cache()
+        self._bad: set[tuple[int, int, int]] = set()
+        self._notes = self._note_shared()
+        self._has_told = False  # that the cache's disk is full
+        self._spare: deque[Tensor] = deque()  # memory of batches that are gone
+        self._lock = threading.Lock()
+        self.layouts = self._find_layouts()
+
+    def _open_cache(self) -> Cache | None:
+        if self.config.cache_dir is None or not self._remote:
+            return None
+        uses = {self._sources[i].shards.manifest.hash: functools.partial(self._next_use, i) for i in self._remote}
+        cache = Cache(self.config.cache_dir, int(self.config.cache_gib * 2**30), uses)
+        for i in self._remote:
+            self._sources[i].shards.cache = cache
+        return cache
+
+    def _next_use(self, source: int, shards: Int64Array, places: Int64Array) -> Int64Array:
+        """When parts of a data set are used next, in numbers of the mix."""
+        weights = self._mix.weights
+        return self._sources[source].next_use(shards, places) * sum(weights) // weights[source]
 
     def batches(self, start: int) -> Iterator[Loaded]:
         """This worker's part of one global batch after another, without end, from sample number `start` on.
@@ -172,91 +157,140 @@ class Loader:
         assert size % self._world_size == 0, (size, self._world_size)
         yield from self._ahead(
             lambda: (owned(first, first + size, self._rank, self._world_size) for first in count(start, size)),
+            self._mix.split,
             augmented=True,
         )
 
     def sweep(self, batch_size: int) -> Iterator[Loaded]:
-        """Every sample once, shared among the workers, `batch_size` at a time; the last part may be smaller."""
+        """Every sample once, shared among the workers, `batch_size` at a time; the last part may be smaller.
+
+        Several data sets come one after the other, whatever their weights.
+        """
         numbers = owned(0, self.num_samples, self._rank, self._world_size)
-        yield from self._ahead(lambda: (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)))
+        parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+        yield from self._ahead(lambda: iter(parts), self._one_after_the_other)
 
     def first(self, count: int) -> Loaded:
         """The samples with the numbers 0 ... count - 1: the same on every worker."""
-        return next(self._ahead(lambda: iter([np.arange(count, dtype=np.int64)])))
+        return next(self._ahead(lambda: iter([np.arange(count, dtype=np.int64)]), self._mix.split))
+
+    def _one_after_the_other(self, numbers: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """As Mix.split, where all of one data set comes before the next."""
+        sources = np.searchsorted(self._ends, numbers, side="right")
+        return sources, numbers - np.concatenate([[0], self._ends])[sources]
 
     def counters(self) -> dict[str, float]:
         """What reading from object storage has cost this process: bytes, requests, retries, stalls."""
-        return dict(ranged.counters.snapshot()) if storage.is_s3(self._shards.folder) else {}
+        return dict(ranged.counters.snapshot()) if self._remote else {}
 
     def notes(self) -> list[str]:
         """Lines that the user should read; each is given once."""
-        cache = self._shards.cache
-        if cache is None or not cache.is_disk_full or self._has_told:
+        notes, self._notes = self._notes, []
+        if self._cache is not None and self._cache.is_disk_full and not self._has_told:
+            self._has_told = True
+            notes.append(
+                f"data.cache_dir: {self.config.cache_dir}: its disk is full; nothing more is kept there, and the run "
+                "goes on without it; free some space or set data.cache_gib lower, then start the run again"
+            )
+        return notes
+
+    def _note_shared(self) -> list[str]:
+        """Whether workers fetch the same bytes, because the lanes that each of them reads are not its own."""
+        if not self._remote or self._cache is not None:
             return []
-        self._has_told = True
+        numbers = np.arange(min(self.num_samples, _LOCATED_AT_ONCE))
+        sources, own = self._mix.split(numbers)
+        lanes = own % np.array([source.tape.fingerprint.lanes for source in self._sources])[sources]
+        workers = numbers % self._world_size
+        read = len(np.unique(np.stack([sources, lanes, workers]), axis=1).T)
+        shared = read / len(np.unique(np.stack([sources, lanes]), axis=1).T)
+        if shared <= 1.0:
+            return []
         return [
-            f"data.cache_dir: {self.config.cache_dir}: its disk is full; nothing more is kept there, and the run goes "
-            "on without it; free some space or set data.cache_gib lower, then start the run again"
+            f"data.lanes: {self.config.lanes}: each part of the shards is fetched by {shared:.2g} of the "
+            f"{self._world_size} workers; where the lanes, and so the shards, are a multiple of the workers, each "
+            "fetches its own; so does one of a machine's workers for all with data.cache_dir"
         ]
 
-    def _ahead(self, batches: Callable[[], Iterator[Int64Array]], augmented: bool = False) -> Iterator[Loaded]:
+    def _ahead(
+        self, batches: Callable[[], Iterator[Int64Array]], split: _Split, *, augmented: bool = False
+    ) -> Iterator[Loaded]:
         """Load batches of numbers in order, `prefetch_batches` of them at a time in the threads."""
         with ExitStack() as stack:
-            prefetcher = None
-            if storage.is_s3(self._shards.folder):
-                memory_bytes = self.config.prefetch_mib << 20
-                prefetcher = stack.enter_context(Prefetcher(self._shards, self.tape, batches(), memory_bytes))
+            prefetchers = {i: stack.enter_context(self._prefetcher(i, batches(), split)) for i in self._remote}
             pool = ThreadPoolExecutor(self.config.num_threads, thread_name_prefix="loader")
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             underway: deque[_Part] = deque()
-            for numbers, shards, indices in self._located(batches()):
-                underway.append(_Part(self, pool, numbers, shards, indices, prefetcher, augmented))
+            for located in self._located(batches(), split):
+                underway.append(_Part(self, pool, located, prefetchers, augmented))
                 if len(underway) > self.config.prefetch_batches:
                     yield underway.popleft().result()
             while underway:
                 yield underway.popleft().result()
 
-    def _located(self, batches: Iterator[Int64Array]) -> Iterator[tuple[Int64Array, Int64Array, Int64Array]]:
-        """Batches with their samples' shards and indices: of several batches at once, for numpy's sake."""
-        while group := list(islice(batches, max(1, _LOCATED_AT_ONCE // self.config.batch_size))):
-            ends = np.cumsum([len(numbers) for numbers in group])[:-1]
-            shards, indices = self.tape.locate(np.concatenate(group))
-            yield from zip(group, np.split(shards, ends), np.split(indices, ends), strict=True)
+    def _prefetcher(self, source: int, batches: Iterator[Int64Array], split: _Split) -> Prefetcher:
+        """What reads one data set's samples of some batches, in its share of the memory."""
+        weights = self._mix.weights
+        memory_bytes = (self.config.prefetch_mib << 20) * weights[source] // sum(weights)
+
+        def own(numbers: Int64Array) -> Int64Array:
+            sources, there = split(numbers)
+            return there[sources == source]
+
+        read = self._sources[source]
+        return Prefetcher(read.shards, read.tape, map(own, batches), memory_bytes)
+
+    def _located(self, batches: Iterator[Int64Array], split: _Split) -> Iterator[_Located]:
+        """Batches with the places of their samples: of several batches at once, for numpy's sake."""
+        count = 1  # more and more: a run should start at once
+        while group := list(islice(batches, count)):
+            count = min(2 * count, max(1, _LOCATED_AT_ONCE // self.config.batch_size))
+            numbers = np.concatenate(group)
+            sources, own = split(numbers)
+            shards, indices = np.empty_like(numbers), np.empty_like(numbers)
+            for i, source in enumerate(self._sources):
+                here = sources == i
+                shards[here], indices[here] = source.tape.locate(own[here])
+            ends = np.cumsum([len(batch) for batch in group])[:-1]
+            columns = (numbers, sources, own, shards, indices)
+            yield from map(_Located, *(np.split(column, ends) for column in columns))
 
     def decode(
-        self, number: int, shard: int, index: int, place: float | None, out: UInt8Array | None, content: bytes | None
+        self, sample: "_Sample", place: float | None, out: UInt8Array | None, content: bytes | None
     ) -> tuple[Decoded, int, list[dict[str, Any]]]:
         """A sample or its replacement, cut at a place of its longer side; its crc32; and the quarantine lines."""
+        source = self._sources[sample.source]
+        shard, index = sample.shard, sample.place
         replaced: list[dict[str, Any]] = []
         for attempt in range(_REPLACEMENT_ATTEMPTS):
-            sample, members = self._shards.read(shard, index, content)
+            found, members = source.shards.read(shard, index, content)
             content = None
             try:
-                return decode_members(self.config, self.layouts, members, place, out), sample.crc32, replaced
+                return decode_members(self.config, self.layouts, members, place, out), found.crc32, replaced
             except UndecodableError as error:
                 reason = str(error)
             except DataError as error:
-                raise DataError(f"{self._shards.name(shard, index)}: {error}") from error
-            name = self._shards.name(shard, index)
-            self._note_bad(shard, index, f"{name}: {reason}")
-            line = {"number": number, "shard": self._shards.manifest.shards[shard].name}
-            replaced.append(line | {"sample": sample.key, "reason": reason})
-            shard, index = self.tape.replacement(number, attempt)
+                raise DataError(f"{source.shards.name(shard, index)}: {error}") from error
+            name = source.shards.name(shard, index)
+            self._note_bad((sample.source, shard, index), f"{name}: {reason}")
+            line = {"number": sample.number, "shard": source.shards.location(shard)}
+            replaced.append(line | {"sample": found.key, "reason": reason})
+            shard, index = source.tape.replacement(sample.own, attempt)
         raise DataError(f"{name}: {_REPLACEMENT_ATTEMPTS} samples in a row cannot be decoded; this one: {reason}")
 
     def _find_layouts(self) -> list[Layout]:
-        """Those of the first sample that has all of data.arrays."""
-        if not self.config.arrays:
-            return []
-        for shard, index in zip(*self.tape.locate(np.arange(_REPLACEMENT_ATTEMPTS)), strict=True):
-            _, members = self._shards.read(int(shard), int(index))
-            try:
-                return array_layouts(self.config, members)
-            except UndecodableError as error:
-                problem = f"{self._shards.name(int(shard), int(index))}: {error}"
-        raise DataError(
-            f"{problem}; data.arrays is {', '.join(self.config.arrays)}, and {_REPLACEMENT_ATTEMPTS} samples lack it"
-        )
+        """Those of data.arrays: of the first sample of each data set that has all of them."""
+        found = [_layouts_of(source, self.config) if self.config.arrays else [] for source in self._sources]
+        for source, layouts in zip(self._sources, found, strict=True):
+            for extension, (shape, dtype), (first_shape, first_dtype) in zip(
+                self.config.arrays, layouts, found[0], strict=True
+            ):
+                if (shape, dtype) != (first_shape, first_dtype):
+                    raise DataError(
+                        f"{source.shards.folder}: {extension} is {dtype} {list(shape)}, but that of "
+                        f"{self._sources[0].shards.folder} is {first_dtype} {list(first_shape)}; a mix has one layout"
+                    )
+        return found[0]
 
     def pixels(self, shape: tuple[int, ...]) -> Tensor:
         """Memory for a batch's images, uint8 of a shape."""
@@ -273,16 +307,38 @@ class Loader:
         if loaded.pixels is not None and not loaded.pixels.is_pinned():
             weakref.finalize(loaded, self._spare.append, loaded.pixels).atexit = False
 
-    def _note_bad(self, shard: int, index: int, problem: str) -> None:
+    def _note_bad(self, sample: tuple[int, int, int], problem: str) -> None:
         allowed = math.ceil(self.config.max_bad_fraction * self.num_samples)  # one in a small data set; 0.0 means none
         with self._lock:
-            self._bad.add((shard, index))
+            self._bad.add(sample)
             count = len(self._bad)
         if count > allowed:
             raise DataError(
                 f"{count} samples cannot be decoded, more than data.max_bad_fraction allows ({allowed} of "
                 f"{self.num_samples}); the last one: {problem}"
             )
+
+
+def _default_block(mix: Mix, manifests: list[Manifest]) -> int:
+    lanes = sum(
+        usable_lanes(manifest.shards.columns["samples"], lanes)
+        for manifest, lanes in zip(manifests, mix.lanes, strict=True)
+    )
+    sizes = [int(manifest.shards.columns["num_bytes"].sum()) / manifest.num_samples for manifest in manifests]
+    return default_block(lanes, float(np.average(sizes, weights=mix.weights)))
+
+
+def _layouts_of(source: _Source, config: DataConfig) -> list[Layout]:
+    """The layouts of data.arrays in the first sample of a data set that has all of them."""
+    for shard, index in zip(*source.tape.locate(np.arange(_REPLACEMENT_ATTEMPTS)), strict=True):
+        _, members = source.shards.read(int(shard), int(index))
+        try:
+            return array_layouts(config, members)
+        except UndecodableError as error:
+            problem = f"{source.shards.name(int(shard), int(index))}: {error}"
+    raise DataError(
+        f"{problem}; data.arrays is {', '.join(config.arrays)}, and {_REPLACEMENT_ATTEMPTS} samples lack it"
+    )
 
 
 def check_labels(config: DataConfig, manifest: Manifest, folder: str) -> None:
@@ -297,6 +353,16 @@ def check_labels(config: DataConfig, manifest: Manifest, folder: str) -> None:
         raise DataError(f"{storage.join(folder, shard.name)}: {problem}")
 
 
+class _Sample(NamedTuple):
+    """One row of _Located."""
+
+    number: int
+    source: int
+    own: int
+    shard: int
+    place: int
+
+
 class _Part:
     """One worker's part of a batch while threads fill its arrays."""
 
@@ -304,42 +370,38 @@ class _Part:
         self,
         loader: Loader,
         pool: ThreadPoolExecutor,
-        numbers: Int64Array,
-        shards: Int64Array,
-        indices: Int64Array,
-        prefetcher: Prefetcher | None,
+        located: _Located,
+        prefetchers: dict[int, Prefetcher],
         augmented: bool,
     ) -> None:
-        config, count = loader.config, len(numbers)
-        self._loader, self._numbers, self._shards, self._indices = loader, numbers, shards, indices
-        self._prefetcher = prefetcher
-        self._flips = flips(config.seed, numbers) if augmented and config.flip else np.zeros(count, bool)
-        self._places = places(config.seed, numbers) if augmented and config.crop == "random" else None
+        config, count = loader.config, len(located.numbers)
+        self._loader, self._numbers, self._prefetchers = loader, located.numbers, prefetchers
+        self._samples = list(map(_Sample, *(column.tolist() for column in located)))
+        is_flipped = augmented and config.flip
+        self._flips = flips(config.seed, self._numbers).tolist() if is_flipped else [False] * count
+        is_cut = augmented and config.crop == "random"
+        self._places = places(config.seed, self._numbers).tolist() if is_cut else [None] * count
         image_shape = (count, config.image_size, config.image_size, config.channels)
         self._pixels = loader.pixels(image_shape) if config.image else None
         self._images = np.empty(0) if self._pixels is None else self._pixels.numpy()
         self._arrays = [np.empty((count, *shape), dtype) for shape, dtype in loader.layouts]
         self._captions = [b""] * count
-        self._labels = np.empty(count, np.int64)
-        self._crc32 = np.empty(count, np.int64)
+        self._labels = [-1] * count
+        self._crc32 = [0] * count
         tasks = range(0, count, _SAMPLES_PER_TASK)
         self._tasks: list[Future[list[dict[str, Any]]]] = [pool.submit(self._fill, first) for first in tasks]
 
     def _fill(self, first: int) -> list[dict[str, Any]]:
         replaced = []
-        for i in range(first, min(first + _SAMPLES_PER_TASK, len(self._numbers))):
-            number = int(self._numbers[i])
-            (image, label, caption, arrays), crc32, lines = self._loader.decode(
-                number,
-                int(self._shards[i]),
-                int(self._indices[i]),
-                None if self._places is None else float(self._places[i]),
-                self._images[i] if self._loader.config.image else None,
-                self._prefetcher.take(number) if self._prefetcher else None,
+        for i, sample in enumerate(self._samples[first : first + _SAMPLES_PER_TASK], first):
+            prefetcher = self._prefetchers.get(sample.source)
+            out = None if self._pixels is None else self._images[i]
+            content = None if prefetcher is None else prefetcher.take(sample.own)
+            (image, self._labels[i], self._captions[i], arrays), self._crc32[i], lines = self._loader.decode(
+                sample, self._places[i], out, content
             )
-            self._labels[i], self._captions[i], self._crc32[i] = label, caption, crc32
-            if image is not None and (self._flips[i] or not np.may_share_memory(image, self._images[i])):
-                self._images[i] = image[:, ::-1] if self._flips[i] else image
+            if out is not None and image is not None and (self._flips[i] or image is not out):
+                out[:] = image[:, ::-1] if self._flips[i] else image
             for into, array in zip(self._arrays, arrays, strict=True):
                 into[i] = array
             replaced += lines
@@ -350,11 +412,12 @@ class _Part:
         config = self._loader.config
         tensors = {"key": torch.from_numpy(self._numbers)}
         if config.num_classes is not None:
-            tensors["label"] = torch.from_numpy(self._labels)
+            tensors["label"] = torch.tensor(self._labels)
         if config.caption is not None:
             tensors["caption"] = torch.from_numpy(stack_captions(self._captions))
         for extension, array in zip(config.arrays, self._arrays, strict=True):
             tensors[batch_key(extension)] = torch.from_numpy(array)
-        loaded = Loaded(tensors, self._pixels, digest(self._numbers, self._crc32), quarantined)
+        order = digest(self._numbers, np.array(self._crc32, np.int64))
+        loaded = Loaded(tensors, self._pixels, order, quarantined)
         self._loader.reuse(loaded)
         return loaded

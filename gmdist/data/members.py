@@ -1,19 +1,16 @@
 """What a run reads of a sample, as its config says: image, label, caption and arrays."""
 
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from gmdist.data.config import DataConfig
 from gmdist.data.decode import UInt8Array, UndecodableError, check_size, decode_array, decode_caption, decode_image
 from gmdist.data.shard import IMAGE_EXTENSIONS, parse_label
-from gmdist.data.transform import FILTERS, decode_square
-from gmdist.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from gmdist.data.loader import DataConfig
+from gmdist.data.transform import decode_square
+from gmdist.errors import DataError
 
 Layout = tuple[tuple[int, ...], np.dtype[Any]]  # of an array: shape, and dtype in the machine's byte order
 
@@ -27,28 +24,8 @@ class Decoded(NamedTuple):
     arrays: list[npt.NDArray[Any]]  # in the order of data.arrays
 
 
-def validate_members(config: "DataConfig") -> None:
-    """Raise ConfigError for members that cannot be asked for, or not together."""
-    for key, valid in (("resize", ("none", *FILTERS)), ("crop", ("center", "random"))):
-        if getattr(config, key) not in valid:
-            raise ConfigError(f"data.{key}: '{getattr(config, key)}'; must be one of {', '.join(valid)}")
-    if config.crop == "random" and config.resize == "none":
-        raise ConfigError("data.crop: 'random'; must be center where data.resize is none: nothing is cut then")
-    if not config.image and (config.resize != "none" or config.flip):
-        raise ConfigError("data.image: False; must be true with data.resize or data.flip")
-    if not config.image and not config.arrays:
-        raise ConfigError("data.image: False; must be true, or data.arrays must name what is read instead")
-    if config.caption is not None and not re.fullmatch("txt|json:.+", config.caption):
-        raise ConfigError(f"data.caption: '{config.caption}'; must be txt, json:KEY, or null for no captions")
-    for extension in config.arrays:
-        if not extension.endswith(".npy") or config.arrays.count(extension) > 1:
-            raise ConfigError(f"data.arrays: '{extension}'; must be extensions such as latent.npy, each once")
-        if batch_key(extension) in ("image", "label", "caption", "key"):
-            raise ConfigError(f"data.arrays: '{extension}'; must be another name: batches have their own of that one")
-
-
 def decode_members(
-    config: "DataConfig",
+    config: DataConfig,
     layouts: list[Layout],
     members: Mapping[str, memoryview],
     place: float | None,
@@ -80,7 +57,7 @@ def decode_members(
     return Decoded(image, _label(config, members), caption, arrays)
 
 
-def array_layouts(config: "DataConfig", members: Mapping[str, memoryview]) -> list[Layout]:
+def array_layouts(config: DataConfig, members: Mapping[str, memoryview]) -> list[Layout]:
     """The layouts of config.arrays in a sample; UndecodableError if it lacks one."""
     return [_layout(decode_array(members, extension)) for extension in config.arrays]
 
@@ -90,7 +67,7 @@ def _layout(array: npt.NDArray[Any]) -> Layout:
 
 
 def _image(
-    config: "DataConfig", members: Mapping[str, memoryview], place: float | None, out: UInt8Array | None
+    config: DataConfig, members: Mapping[str, memoryview], place: float | None, out: UInt8Array | None
 ) -> UInt8Array:
     for extension in IMAGE_EXTENSIONS:
         if extension in members:
@@ -102,7 +79,7 @@ def _image(
     raise UndecodableError(f"no image among its members {sorted(members)}; images are {', '.join(IMAGE_EXTENSIONS)}")
 
 
-def _label(config: "DataConfig", members: Mapping[str, memoryview]) -> int:
+def _label(config: DataConfig, members: Mapping[str, memoryview]) -> int:
     classes = config.num_classes
     if classes is None:
         return -1
@@ -124,8 +101,3 @@ def stack_captions(captions: list[bytes]) -> npt.NDArray[np.uint8]:
     longest = max(map(len, captions), default=0)
     padded = bytearray().join(caption.ljust(longest, b"\0") for caption in captions)
     return np.frombuffer(padded, np.uint8).reshape(len(captions), longest)
-
-
-def batch_key(extension: str) -> str:
-    """An array's name in a batch: latent for latent.npy."""
-    return extension.removesuffix(".npy")

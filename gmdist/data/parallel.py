@@ -28,7 +28,12 @@ def num_cores() -> int:
 
 
 def spread(
-    call: Callable[[_Task], Iterable[_Result]], tasks: Iterable[_Task], *, processes: int = 0, threads: int = 1
+    call: Callable[[_Task], Iterable[_Result]],
+    tasks: Iterable[_Task],
+    *,
+    processes: int = 0,
+    threads: int = 1,
+    stopped: threading.Event | None = None,
 ) -> Generator[_Result]:
     """What a call yields for each task, as it comes.
 
@@ -37,6 +42,7 @@ def spread(
         tasks: its arguments.
         processes: that run it; 0 or 1: this one.
         threads: that run it, in this process.
+        stopped: set when nobody waits any more for what the threads are at.
 
     Raises:
         DataError: a process was killed.
@@ -45,7 +51,7 @@ def spread(
         for task in tasks:
             yield from call(task)
         return
-    with _processes(processes) if processes > 1 else _threads(threads) as (pool, fill, results):
+    with _processes(processes) if processes > 1 else _threads(threads, stopped) as (pool, fill, results):
         waiting = iter(tasks)
         ahead = zip(range(_AHEAD * max(processes, threads)), waiting, strict=False)
         running = {pool.submit(fill, call, task) for _, task in ahead}
@@ -62,12 +68,14 @@ _Fill = Callable[[Callable[[Any], Iterable[Any]], Any], None]  # puts what a cal
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[tuple[Executor, _Fill, Any]]:
+def _threads(count: int, stopped: threading.Event | None) -> Iterator[tuple[Executor, _Fill, Any]]:
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool = ThreadPoolExecutor(count)
     try:
         yield pool, partial(_fill, results), results
     finally:
+        if stopped is not None:
+            stopped.set()
         pool.shutdown(cancel_futures=True)
 
 

@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Event
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -55,52 +56,40 @@ class Sample(NamedTuple):
 class ShardIndex:
     """Where each member of each sample of one shard is."""
 
-    def __init__(
-        self,
-        keys: list[str],
-        extensions: list[str],
-        offset: npt.NDArray[np.int64],
-        num_bytes: npt.NDArray[np.int64],
-        crc32: npt.NDArray[np.int64],
-    ) -> None:
-        """Arrays are [samples, extensions]; a member that a sample lacks has num_bytes -1."""
-        self.keys, self.extensions = keys, extensions
-        self.offset, self.num_bytes, self.crc32 = offset, num_bytes, crc32
+    def __init__(self, keys: list[str], extensions: list[str], members: npt.NDArray[np.int64]) -> None:
+        """members: offset, num_bytes and crc32 [samples, extensions, 3]; num_bytes is -1 where a sample lacks one."""
+        self.keys, self.extensions, self._members = keys, extensions, members
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        columns = (self.offset[index].tolist(), self.num_bytes[index].tolist(), self.crc32[index].tolist())
-        rows = zip(self.extensions, *columns, strict=True)
-        return Sample(self.keys[index], {row[0]: Member(*row[1:]) for row in rows if row[2] >= 0})
+        rows = zip(self.extensions, self._members[index].tolist(), strict=True)
+        return Sample(self.keys[index], {extension: Member(*row) for extension, row in rows if row[1] >= 0})
 
     @functools.cached_property
     def spans(self) -> npt.NDArray[np.int64]:
         """Where each sample's members begin and end in the shard, bytes: [samples, 2]."""
-        there = self.num_bytes >= 0
-        begin = np.where(there, self.offset, np.iinfo(np.int64).max).min(axis=1, initial=np.iinfo(np.int64).max)
-        end = np.where(there, self.offset + self.num_bytes, 0).max(axis=1, initial=0)
+        offset, num_bytes = self._members[:, :, 0], self._members[:, :, 1]
+        there = num_bytes >= 0
+        begin = np.where(there, offset, np.iinfo(np.int64).max).min(axis=1, initial=np.iinfo(np.int64).max)
+        end = np.where(there, offset + num_bytes, 0).max(axis=1, initial=0)
         return np.stack([begin, end], axis=1)
 
     @classmethod
     def of(cls, samples: list[Sample]) -> "ShardIndex":
         """The index of a shard with these samples."""
         extensions = sorted({extension for sample in samples for extension in sample.members})
-        shape = (len(samples), len(extensions))
-        offset, num_bytes, crc32 = np.zeros(shape, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        members = np.empty((len(samples), len(extensions), 3), np.int64)
         for s, sample in enumerate(samples):
             for e, extension in enumerate(extensions):
-                if member := sample.members.get(extension):
-                    offset[s, e], num_bytes[s, e], crc32[s, e] = member.offset, member.num_bytes, member.crc32
-        return cls([sample.key for sample in samples], extensions, offset, num_bytes, crc32)
+                members[s, e] = sample.members.get(extension, Member(0, -1, 0))
+        return cls([sample.key for sample in samples], extensions, members)
 
     def to_bytes(self) -> bytes:
         """The index as a safetensors file."""
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "offset": self.offset,
-            "num_bytes": self.num_bytes,
-            "crc32": self.crc32,
+        columns = {field: np.ascontiguousarray(self._members[:, :, i]) for i, field in enumerate(Member._fields)}
+        arrays: dict[str, npt.NDArray[Any]] = columns | {
             "keys": _json_array(self.keys),
             "extensions": _json_array(self.extensions),
         }
@@ -117,7 +106,7 @@ class ShardIndex:
             if metadata["format"] != str(FORMAT_VERSION):
                 raise DataError(f"{location}: index of format {metadata['format']}; run `gmdist data index` again")
             keys, extensions = (json.loads(arrays[name].tobytes()) for name in ("keys", "extensions"))
-            return cls(keys, extensions, arrays["offset"], arrays["num_bytes"], arrays["crc32"])
+            return cls(keys, extensions, np.stack([arrays[field] for field in Member._fields], axis=-1))
         except (SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{location}: not a shard index ({error}); run `gmdist data index` again") from error
 
@@ -254,10 +243,10 @@ def walk(file: BinaryIO, location: str) -> Iterator[tuple[str, dict[str, tuple[i
 
 
 @contextmanager
-def open_shard(location: str, version: storage.Stat) -> Iterator[BinaryIO]:
+def open_shard(location: str, version: storage.Stat, stopped: Event | None = None) -> Iterator[BinaryIO]:
     """A shard to be read from its start to its end; DataError if it changes meanwhile."""
     try:
-        with storage.naming(location), storage.open_read(location, version) as file:
+        with storage.naming(location), storage.open_read(location, version, stopped) as file:
             yield file
         changed = version.is_local and storage.stat(location) != version  # S3 is asked for this version alone
     except s3.ChangedError:

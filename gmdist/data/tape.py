@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from gmdist.errors import ConfigError, DataError
 
-VERSION = 1  # raise it with any change of the order: a run refuses to go on with another one
+VERSION = 2  # raise it with any change of the order: a run refuses to go on with another one
 
 Int64Array = npt.NDArray[np.int64]
 _Uint64Array = npt.NDArray[np.uint64]
 
-_SHUFFLED_TOGETHER, _SMALLEST_BLOCK = 1 << 16, 256  # samples
-_FEISTEL_ROUNDS = 12  # with fewer, permutations of a handful of samples are visibly uneven
+# All lanes together shuffle so many samples, unless they are large: their bytes have to be at hand.
+_SHUFFLED_SAMPLES, _SHUFFLED_BYTES, _SMALLEST_BLOCK = 1 << 16, 1 << 30, 16
+_FEISTEL_ROUNDS, _FEISTEL_BITS = 12, 5  # with fewer, permutations of a handful of samples are visibly uneven
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Fingerprint:
                     "seed": ("data.seed", f"set data.seed={saved[key]}"),
                     "lanes": ("number of lanes", f"set data.lanes={saved[key]}"),
                     "block": ("data.block", f"set data.block={saved[key]}"),
-                    "manifest": ("data set", "point data.train at the data set that the run was started with"),
+                    "manifest": ("data set", "read the data set that the run was started with"),
                 }[key]
                 raise DataError(
                     f"cannot resume: the {what} was {saved[key]} when the run was started and is {value} now; "
@@ -78,45 +79,58 @@ def keyed_hash(*words: int | npt.NDArray[np.integer]) -> _Uint64Array:
 def permute(index: Int64Array, size: Int64Array, key: _Uint64Array) -> Int64Array:
     """The image of each index under a random permutation of [0, size) drawn by its key.
 
-    A Feistel network permutes the next power of four, and walks on while it lands outside (Black and Rogaway 2002).
+    A Feistel network permutes a power of two, and walks on while it lands outside (Black and Rogaway 2002).
 
     Args:
         index: [N], 0 <= index < size.
-        size: [N], at least 1.
+        size: [N], at least 1 and below 2**53.
         key: [N]; equal keys with equal sizes give one permutation.
     """
-    half_bits = np.ones(len(size), np.uint64)
-    while True:
-        short = (np.uint64(1) << (np.uint64(2) * half_bits)) < size.astype(np.uint64)
-        if not short.any():
-            break
-        half_bits[short] += np.uint64(1)
-    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    bits = np.maximum(_FEISTEL_BITS, np.frexp((size - 1).astype(np.float64))[1]).astype(np.uint64)
+    low_bits = bits >> np.uint64(1)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << (bits - low_bits)) - np.uint64(1)
+    end = size.astype(np.uint64)
 
     x = index.astype(np.uint64)
-    todo = np.ones(len(x), bool)
-    while todo.any():
-        left, right, m = x[todo] >> half_bits[todo], x[todo] & mask[todo], mask[todo]
-        for round_number in range(_FEISTEL_ROUNDS):
-            f = _mix(key[todo] ^ _mix(right ^ (np.uint64(round_number + 1) << np.uint64(40)))) & m
-            left, right = right, left ^ f
-        x[todo] = (left << half_bits[todo]) | right
-        todo &= x >= size.astype(np.uint64)
+    todo = np.flatnonzero(size > 1)
+    while len(todo):
+        low, high, k = x[todo] & low_mask[todo], x[todo] >> low_bits[todo], key[todo]
+        low_m, high_m = low_mask[todo], high_mask[todo]
+        for number in range(1, _FEISTEL_ROUNDS, 2):
+            low ^= _round(k, number, high) & low_m
+            high ^= _round(k, number + 1, low) & high_m
+        image = (high << low_bits[todo]) | low
+        x[todo] = image
+        todo = todo[image >= end[todo]]
     return x.astype(np.int64)
+
+
+def _round(key: _Uint64Array, number: int, half: _Uint64Array) -> _Uint64Array:
+    return _mix(key ^ _mix(half ^ np.uint64(number << 40)))
+
+
+def usable_lanes(samples: Int64Array, lanes: int) -> int:
+    """How many of the lanes can begin in shards of their own."""
+    return min(lanes, int(np.count_nonzero(samples)))
+
+
+def default_block(lanes: int, sample_bytes: float) -> int:
+    """Samples of a lane that are shuffled together, where nobody says it; sample_bytes: of an average sample."""
+    return max(_SMALLEST_BLOCK, int(min(_SHUFFLED_SAMPLES, _SHUFFLED_BYTES / max(1.0, sample_bytes)) / lanes))
 
 
 class Tape:
     """The order of a data set's samples."""
 
-    def __init__(self, samples: npt.ArrayLike, *, seed: int, lanes: int, block: int | None, manifest: str) -> None:
+    def __init__(self, samples: npt.ArrayLike, *, seed: int, lanes: int, block: int, manifest: str) -> None:
         """Lay out the order.
 
         Args:
             samples: how many samples each shard holds; zeros are allowed.
             seed: draws the order.
             lanes: places of the tape that are read in turn; at most the number of shards that are not empty counts.
-            block: samples of a lane that are shuffled among themselves; None: so many that all lanes together shuffle
-                65,536, and at least 256.
+            block: samples of a lane that are shuffled among themselves.
             manifest: hash that identifies the data set.
 
         Raises:
@@ -125,14 +139,13 @@ class Tape:
         """
         if lanes < 1:
             raise ConfigError(f"data.lanes: {lanes}; must be at least 1")
-        if block is not None and block < 1:
+        if block < 1:
             raise ConfigError(f"data.block: {block}; must be at least 1")
         self._samples = np.asarray(samples, np.int64).reshape(-1)
         self.num_samples = int(self._samples.sum())
         if self.num_samples == 0:
             raise DataError("the data set has no samples")
-        lanes = min(lanes, int(np.count_nonzero(self._samples)))
-        block = block or max(_SMALLEST_BLOCK, _SHUFFLED_TOGETHER // lanes)
+        lanes = usable_lanes(self._samples, lanes)
         self.fingerprint = Fingerprint(VERSION, seed, lanes, block, manifest)
         # Two epochs are in use where a batch spans them, and prefetching may be one ahead of the step.
         self._shard_order = functools.lru_cache(maxsize=4)(self._draw_shard_order)

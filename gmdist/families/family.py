@@ -50,6 +50,7 @@ class Family(nn.Module):
     """
 
     averaged: tuple[str, ...] = ()  # trained children that the EMA follows
+    inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
 
     def initialize(self, batch: Batch) -> None:
         """Set what depends on data: a latent's scale, actnorm. Once, at the start of a run.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gmdist import images, storage
 from gmdist.config import Config
+from gmdist.data.config import MixedConfig
 from gmdist.data.loader import Loader
 from gmdist.evaluation.neighbors import Novelty, novelty
 from gmdist.runs import read_config, split_run
@@ -155,7 +156,9 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _compare(config: Config, generated: Tensor) -> _Comparison:
-    train = _real_images(config, config.data.train, max(len(generated), _MAX_REFERENCE_VALUES // generated[0].numel()))
+    train = _real_images(
+        config, config.data.trained_on, max(len(generated), _MAX_REFERENCE_VALUES // generated[0].numel())
+    )
     held_out = _real_images(config, config.data.test, _MAX_HELD_OUT) if config.data.test else None
     real = held_out if held_out is not None else train
     return _Comparison(
@@ -166,18 +169,12 @@ def _compare(config: Config, generated: Tensor) -> _Comparison:
     )
 
 
-def _real_images(config: Config, folder: str, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images uint8 [N, H, W, C] of a data set, or all that it has, and their labels."""
-    loader = Loader(config.data, folder)
-    parts, labels, got = [], [], 0
-    for loaded in loader.sweep(256):
-        parts.append(images.to_uint8(loaded.batch["image"]))
-        labels.append(loaded.batch.get("label"))
-        got += len(parts[-1])
-        if got >= count:
-            break
-    known = [label for label in labels if label is not None]
-    return torch.cat(parts), torch.cat(known) if known else None
+def _real_images(config: Config, data: str | list[MixedConfig], count: int) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images uint8 [N, H, W, C] of some data, or as many as there are, and their labels."""
+    loader = Loader(config.data, data)
+    loaded = loader.first(min(count, loader.num_samples))
+    assert loaded.pixels is not None
+    return loaded.pixels, loaded.tensors.get("label")
 
 
 def _in_turn(real: tuple[Tensor, Tensor | None], count: int, num_classes: int | None) -> Tensor:

@@ -29,11 +29,16 @@ def by_shard(shards: Int64Array, places: Int64Array) -> Int64Array:
 
 
 def cache_of(folder: Path, parts: float, next_use=by_shard) -> Cache:
-    return Cache(str(folder), int(parts * SIZE), DATA, next_use)
+    return Cache(str(folder), int(parts * SIZE), {DATA: next_use})
 
 
-def put(cache: Cache, shard: int, place: int = 0) -> None:
-    assert cache.keep(shard, place, lambda: content_of(shard, place)) == content_of(shard, place)
+def part(shard: int, place: int = 0) -> PartName:
+    return PartName(DATA, shard, place)
+
+
+def put(cache: Cache, shard: int, place: int = 0, data: str = DATA) -> None:
+    content = content_of(shard, place)
+    assert cache.keep(PartName(data, shard, place), lambda: content) == content
 
 
 def kept(folder: Path) -> list[int]:
@@ -42,14 +47,14 @@ def kept(folder: Path) -> list[int]:
 
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, 10)
-    assert cache.find(3, 1, 0, 5) is None
+    assert cache.find(part(3, 1), 0, 5) is None
     put(cache, 3, 1)
-    assert cache.find(3, 1, 0, 5) == b"3,1;."
-    assert cache.find(3, 1, SIZE - 1, SIZE) == b"."
-    assert cache.find(3, 1, 0, SIZE + 1) is None  # a part that was cut is none
-    cache.drop(3, 1)
-    assert cache.find(3, 1, 0, 5) is None
-    cache.drop(3, 1)
+    assert cache.find(part(3, 1), 0, 5) == b"3,1;."
+    assert cache.find(part(3, 1), SIZE - 1, SIZE) == b"."
+    assert cache.find(part(3, 1), 0, SIZE + 1) is None  # a part that was cut is none
+    cache.drop(part(3, 1))
+    assert cache.find(part(3, 1), 0, 5) is None
+    cache.drop(part(3, 1))
 
 
 def test_what_is_used_last_goes_first(tmp_path: Path) -> None:
@@ -74,20 +79,38 @@ def test_fewer_misses_than_with_the_least_recently_used(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, 5, next_use)
     misses = 0
     for now in range(100):
-        if cache.find(now % 10, 0, 0, SIZE) is None:
+        if cache.find(part(now % 10), 0, SIZE) is None:
             misses += 1
             put(cache, now % 10)
     assert misses <= 60
 
 
 def test_other_data_sets_go_before_anything(tmp_path: Path) -> None:
-    other = Cache(str(tmp_path), 4 * SIZE, "f" * 16, by_shard)
+    gone = "f" * 16
+    other = Cache(str(tmp_path), 4 * SIZE, {gone: by_shard})
     for shard in (0, 1, 2):
-        put(other, shard)
+        put(other, shard, data=gone)
     cache = cache_of(tmp_path, 4)
     for shard in (100, 101, 102, 103):
         put(cache, shard)
     assert kept(tmp_path) == [100, 101, 102, 103]
+
+
+def test_data_sets_of_one_run_are_weighed_against_each_other(tmp_path: Path) -> None:
+    second = "e" * 16
+    cache = Cache(str(tmp_path), 4 * SIZE, {DATA: by_shard, second: lambda shards, _: 10 * shards})
+    for shard in (3, 25):
+        put(cache, shard)
+    for shard in (1, 2):
+        put(cache, shard, data=second)  # used at 10 and 20
+    put(cache, 4)
+    put(cache, 9, data=second)  # at 90: last of all, so it is not kept
+    assert sorted((n.data == second, n.shard) for n in map(PartName.parse, os.listdir(tmp_path)) if n) == [
+        (False, 3),
+        (False, 4),
+        (True, 1),
+        (True, 2),
+    ]
 
 
 def test_the_limit_holds_while_others_write(tmp_path: Path) -> None:
@@ -106,7 +129,7 @@ def test_one_worker_fetches_for_all(tmp_path: Path) -> None:
         time.sleep(0.05)
         return content_of(1, 0)
 
-    threads = [threading.Thread(target=cache.keep, args=(1, 0, fetch)) for cache in caches]
+    threads = [threading.Thread(target=cache.keep, args=(part(1), fetch)) for cache in caches]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -139,7 +162,7 @@ def test_a_failed_fetch_leaves_nothing_that_counts(tmp_path: Path) -> None:
         raise StorageError("stalled")
 
     with pytest.raises(StorageError, match="stalled"):
-        cache.keep(1, 0, fetch)
+        cache.keep(part(1), fetch)
     put(cache, 1)
     assert kept(tmp_path) == [1]
 
@@ -156,14 +179,14 @@ def test_a_full_disk_stops_the_keeping_only(tmp_path: Path, monkeypatch: pytest.
     assert cache.is_disk_full
     put(cache, 3)
     assert sorted(os.listdir(tmp_path)) == [str(PartName(DATA, 1, 0))]
-    assert cache.find(1, 0, 0, 3) == b"1,0"
+    assert cache.find(part(1), 0, 3) == b"1,0"
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(
         StorageError, match=rf"data.cache_dir: {tmp_path}: its disk has .* and data.cache_gib is 1e\+09"
     ):
-        Cache(str(tmp_path), 10**9 << 30, DATA, by_shard)
+        Cache(str(tmp_path), 10**9 << 30, {DATA: by_shard})
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"data.cache_dir: .*file.*choose another folder"):
         cache_of(tmp_path / "file" / "x", 1)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from gmdist.data.cache import Cache
+from gmdist.data.config import DataConfig, MixedConfig
 from gmdist.data.fetch import Shards
-from gmdist.data.loader import DataConfig, Loaded, Loader
+from gmdist.data.loader import Loaded, Loader
 from gmdist.data.manifest import Manifest, ShardTable
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError, StorageError
@@ -54,7 +55,7 @@ def write(folder: Path, changed: dict[int, dict[str, bytes]] | None = None, chan
     return str(folder)
 
 
-def settings(folder: str, **changes) -> DataConfig:
+def settings(folder: str | None, **changes) -> DataConfig:
     values = {"batch_size": BATCH, "image_size": SIZE, "channels": 1, "num_classes": CLASSES, "block": 4}
     return DataConfig(train=folder, **(values | changes))
 
@@ -84,7 +85,7 @@ def merged(parts: list[list[Loaded]]) -> tuple[dict[int, tuple[bytes, int]], int
 
 def origin(loader: Loader, number: int) -> int:
     """Which image of the data set has this number."""
-    shard, index = (int(x[0]) for x in loader.tape.locate([number]))
+    shard, index = (int(x[0]) for x in loader._sources[0].tape.locate([number]))
     return sum(SHARD_SIZES[:shard]) + index
 
 
@@ -194,7 +195,7 @@ def test_bad_samples_are_replaced_alike_on_every_world_size(tmp_path: Path) -> N
         i, attempt = origin(loader, number), 0
         while i in BAD:
             expected.append((number, f"k{i}"))
-            shard, index = loader.tape.replacement(number, attempt)
+            shard, index = loader._sources[0].tape.replacement(number, attempt)
             i, attempt = sum(SHARD_SIZES[:shard]) + index, attempt + 1
         image, label = found[number]
         assert label == i % CLASSES
@@ -204,7 +205,7 @@ def test_bad_samples_are_replaced_alike_on_every_world_size(tmp_path: Path) -> N
     assert sorted((line["number"], line["sample"]) for line in listed) == sorted(expected)
     for line in listed:
         i = int(line["sample"][1:])
-        assert line["shard"] == f"shard-{sum(i >= end for end in np.cumsum(SHARD_SIZES))}.tar"
+        assert line["shard"] == f"{folder}/shard-{sum(i >= end for end in np.cumsum(SHARD_SIZES))}.tar"
         assert line["reason"]
     for world_size in (2, 3):
         assert merged(load(folder, 4, world_size=world_size, max_bad_fraction=1.0)) == alone
@@ -324,13 +325,89 @@ def test_bytes_that_were_damaged_on_their_way_are_asked_for_again(plain: str, mo
     assert damaged
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A second data set: images of 0 alone, with the label 3; its first image is damaged."""
+    zeros = png(np.zeros((SIZE, SIZE, 1), np.uint8))
+    changed = {i: {"png": zeros, "cls": b"3"} for i in range(1, COUNT)}
+    return write(tmp_path_factory.mktemp("other"), changed | {0: NO_IMAGE | {"cls": b"3"}})
+
+
+def mixed_batches(parts: list[MixedConfig], steps: int, start: int = 0, world_size: int = 1, **changes):
+    found = []
+    for rank in range(world_size):
+        loader = Loader(settings(None, **changes), parts, rank, world_size)
+        batches = loader.batches(start)
+        found.append(list(islice(batches, steps)))
+        batches.close()
+    return found
+
+
+def test_a_mix_has_its_shares_in_every_batch(plain: str, other: str) -> None:
+    mix = [MixedConfig(plain, 3), MixedConfig(other, 1)]
+    found, digest, lines = merged(mixed_batches(mix, 9))
+    assert sorted(found) == list(range(9 * BATCH))
+    for first in range(0, 9 * BATCH, 4):
+        images = [np.frombuffer(found[number][0], np.float32) for number in range(first, first + 4)]
+        assert sum((image == -1.0).all() for image in images) == 1
+    # All of the first data set came before anything of it came again; and what is damaged is replaced by its like.
+    assert len({image for image, _ in found.values()}) == COUNT + 1
+    assert {json.loads(line)["shard"] for line in lines} == {f"{other}/shard-0.tar"}
+    for changes in ({"world_size": 3}, {"world_size": 2, "num_threads": 1}):
+        assert merged(mixed_batches(mix, 9, **changes)) == (found, digest, lines)
+    late = merged(mixed_batches(mix, 4, start=5 * BATCH, world_size=2))[0]
+    assert late == {number: found[number] for number in range(5 * BATCH, 9 * BATCH)}
+
+
+def test_a_sweep_over_a_mix_takes_each_sample_once(plain: str, other: str) -> None:
+    mix = [MixedConfig(plain, 3), MixedConfig(other, 1)]
+    parts = [list(Loader(settings(None), mix, rank, 2).sweep(8)) for rank in range(2)]
+    found, _, _ = merged(parts)
+    assert sorted(found) == list(range(2 * COUNT))
+    alone, _, _ = merged([list(Loader(settings(plain), plain).sweep(8))])
+    assert {number: found[number] for number in range(COUNT)} == alone
+
+
+def test_arrays_of_a_mix_have_one_layout(plain: str, tmp_path: Path) -> None:
+    def array(shape: tuple[int, ...]) -> bytes:
+        content = io.BytesIO()
+        np.save(content, np.zeros(shape, np.float32))
+        return content.getvalue()
+
+    folders = []
+    for name, shape in (("one", (2, 3)), ("two", (2, 4))):
+        write_shards([("k", {"latent.npy": array(shape)})], str(tmp_path / name))
+        folders.append(MixedConfig(str(tmp_path / name)))
+    latents = settings(None, image=False, num_classes=None, arrays=("latent.npy",))
+    assert Loader(latents, folders[:1]).first(1).batch["latent"].shape == (1, 2, 3)
+    with pytest.raises(DataError, match=r"two: latent\.npy is float32 \[2, 4\], but that of .*one is float32 \[2, 3\]"):
+        Loader(latents, folders)
+
+
+def test_workers_that_fetch_the_same_are_told(bucket, plain: str, tmp_path: Path) -> None:
+    for path in Path(plain).iterdir():
+        if path.is_file():
+            bucket.upload_file(str(path), "pictures", f"data/{path.name}")  # of three shards, and so three lanes
+    folder = "s3://pictures/data"
+
+    def notes(world_size: int, **changes) -> list[str]:
+        return Loader(settings(folder, **changes), folder, 0, world_size).notes()
+
+    assert notes(1) == notes(3) == notes(2, cache_dir=str(tmp_path / "cache"), cache_gib=0.001) == []
+    (note,) = notes(2)
+    assert "is fetched by 2 of the 2 workers" in note
+    (note,) = notes(6)
+    assert "is fetched by 2 of the 6 workers" in note
+    assert Loader(settings(plain), plain, 0, 2).notes() == []
+
+
 def test_a_full_disk_of_the_cache_is_told_once(plain: str, tmp_path: Path) -> None:
     loader = Loader(settings(plain), plain)
     assert loader.notes() == []
-    cache = Cache(str(tmp_path / "cache"), 1000, loader.tape.fingerprint.manifest, loader._next_use)
-    loader._shards.cache, loader.config.cache_dir = cache, str(tmp_path / "cache")
+    loader.config.cache_dir = str(tmp_path / "cache")
+    loader._cache = Cache(loader.config.cache_dir, 1000, {})
     assert loader.notes() == []
-    cache.is_disk_full = True
+    loader._cache.is_disk_full = True
     (note,) = loader.notes()
     assert f"data.cache_dir: {tmp_path}/cache: its disk is full" in note
     assert loader.notes() == []

@@ -17,10 +17,11 @@ import webdataset
 from PIL import Image
 
 from gmdist import storage
+from gmdist.data.config import DataConfig
 from gmdist.data.encode import Encoding
 from gmdist.data.fetch import Shards
 from gmdist.data.index import check_folder, index_folder
-from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.data.pack import pack, write_shards
 from gmdist.data.sources import File
@@ -265,7 +266,7 @@ def test_photos_are_turned_upright(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     stored.save(tmp_path / "photos/a.png", exif=exif)
     pack(str(tmp_path / "photos"), str(tmp_path / "packed"), Encoding(16))
-    config = DataConfig(str(tmp_path / "packed"), 1, 16)
+    config = DataConfig(train=str(tmp_path / "packed"), batch_size=1, image_size=16)
     image = Loader(config, config.train).first(1).batch["image"][0]
     assert image[0, :, -1].min() > 0.9  # red on the right
     assert image[2, :, 0].min() > 0.9  # blue on the left

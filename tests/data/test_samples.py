@@ -13,9 +13,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from gmdist.data import glyphs
+from gmdist.data.config import DataConfig
 from gmdist.data.decode import decode_image
 from gmdist.data.index import check_folder
-from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.data.samples import DIGITS_SIZE, make
 from gmdist.data.samples import digits as embedded
@@ -58,9 +59,10 @@ def test_they_are_the_digits_of_scikit_learn(digits: Path) -> None:
     large = to_uint8(batch["image"])[:, :, :, 0].numpy().astype(float)
     small = large.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
     source = load_digits()
-    shards, indices = loader.tape.locate(batch["key"].numpy())
+    read = loader._sources[0]
+    shards, indices = read.tape.locate(batch["key"].numpy())
     for image, label, shard, index in zip(small, batch["label"].tolist(), shards, indices, strict=True):
-        number = int(loader._shards.read(int(shard), int(index))[0].key)
+        number = int(read.shards.read(int(shard), int(index))[0].key)
         assert source.target[number] == label
         # Bicubic enlargement overshoots at edges and is cut at black and white; other digits are 50 levels away.
         assert np.abs(image - source.images[number] * 255 / 16).mean() < 16

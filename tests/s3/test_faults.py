@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from gmdist import ranged, s3, storage
+from gmdist.data.config import DataConfig
 from gmdist.data.fetch import Shards
-from gmdist.data.loader import DataConfig, Loader
+from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import DataError, GmdistError, StorageError
 from tests.s3.conftest import BUCKET, use
@@ -149,7 +150,7 @@ def copied(stored_digits: str, bucket: str, name: str) -> str:
 
 
 def sweep(folder: str) -> int:
-    config = DataConfig(folder, batch_size=16, image_size=32, channels=1, num_classes=10)
+    config = DataConfig(train=folder, batch_size=16, image_size=32, channels=1, num_classes=10)
     return sum(part.digest for part in Loader(config, folder).sweep(16)) & (2**64 - 1)
 
 

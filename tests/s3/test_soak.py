@@ -1,14 +1,20 @@
 """Every fault at once, for epochs, while the number of workers changes: one order, nothing lost, nothing twice."""
 
+import io
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gmdist import ranged
-from gmdist.data.loader import DataConfig, Loader
+from gmdist import ranged, storage
+from gmdist.data.config import DataConfig
+from gmdist.data.loader import Loader
+from gmdist.data.pack import write_shards
+from gmdist.data.prefetch import CONNECTIONS, PART_BYTES
 from tests.s3.proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.s3
@@ -30,7 +36,7 @@ FAULTS = [
 def run(folder: str, workers: tuple[int, ...], **changes: Any) -> tuple[int, Counter[int]]:
     """Train for STEPS steps with each number of workers in turn; returns digest and the numbers that were seen."""
     digest, seen = 0, Counter[int]()
-    config = DataConfig(folder, BATCH, image_size=32, channels=1, num_classes=10, **changes)
+    config = DataConfig(train=folder, batch_size=BATCH, image_size=32, channels=1, num_classes=10, **changes)
     for phase, world_size in enumerate(workers):
         for rank in range(world_size):
             batches = Loader(config, folder, rank, world_size).batches(phase * STEPS * BATCH)
@@ -81,3 +87,38 @@ def test_no_setting_changes_the_order(
         changes = {**changes, "cache_dir": str(tmp_path / "cache")}
     expected, _ = run(str(digits / "train"), (1, 1))
     assert run(f"{stored_digits}/train", (2, 5), **changes)[0] == expected
+
+
+def test_memory_stays_within_its_bound(proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
+    values, samples, batch_size, memory_mib = 25_600, 800, 8, 4  # 200 KB a sample, 160 MB in all
+
+    def array(number: int) -> bytes:
+        content = io.BytesIO()
+        np.save(content, np.random.default_rng(number).standard_normal(values))
+        return content.getvalue()
+
+    write_shards(((f"{i}", {"latent.npy": array(i)}) for i in range(samples)), str(tmp_path / "made"), num_shards=8)
+    for path in sorted((tmp_path / "made").iterdir()):
+        storage.copy_from_local(str(path), f"{bucket}/latents/{path.name}")
+    draw = random.Random(0)
+    proxy.decide = lambda path, count: draw.choice(FAULTS) if draw.random() < 0.1 else None
+    config = DataConfig(
+        train=f"{bucket}/latents",
+        batch_size=batch_size,
+        image_size=1,
+        image=False,
+        arrays=("latent.npy",),
+        prefetch_mib=memory_mib,
+        prefetch_batches=2,
+    )
+    batches = Loader(config, f"{bucket}/latents").batches(0)
+    tracemalloc.start()
+    try:
+        seen = sum(len(next(batches).tensors["key"]) for _ in range(samples // batch_size))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        batches.close()
+    assert seen == samples
+    # What is ready, parts on their way, and a few batches with their indexes.
+    assert peak_bytes < (memory_mib << 20) + CONNECTIONS * PART_BYTES + (12 << 20)

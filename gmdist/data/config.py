@@ -1,0 +1,138 @@
+"""Where samples come from and what is read of them: the `data` section of a config."""
+
+import re
+from dataclasses import dataclass, field
+
+from gmdist import storage
+from gmdist.data.transform import FILTERS
+from gmdist.errors import ConfigError, check_int64
+from gmdist.s3 import S3Config
+
+_MAX_WEIGHT = 1 << 16
+
+
+@dataclass
+class MixedConfig:
+    """One of several data sets."""
+
+    train: str  # folder or s3:// prefix of shards
+    weight: int = 1  # samples of it in each period; a period has as many as all weights together
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from."""
+
+    batch_size: int  # samples a step, over all workers
+    image_size: int  # pixels a side
+    train: str | None = None  # folder or s3:// prefix of shards; None: data.mix names several
+    mix: dict[str, MixedConfig] = field(default_factory=dict)  # by names of your own
+    test: str | None = None  # shards for evaluation; None: no evaluation
+    channels: int = 3  # 1 grey, 3 RGB
+    image: bool = True  # False: none is read, for data sets of latents or tokens
+    resize: str = "none"  # of the shorter side to image_size: "area", "lanczos"; "none": images have that size
+    crop: str = "center"  # what is kept of a resized image's longer side; "random": drawn by the sample's number
+    flip: bool = False  # every other image is mirrored, drawn by the sample's number
+    num_classes: int | None = None  # labels are 0 ... num_classes - 1; None: labels are not read
+    caption: str | None = None  # "txt": that member; "json:KEY": a text of the json member; None: captions are not read
+    arrays: tuple[str, ...] = ()  # members that are arrays, such as latent.npy
+    seed: int = 0  # draws the order of samples, crops and flips
+    lanes: int = 240  # places of the data set that are read in turn; at most the number of shards counts
+    block: int | None = None  # samples of a lane that are shuffled together; None: all lanes shuffle 65,536 or 1 GiB
+    num_threads: int = 2  # that read and decode, a worker
+    prefetch_batches: int = 4  # that are made ahead of use, a worker
+    prefetch_mib: int = 1024  # of samples from object storage that are read ahead of use, a worker
+    cache_dir: str | None = None  # local folder that keeps what was read from object storage; None: nothing is kept
+    cache_gib: float = 100.0  # most that it takes, for all workers of a machine
+    s3: S3Config = field(default_factory=S3Config)  # where object storage is
+    max_bad_fraction: float = 0.001  # of the data set's samples that may be replaced before the run fails
+
+    @property
+    def trained_on(self) -> list[MixedConfig]:
+        """The data sets of the training, one or several."""
+        return list(self.mix.values()) if self.train is None else [MixedConfig(self.train)]
+
+    @property
+    def batch_keys(self) -> list[str]:
+        """What a batch has."""
+        optional = {"image": self.image, "label": self.num_classes is not None, "caption": self.caption is not None}
+        return ["key", *(name for name, there in optional.items() if there), *map(batch_key, self.arrays)]
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that cannot be."""
+        self._validate_locations()
+        for key in ("batch_size", "image_size", "lanes", "block", "num_threads", "prefetch_batches", "prefetch_mib"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at least 1")
+        for key, most in (
+            ("image_size", 1 << 14),
+            ("batch_size", 1 << 24),
+            ("lanes", 1 << 20),
+            ("block", 1 << 40),
+            ("num_threads", 256),
+        ):
+            if (getattr(self, key) or 0) > most:
+                raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at most {most}")
+        if not self.cache_gib > 0:
+            raise ConfigError(f"data.cache_gib: {self.cache_gib}; must be above 0")
+        self.s3.validate()
+        check_int64("data.seed", self.seed)
+        if self.channels not in (1, 3):
+            raise ConfigError(f"data.channels: {self.channels}; must be 1 (grey) or 3 (RGB)")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ConfigError(f"data.num_classes: {self.num_classes}; must be at least 1, or null for no labels")
+        self._validate_members()
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ConfigError(f"data.max_bad_fraction: {self.max_bad_fraction}; must be between 0 and 1")
+
+    def _validate_locations(self) -> None:
+        if self.train is None and not self.mix:
+            raise ConfigError("data.train: missing; must be a folder or an s3:// prefix, or data.mix must name several")
+        if self.train is not None and self.mix:
+            raise ConfigError(f"data.train: '{self.train}'; must be null beside data.mix, or data.mix be left out")
+        locations = [("data.train", self.train), ("data.test", self.test)]
+        locations += [(f"data.mix.{name}.train", mixed.train) for name, mixed in self.mix.items()]
+        for key, location in locations:
+            if location is not None:
+                if not location:
+                    raise ConfigError(f"{key}: ''; must be a folder or an s3:// prefix")
+                storage.is_s3(location)
+        for name, mixed in self.mix.items():
+            if not 1 <= mixed.weight <= _MAX_WEIGHT:
+                raise ConfigError(f"data.mix.{name}.weight: {mixed.weight}; must be from 1 to {_MAX_WEIGHT}")
+        if self.cache_dir is not None and (not self.cache_dir or storage.is_s3(self.cache_dir)):
+            raise ConfigError(f"data.cache_dir: '{self.cache_dir}'; must be a local folder, or null for no cache")
+
+    def _validate_members(self) -> None:
+        for key, valid in (("resize", ("none", *FILTERS)), ("crop", ("center", "random"))):
+            if getattr(self, key) not in valid:
+                raise ConfigError(f"data.{key}: '{getattr(self, key)}'; must be one of {', '.join(valid)}")
+        if self.crop == "random" and self.resize == "none":
+            raise ConfigError("data.crop: 'random'; must be center where data.resize is none: nothing is cut then")
+        if not self.image and (self.resize != "none" or self.flip):
+            raise ConfigError("data.image: False; must be true with data.resize or data.flip")
+        if not self.image and not self.arrays:
+            raise ConfigError("data.image: False; must be true, or data.arrays must name what is read instead")
+        if self.caption is not None and not re.fullmatch("txt|json:.+", self.caption):
+            raise ConfigError(f"data.caption: '{self.caption}'; must be txt, json:KEY, or null for no captions")
+        for extension in self.arrays:
+            if not extension.endswith(".npy") or self.arrays.count(extension) > 1:
+                raise ConfigError(f"data.arrays: '{extension}'; must be extensions such as latent.npy, each once")
+            if batch_key(extension) in ("image", "label", "caption", "key"):
+                raise ConfigError(
+                    f"data.arrays: '{extension}'; must be another name: batches have their own of that one"
+                )
+
+    def make_absolute(self) -> None:
+        """Let every process, in whatever folder it runs, find what the user meant from theirs."""
+        self.train = self.train and storage.absolute(self.train)
+        self.test = self.test and storage.absolute(self.test)
+        self.cache_dir = self.cache_dir and storage.absolute(self.cache_dir)
+        for mixed in self.mix.values():
+            mixed.train = storage.absolute(mixed.train)
+
+
+def batch_key(extension: str) -> str:
+    """An array's name in a batch: latent for latent.npy."""
+    return extension.removesuffix(".npy")
