@@ -86,7 +86,7 @@ def decode_alone(folder: str) -> int:
     if not _contents:
         shards = Shards(folder, Manifest.load(folder))
         places = [(s, i) for s, shard in enumerate(shards.manifest.shards) for i in range(shard.samples)]
-        _contents = [bytes(shards.read(*place)[1]["jpg"]) for place in places]
+        _contents = [bytes(shards.read(*place)["jpg"]) for place in places]
 
     def decode(first: int) -> int:
         return sum(len(simplejpeg.decode_jpeg(content)) > 0 for content in _contents[first : first + 16])
@@ -104,12 +104,7 @@ def ours(folder: str) -> int:
     from gmdist.data.loader import Loader
 
     config = DataConfig(train=folder, batch_size=BATCH, image_size=256, num_classes=10, num_threads=THREADS)
-    loader = Loader(config, folder)
-    batches, count = loader.batches(0), 0
-    while count < loader.num_samples - BATCH:
-        count += len(next(batches).tensors["label"])
-    batches.close()
-    return count
+    return sum(len(part.tensors["label"]) for part in Loader(config, folder).sweep(BATCH))
 
 
 def resume(folder: str) -> None:

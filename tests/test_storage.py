@@ -260,10 +260,10 @@ def test_a_data_set_is_the_same_on_s3(bucket, digits: Path) -> None:
 def test_empty_members_are_empty(folder: str) -> None:
     manifest = write_shards([("a", {"png": b""}), ("b", {"png": b"x" * 600})], folder)
     shards = Shards(folder, manifest)
-    assert shards.read(0, 0)[1] == {"png": b""}
-    assert shards.read(0, 1)[1] == {"png": b"x" * 600}
+    assert shards.read(0, 0) == {"png": b""}
+    assert shards.read(0, 1) == {"png": b"x" * 600}
     with pytest.raises(UndecodableError):
-        decode_image(shards.read(0, 0)[1]["png"], 3)
+        decode_image(shards.read(0, 0)["png"], 3)
 
 
 def test_checksum_of_a_file_larger_than_a_piece(folder, monkeypatch) -> None:

@@ -23,6 +23,8 @@ NO_IMAGE = "not a JPEG, PNG or WebP image"
 UInt8Array = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
+_JPEG_START = b"\xff\xd8"
+_COLORSPACES = {1: "GRAY", 3: "RGB"}  # of CMYK images too, as Pillow converts them
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BIT_DEPTH_AT = 24  # in a PNG
 _NPY_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}  # of the header's length, by what it follows
@@ -48,16 +50,20 @@ def decode_image(content: Buffer, channels: int, out: UInt8Array | None = None) 
     Args:
         content: the encoded image.
         channels: 1 for grey, 3 for RGB; the image is converted. Transparent parts become white.
-        out: where a JPEG of this size [H, W, C] is decoded to, C-contiguous; other images have memory of their own.
+        out: where a JPEG is decoded to if it fits, C-contiguous; other images have memory of their own.
 
     Returns:
-        uint8 [H, W, C].
+        uint8 [H, W, C]; `out` itself where it was filled.
 
     Raises:
         UndecodableError: not one of the formats, damaged, an animation, of 16 bits, or larger than MAX_PIXELS.
     """
-    if content[:2] == b"\xff\xd8":
-        return _decode_jpeg(content, channels, None, out).image
+    if out is not None and content[:2] == _JPEG_START:
+        try:
+            image = _simplejpeg().decode_jpeg(content, colorspace=_COLORSPACES[channels], buffer=out)
+            return out if image.shape == out.shape else image
+        except ValueError:  # it is larger, or damaged
+            pass
     return decode_reduced(content, channels, None).image
 
 
@@ -71,7 +77,7 @@ def decode_reduced(content: Buffer, channels: int, min_side: int | None) -> Redu
     Raises:
         UndecodableError: as `decode_image`.
     """
-    if content[:2] == b"\xff\xd8":
+    if content[:2] == _JPEG_START:
         return _decode_jpeg(content, channels, min_side)
     if content[:8] == _PNG_START:
         if content[_BIT_DEPTH_AT : _BIT_DEPTH_AT + 1] == b"\x10":  # Pillow would cut colours to 8 bits in silence
@@ -109,10 +115,8 @@ def to_array(image: Image.Image, channels: int) -> UInt8Array:
     return array[:, :, None] if channels == 1 else array
 
 
-def _decode_jpeg(content: Buffer, channels: int, min_side: int | None, out: UInt8Array | None = None) -> Reduced:
-    import simplejpeg  # four times as fast as Pillow, and it releases the GIL
-
-    colorspace = "GRAY" if channels == 1 else "RGB"  # of CMYK too, as Pillow converts it
+def _decode_jpeg(content: Buffer, channels: int, min_side: int | None) -> Reduced:
+    simplejpeg, colorspace = _simplejpeg(), _COLORSPACES[channels]
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
         _check_pixels(width, height)
@@ -121,12 +125,16 @@ def _decode_jpeg(content: Buffer, channels: int, min_side: int | None, out: UInt
             if min(least.values()) >= min_side:
                 image = simplejpeg.decode_jpeg(content, colorspace=colorspace, min_factor=2, **least)
                 return Reduced(image, height, width, factor)
-        if out is None or out.shape[:2] != (height, width):
-            return Reduced(simplejpeg.decode_jpeg(content, colorspace=colorspace), height, width, 1)
-        simplejpeg.decode_jpeg(content, colorspace=colorspace, buffer=out)
-        return Reduced(out, height, width, 1)
+        return Reduced(simplejpeg.decode_jpeg(content, colorspace=colorspace), height, width, 1)
     except ValueError as error:
         raise UndecodableError(str(error)) from error
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    import simplejpeg  # four times as fast as Pillow, and it releases the GIL
+
+    return simplejpeg
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:

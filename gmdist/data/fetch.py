@@ -3,39 +3,27 @@
 import functools
 import os
 import threading
-import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 
+from isal.isal_zlib import crc32
+
 from gmdist import s3, storage
 from gmdist.data.cache import PART_BYTES, Cache, PartName
 from gmdist.data.decode import Buffer
-from gmdist.data.manifest import MANIFEST_NAME, READ_ATTEMPTS, Manifest, ShardEntry
-from gmdist.data.shard import Sample, ShardIndex, load_index
+from gmdist.data.manifest import MANIFEST_NAME, READ_ATTEMPTS, Manifest
+from gmdist.data.shard import ShardIndex, load_index
 from gmdist.errors import DataError, StorageError
 
 _OPEN_SHARDS = 320  # indexes take about 300 kB each at 10,000 samples of 2 members, local shards a file handle
-# zlib lets other threads run while it works on more than 5 KiB: for a small image that costs more than it gains.
-_CRC_AT_ONCE_BYTES, _CRC_SMALL_BYTES = 4096, 1 << 16
-
-
-def _crc32(content: memoryview) -> int:
-    if len(content) > _CRC_SMALL_BYTES:
-        return zlib.crc32(content)
-    value = 0
-    for start in range(0, len(content), _CRC_AT_ONCE_BYTES):
-        value = zlib.crc32(content[start : start + _CRC_AT_ONCE_BYTES], value)
-    return value
 
 
 @dataclass(frozen=True)
 class _OpenShard:
     """What is kept of a shard that is being read."""
 
-    entry: ShardEntry
     location: str
     index: ShardIndex
     file: FileIO | None  # of a local shard; closed when nobody has it any more
@@ -55,9 +43,8 @@ class Shards:
         self.cache: Cache | None = None  # where parts of shards from object storage are kept
         self.position = 0  # about the number of the last sample that was used: where the cache's future begins
         self._is_s3 = storage.is_s3(folder)
-        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open = functools.lru_cache(_OPEN_SHARDS)(self._load)
         self._versions: dict[int, storage.Stat] = {}
-        self._lock = threading.Lock()
 
     def location(self, shard: int) -> str:
         """A shard's location."""
@@ -71,25 +58,14 @@ class Shards:
         """A shard's index."""
         return self._open(shard).index
 
-    def _open(self, shard: int) -> _OpenShard:
-        """A shard with its index; the last ones that were asked for are kept."""
-        with self._lock:
-            found = self._open_shards.get(shard)
-            if found is not None:
-                self._open_shards.move_to_end(shard)
-                return found
+    def _load(self, shard: int) -> _OpenShard:
         entry, location = self.manifest.shards[shard], self.location(shard)
         index = load_index(self.folder, entry)
         file = None
         if not self._is_s3:
             with self._explaining(shard), storage.naming(location):
                 file = FileIO(location)
-        opened = _OpenShard(entry, location, index, file)
-        with self._lock:
-            self._open_shards[shard] = opened
-            while len(self._open_shards) > _OPEN_SHARDS:
-                self._open_shards.popitem(last=False)
-        return opened
+        return _OpenShard(location, index, file)
 
     @contextmanager
     def _explaining(self, shard: int) -> Iterator[None]:
@@ -164,8 +140,12 @@ class Shards:
             content += self.fetch(shard, base + low, base + high, stopped) if piece is None else piece
         return content
 
-    def read(self, shard: int, index: int, content: Buffer | None = None) -> tuple[Sample, dict[str, memoryview]]:
-        """A sample and its members' bytes by extension.
+    def hash(self, shard: int, index: int) -> int:
+        """The hash of a sample's bytes."""
+        return int(self._open(shard).index.hashes[index])
+
+    def read(self, shard: int, index: int, content: Buffer | None = None) -> dict[str, memoryview]:
+        """A sample's members' bytes by extension.
 
         Args:
             shard, index: the sample.
@@ -175,22 +155,25 @@ class Shards:
             DataError: the shard is gone, was cut, or holds other bytes than when it was indexed.
             StorageError: the storage did not answer.
         """
-        shard_index = self.index(shard)
-        sample = shard_index[index]
+        shard_index = self._open(shard).index
         start, stop = shard_index.spans[index].tolist()
+        rows = shard_index.rows(index)
         for _ in range(READ_ATTEMPTS):
             span = memoryview(self.fetch(shard, start, stop) if content is None else content)
-            members = {
-                extension: span[member.offset - start : member.offset - start + member.num_bytes]
-                for extension, member in sample.members.items()
-            }
-            if all(_crc32(members[extension]) == member.crc32 for extension, member in sample.members.items()):
-                return sample, members
+            found = {}
+            for extension, (offset, num_bytes, checksum) in zip(shard_index.extensions, rows, strict=True):
+                if num_bytes < 0:
+                    continue
+                found[extension] = span[offset - start : offset - start + num_bytes]
+                if crc32(found[extension]) != checksum:
+                    break
+            else:
+                return found
             if content is not None and self.cache is not None:
                 for place in range(start // PART_BYTES, -(-stop // PART_BYTES)):
                     self.cache.drop(PartName(self.manifest.hash, shard, place))
             content = None
         raise DataError(
-            f"{self.location(shard)}: sample {sample.key!r} is not what was indexed (crc32 differs); "
+            f"{self.location(shard)}: sample {shard_index.keys[index]!r} is not what was indexed (crc32 differs); "
             f"`gmdist data check {self.folder}` lists what else is unsound"
         )

@@ -5,7 +5,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,9 +37,10 @@ from gmdist.data.transform import flips, places
 from gmdist.errors import DataError
 
 _LOCATED_AT_ONCE = 1 << 14  # samples
-_SAMPLES_PER_TASK = 16  # fewer, and threads spend their time waiting for the GIL
+_SAMPLES_PER_TASK = 32  # fewer, and threads spend their time waiting for the GIL
 _REPLACEMENT_ATTEMPTS = 16
 
+Members = Mapping[str, memoryview]  # a sample's bytes by extension
 _Split = Callable[[Int64Array], tuple[Int64Array, Int64Array]]  # numbers -> data sets, and the numbers there
 
 
@@ -118,14 +119,14 @@ class Loader:
         folders = [storage.absolute(part.train) for part in mixed]
         manifests = [Manifest.load(folder) for folder in folders]
         block = config.block or _default_block(self._mix, manifests)
-        self._sources = [
+        self.sources = [
             _Source(config, folder, manifest, lanes, block)
             for folder, manifest, lanes in zip(folders, manifests, self._mix.lanes, strict=True)
         ]
-        self.fingerprint = Fingerprint(self._mix.weights, tuple(source.tape.fingerprint for source in self._sources))
-        self._ends = np.cumsum([source.tape.num_samples for source in self._sources])
+        self.fingerprint = Fingerprint(self._mix.weights, tuple(source.tape.fingerprint for source in self.sources))
+        self._ends = np.cumsum([source.tape.num_samples for source in self.sources])
         self.num_samples = int(self._ends[-1])
-        self._remote = [i for i, source in enumerate(self._sources) if storage.is_s3(source.shards.folder)]
+        self._remote = [i for i, source in enumerate(self.sources) if storage.is_s3(source.shards.folder)]
         self._cache = self._open_cache()
         self._bad: set[tuple[int, int, int]] = set()
         self._notes = self._note_shared()
@@ -137,16 +138,16 @@ class Loader:
     def _open_cache(self) -> Cache | None:
         if self.config.cache_dir is None or not self._remote:
             return None
-        uses = {self._sources[i].shards.manifest.hash: functools.partial(self._next_use, i) for i in self._remote}
+        uses = {self.sources[i].shards.manifest.hash: functools.partial(self._next_use, i) for i in self._remote}
         cache = Cache(self.config.cache_dir, int(self.config.cache_gib * 2**30), uses)
         for i in self._remote:
-            self._sources[i].shards.cache = cache
+            self.sources[i].shards.cache = cache
         return cache
 
     def _next_use(self, source: int, shards: Int64Array, places: Int64Array) -> Int64Array:
         """When parts of a data set are used next, in numbers of the mix."""
         weights = self._mix.weights
-        return self._sources[source].next_use(shards, places) * sum(weights) // weights[source]
+        return self.sources[source].next_use(shards, places) * sum(weights) // weights[source]
 
     def batches(self, start: int) -> Iterator[Loaded]:
         """This worker's part of one global batch after another, without end, from sample number `start` on.
@@ -200,7 +201,7 @@ class Loader:
             return []
         numbers = np.arange(min(self.num_samples, _LOCATED_AT_ONCE))
         sources, own = self._mix.split(numbers)
-        lanes = own % np.array([source.tape.fingerprint.lanes for source in self._sources])[sources]
+        lanes = own % np.array([source.tape.fingerprint.lanes for source in self.sources])[sources]
         workers = numbers % self._world_size
         read = len(np.unique(np.stack([sources, lanes, workers]), axis=1).T)
         shared = read / len(np.unique(np.stack([sources, lanes]), axis=1).T)
@@ -237,7 +238,7 @@ class Loader:
             sources, there = split(numbers)
             return there[sources == source]
 
-        read = self._sources[source]
+        read = self.sources[source]
         return Prefetcher(read.shards, read.tape, map(own, batches), memory_bytes)
 
     def _located(self, batches: Iterator[Int64Array], split: _Split) -> Iterator[_Located]:
@@ -248,7 +249,7 @@ class Loader:
             numbers = np.concatenate(group)
             sources, own = split(numbers)
             shards, indices = np.empty_like(numbers), np.empty_like(numbers)
-            for i, source in enumerate(self._sources):
+            for i, source in enumerate(self.sources):
                 here = sources == i
                 shards[here], indices[here] = source.tape.locate(own[here])
             ends = np.cumsum([len(batch) for batch in group])[:-1]
@@ -256,17 +257,16 @@ class Loader:
             yield from map(_Located, *(np.split(column, ends) for column in columns))
 
     def decode(
-        self, sample: "_Sample", place: float | None, out: UInt8Array | None, content: bytes | None
+        self, sample: "_Sample", members: Members, place: float | None, out: UInt8Array | None
     ) -> tuple[Decoded, int, list[dict[str, Any]]]:
-        """A sample or its replacement, cut at a place of its longer side; its crc32; and the quarantine lines."""
-        source = self._sources[sample.source]
+        """A sample or its replacement, cut at a place of its longer side; its hash; and the quarantine lines."""
+        source = self.sources[sample.source]
         shard, index = sample.shard, sample.place
         replaced: list[dict[str, Any]] = []
         for attempt in range(_REPLACEMENT_ATTEMPTS):
-            found, members = source.shards.read(shard, index, content)
-            content = None
             try:
-                return decode_members(self.config, self.layouts, members, place, out), found.crc32, replaced
+                decoded = decode_members(self.config, self.layouts, members, place, out)
+                return decoded, source.shards.hash(shard, index), replaced
             except UndecodableError as error:
                 reason = str(error)
             except DataError as error:
@@ -274,21 +274,22 @@ class Loader:
             name = source.shards.name(shard, index)
             self._note_bad((sample.source, shard, index), f"{name}: {reason}")
             line = {"number": sample.number, "shard": source.shards.location(shard)}
-            replaced.append(line | {"sample": found.key, "reason": reason})
+            replaced.append(line | {"sample": source.shards.index(shard).keys[index], "reason": reason})
             shard, index = source.tape.replacement(sample.own, attempt)
+            members = source.shards.read(shard, index)
         raise DataError(f"{name}: {_REPLACEMENT_ATTEMPTS} samples in a row cannot be decoded; this one: {reason}")
 
     def _find_layouts(self) -> list[Layout]:
         """Those of data.arrays: of the first sample of each data set that has all of them."""
-        found = [_layouts_of(source, self.config) if self.config.arrays else [] for source in self._sources]
-        for source, layouts in zip(self._sources, found, strict=True):
+        found = [_layouts_of(source, self.config) if self.config.arrays else [] for source in self.sources]
+        for source, layouts in zip(self.sources, found, strict=True):
             for extension, (shape, dtype), (first_shape, first_dtype) in zip(
                 self.config.arrays, layouts, found[0], strict=True
             ):
                 if (shape, dtype) != (first_shape, first_dtype):
                     raise DataError(
                         f"{source.shards.folder}: {extension} is {dtype} {list(shape)}, but that of "
-                        f"{self._sources[0].shards.folder} is {first_dtype} {list(first_shape)}; a mix has one layout"
+                        f"{self.sources[0].shards.folder} is {first_dtype} {list(first_shape)}; a mix has one layout"
                     )
         return found[0]
 
@@ -300,7 +301,7 @@ class Loader:
             spare = self._spare.popleft()
             if spare.shape == shape:
                 return spare
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.from_numpy(np.empty(shape, np.uint8))
 
     def reuse(self, loaded: Loaded) -> None:
         """Use a batch's memory again when it is gone: fresh memory costs a tenth of the time, in page faults."""
@@ -331,7 +332,7 @@ def _default_block(mix: Mix, manifests: list[Manifest]) -> int:
 def _layouts_of(source: _Source, config: DataConfig) -> list[Layout]:
     """The layouts of data.arrays in the first sample of a data set that has all of them."""
     for shard, index in zip(*source.tape.locate(np.arange(_REPLACEMENT_ATTEMPTS)), strict=True):
-        _, members = source.shards.read(int(shard), int(index))
+        members = source.shards.read(int(shard), int(index))
         try:
             return array_layouts(config, members)
         except UndecodableError as error:
@@ -376,6 +377,7 @@ class _Part:
     ) -> None:
         config, count = loader.config, len(located.numbers)
         self._loader, self._numbers, self._prefetchers = loader, located.numbers, prefetchers
+        self._shards = [source.shards for source in loader.sources]
         self._samples = list(map(_Sample, *(column.tolist() for column in located)))
         is_flipped = augmented and config.flip
         self._flips = flips(config.seed, self._numbers).tolist() if is_flipped else [False] * count
@@ -387,18 +389,18 @@ class _Part:
         self._arrays = [np.empty((count, *shape), dtype) for shape, dtype in loader.layouts]
         self._captions = [b""] * count
         self._labels = [-1] * count
-        self._crc32 = [0] * count
+        self._hashes = [0] * count
         tasks = range(0, count, _SAMPLES_PER_TASK)
         self._tasks: list[Future[list[dict[str, Any]]]] = [pool.submit(self._fill, first) for first in tasks]
 
     def _fill(self, first: int) -> list[dict[str, Any]]:
-        replaced = []
-        for i, sample in enumerate(self._samples[first : first + _SAMPLES_PER_TASK], first):
-            prefetcher = self._prefetchers.get(sample.source)
+        samples, replaced = self._samples[first : first + _SAMPLES_PER_TASK], []
+        # All are read before any is decoded: so Python's code and data stay in the processor's cache.
+        found = list(map(self._read, samples))
+        for i, (sample, members) in enumerate(zip(samples, found, strict=True), first):
             out = None if self._pixels is None else self._images[i]
-            content = None if prefetcher is None else prefetcher.take(sample.own)
-            (image, self._labels[i], self._captions[i], arrays), self._crc32[i], lines = self._loader.decode(
-                sample, self._places[i], out, content
+            (image, self._labels[i], self._captions[i], arrays), self._hashes[i], lines = self._loader.decode(
+                sample, members, self._places[i], out
             )
             if out is not None and image is not None and (self._flips[i] or image is not out):
                 out[:] = image[:, ::-1] if self._flips[i] else image
@@ -406,6 +408,11 @@ class _Part:
                 into[i] = array
             replaced += lines
         return replaced
+
+    def _read(self, sample: _Sample) -> Members:
+        prefetcher = self._prefetchers.get(sample.source)
+        content = None if prefetcher is None else prefetcher.take(sample.own)
+        return self._shards[sample.source].read(sample.shard, sample.place, content)
 
     def result(self) -> Loaded:
         quarantined = [line for task in self._tasks for line in task.result()]
@@ -417,7 +424,7 @@ class _Part:
             tensors["caption"] = torch.from_numpy(stack_captions(self._captions))
         for extension, array in zip(config.arrays, self._arrays, strict=True):
             tensors[batch_key(extension)] = torch.from_numpy(array)
-        order = digest(self._numbers, np.array(self._crc32, np.int64))
+        order = digest(self._numbers, np.array(self._hashes, np.int64))
         loaded = Loaded(tensors, self._pixels, order, quarantined)
         self._loader.reuse(loaded)
         return loaded

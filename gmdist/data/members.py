@@ -47,6 +47,11 @@ def decode_members(
     """
     image = _image(config, members, place, out) if config.image else None
     caption = b"" if config.caption is None else decode_caption(members, config.caption)
+    arrays = _arrays(config, layouts, members) if config.arrays else []
+    return Decoded(image, _label(config, members), caption, arrays)
+
+
+def _arrays(config: DataConfig, layouts: list[Layout], members: Mapping[str, memoryview]) -> list[npt.NDArray[Any]]:
     arrays = [decode_array(members, extension) for extension in config.arrays]
     for extension, array, layout in zip(config.arrays, arrays, layouts, strict=True):
         if _layout(array) != layout:
@@ -54,7 +59,7 @@ def decode_members(
             raise UndecodableError(
                 f"{extension}: {array.dtype} {list(array.shape)}, but others of the data set are {dtype} {list(shape)}"
             )
-    return Decoded(image, _label(config, members), caption, arrays)
+    return arrays
 
 
 def array_layouts(config: DataConfig, members: Mapping[str, memoryview]) -> list[Layout]:

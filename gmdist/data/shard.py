@@ -9,7 +9,6 @@ misread is an error here.
 import functools
 import io
 import json
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from safetensors.numpy import save as save_safetensors
 from gmdist import s3, storage
 from gmdist.data import tar
 from gmdist.data.manifest import READ_ATTEMPTS, ShardEntry
+from gmdist.data.tape import keyed_hash
 from gmdist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -46,12 +46,6 @@ class Sample(NamedTuple):
     key: str
     members: dict[str, Member]  # by extension: "png", "cls"
 
-    @property
-    def crc32(self) -> int:
-        """One checksum for the sample: that of its members' checksums, in the order of their extensions."""
-        words = [self.members[extension].crc32 for extension in sorted(self.members)]
-        return zlib.crc32(struct.pack(f"<{len(words)}I", *words))
-
 
 class ShardIndex:
     """Where each member of each sample of one shard is."""
@@ -64,8 +58,21 @@ class ShardIndex:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        rows = zip(self.extensions, self._members[index].tolist(), strict=True)
+        rows = zip(self.extensions, self.rows(index), strict=True)
         return Sample(self.keys[index], {extension: Member(*row) for extension, row in rows if row[1] >= 0})
+
+    def rows(self, index: int) -> list[tuple[int, int, int]]:
+        """Offset, num_bytes and crc32 of each extension's member of a sample; num_bytes is -1 where it lacks one."""
+        return self._members[index].tolist()
+
+    @functools.cached_property
+    def hashes(self) -> npt.NDArray[np.int64]:
+        """One hash of each sample's bytes [samples]: of its members' checksums, in the order of their extensions."""
+        result = np.zeros(len(self), np.uint64)
+        for e in np.argsort(self.extensions):
+            num_bytes, crc32 = self._members[:, e, 1], self._members[:, e, 2]
+            result = np.where(num_bytes >= 0, keyed_hash(result.astype(np.int64), crc32), result)
+        return result.astype(np.int64)
 
     @functools.cached_property
     def spans(self) -> npt.NDArray[np.int64]:

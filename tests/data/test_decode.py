@@ -392,6 +392,19 @@ def test_the_centre_square_is_kept() -> None:
     assert center_crop_resize(Image.fromarray(noise(7, 8)), 3).size == (3, 3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_is_decoded_where_it_fits(channels: int) -> None:
+    content = encode(smooth(16, 24), "JPEG")
+    alone = decode_image(content, channels)
+    exact = np.zeros((16, 24, channels), np.uint8)
+    assert decode_image(content, channels, exact) is exact
+    assert np.array_equal(exact, alone)
+    for height, width in ((16, 23), (2, 2), (20, 30), (24, 16)):
+        assert np.array_equal(decode_image(content, channels, np.zeros((height, width, channels), np.uint8)), alone)
+    with pytest.raises(UndecodableError):
+        decode_image(content[:60], channels, exact)
+
+
 def test_a_wrong_size_names_both_ways_out() -> None:
     check_size(np.zeros((8, 8, 3), np.uint8), 8)
     with pytest.raises(DataError, match=r"^the image is 9x8, but data\.image_size is 8") as caught:

@@ -82,7 +82,7 @@ def by_number(parts: list[Loaded], name: str) -> dict[int, object]:
 
 def origins(folder: str, count: int, **changes) -> list[int]:
     """Which sample of the data set has each number: shards were dealt out in turn."""
-    shards, indices = Loader(settings(folder, **changes), folder)._sources[0].tape.locate(np.arange(count))
+    shards, indices = Loader(settings(folder, **changes), folder).sources[0].tape.locate(np.arange(count))
     return (indices * 2 + shards).tolist()
 
 

@@ -43,9 +43,12 @@ def fill(folder: Path, names: list[str]) -> Path:
 def samples(folder: Path) -> dict[str, dict[str, bytes]]:
     """Every sample of a data set by key."""
     shards = Shards(str(folder), Manifest.load(str(folder)))
-    read = [shards.read(s, i) for s, shard in enumerate(shards.manifest.shards) for i in range(shard.samples)]
-    found = {sample.key: {name: bytes(content) for name, content in members.items()} for sample, members in read}
-    assert len(found) == len(read)
+    places = [(s, i) for s, shard in enumerate(shards.manifest.shards) for i in range(shard.samples)]
+    found = {
+        shards.index(s).keys[i]: {name: bytes(content) for name, content in shards.read(s, i).items()}
+        for s, i in places
+    }
+    assert len(found) == len(places)
     return found
 
 

@@ -59,10 +59,10 @@ def test_they_are_the_digits_of_scikit_learn(digits: Path) -> None:
     large = to_uint8(batch["image"])[:, :, :, 0].numpy().astype(float)
     small = large.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
     source = load_digits()
-    read = loader._sources[0]
+    read = loader.sources[0]
     shards, indices = read.tape.locate(batch["key"].numpy())
     for image, label, shard, index in zip(small, batch["label"].tolist(), shards, indices, strict=True):
-        number = int(read.shards.read(int(shard), int(index))[0].key)
+        number = int(read.shards.index(int(shard)).keys[int(index)])
         assert source.target[number] == label
         # Bicubic enlargement overshoots at edges and is cut at black and white; other digits are 50 levels away.
         assert np.abs(image - source.images[number] * 255 / 16).mean() < 16

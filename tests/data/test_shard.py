@@ -94,6 +94,19 @@ def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
     assert len({str(files(f"{i}")) for i in range(8)}) == 1
 
 
+def test_a_samples_hash_is_of_its_bytes_and_not_of_its_neighbours(tmp_path: Path) -> None:
+    def hashes(samples) -> list[int]:
+        return load_index(str(tmp_path), save(tmp_path, samples).shards[0]).hashes.tolist()
+
+    together = hashes(SAMPLES)
+    assert together == [number for sample in SAMPLES for number in hashes([sample])]
+    assert len(set(together)) == len(SAMPLES)
+    (a,) = hashes([("k", {"png": b"1", "txt": b"2"})])
+    assert hashes([("k", {"txt": b"2", "png": b"1"})]) == [a]
+    assert hashes([("k", {"txt": b"1", "png": b"2"})]) != [a]
+    assert hashes([("k", {"png": b"1"})]) != [a]
+
+
 def test_an_index_survives_its_file_and_nothing_else_is_one(tmp_path: Path) -> None:
     (entry,) = save(tmp_path).shards
     index = load_index(str(tmp_path), entry)
