@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,36 +75,34 @@ def cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def decode_alone(folder: str) -> int:
-    """Decode images that are in memory, in as many threads."""
+def decode_alone(folder: str) -> Iterator[int]:
+    """Decode images that are in memory, in as many threads, again and again."""
     import simplejpeg
 
     from gmdist.data.fetch import Shards
     from gmdist.data.manifest import Manifest
 
-    global _contents
-    if not _contents:
-        shards = Shards(folder, Manifest.load(folder))
-        places = [(s, i) for s, shard in enumerate(shards.manifest.shards) for i in range(shard.samples)]
-        _contents = [bytes(shards.read(*place)["jpg"]) for place in places]
+    shards = Shards(folder, Manifest.load(folder))
+    places = [(s, i) for s, shard in enumerate(shards.manifest.shards) for i in range(shard.samples)]
+    contents = [bytes(shards.read(*place)["jpg"]) for place in places]
 
     def decode(first: int) -> int:
-        return sum(len(simplejpeg.decode_jpeg(content)) > 0 for content in _contents[first : first + 16])
+        return sum(len(simplejpeg.decode_jpeg(content)) > 0 for content in contents[first : first + 32])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(decode, range(0, len(_contents), 16)))
+        while True:
+            yield sum(pool.map(decode, range(0, len(contents), 32)))
 
 
-_contents: list[bytes] = []
-
-
-def ours(folder: str) -> int:
-    """One epoch of our loader."""
+def ours(folder: str) -> Iterator[int]:
+    """Epoch after epoch of our loader, as a run goes through them."""
     from gmdist.data.config import DataConfig
     from gmdist.data.loader import Loader
 
     config = DataConfig(train=folder, batch_size=BATCH, image_size=256, num_classes=10, num_threads=THREADS)
-    return sum(len(part.tensors["label"]) for part in Loader(config, folder).sweep(BATCH))
+    batches = Loader(config, folder).batches(0)
+    while True:
+        yield sum(len(next(batches).tensors["label"]) for _ in range(IMAGES // BATCH))
 
 
 def resume(folder: str) -> None:
@@ -134,7 +132,7 @@ def scale(_: str) -> None:
     shards, samples, workers = 1_000_000, 1000, 1024
     numbers = np.arange(shards)
     columns = {
-        "name": np.char.add(np.char.add("shard-", np.char.zfill(numbers.astype("S7"), 7)), ".tar"),
+        "name": np.char.add(np.char.add(b"shard-", np.char.zfill(numbers.astype("S7"), 7)), b".tar"),
         "etag": np.char.zfill(numbers.astype("S32"), 32),
         **dict.fromkeys(("samples", "num_bytes", "index_crc32"), np.full(shards, samples)),
         "labels": np.full(shards, 10),
@@ -164,21 +162,25 @@ def open_manifest(folder: str) -> None:
     """Seconds and MB that a manifest takes."""
     from gmdist.data.manifest import Manifest
 
-    before_mb, began_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, time.perf_counter()
+    before_mb, began_s = peak_mb(), time.perf_counter()
     Manifest.load(folder)
-    seconds = time.perf_counter() - began_s
-    print(json.dumps({"open_s": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before_mb}))
+    print(json.dumps({"open_s": time.perf_counter() - began_s, "mb": peak_mb() - before_mb}))
 
 
-def epoch(run: Callable[[str], int], folder: str) -> None:
+def peak_mb() -> float:
+    """The most memory that this process has had (Linux); getrusage counts that of its parent too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+
+
+def epoch(run: Callable[[str], Iterator[int]], folder: str) -> None:
     """Print the figures of an epoch, after one that warms caches."""
     gc.freeze()  # as a worker does
-    figures = {}
-    for _ in range(2):
-        began_s, began_cpu_s = time.perf_counter(), cpu_s()
-        count = run(folder)
-        figures = {"samples": count, "wall_s": time.perf_counter() - began_s, "cpu_s": cpu_s() - began_cpu_s}
-    print(json.dumps(figures))
+    epochs = run(folder)
+    next(epochs)
+    began_s, began_cpu_s = time.perf_counter(), cpu_s()
+    count = next(epochs)
+    print(json.dumps({"samples": count, "wall_s": time.perf_counter() - began_s, "cpu_s": cpu_s() - began_cpu_s}))
 
 
 MEASURED: dict[str, Callable[[str], None]] = {

@@ -280,7 +280,7 @@ class Loader:
         raise DataError(f"{name}: {_REPLACEMENT_ATTEMPTS} samples in a row cannot be decoded; this one: {reason}")
 
     def _find_layouts(self) -> list[Layout]:
-        """Those of data.arrays: of the first sample of each data set that has all of them."""
+        """Those of data.arrays: one for all data sets."""
         found = [_layouts_of(source, self.config) if self.config.arrays else [] for source in self.sources]
         for source, layouts in zip(self.sources, found, strict=True):
             for extension, (shape, dtype), (first_shape, first_dtype) in zip(
@@ -330,13 +330,19 @@ def _default_block(mix: Mix, manifests: list[Manifest]) -> int:
 
 
 def _layouts_of(source: _Source, config: DataConfig) -> list[Layout]:
-    """The layouts of data.arrays in the first sample of a data set that has all of them."""
+    """The layouts of data.arrays: those that two samples share first, since one may be the odd one out."""
+    found: list[list[Layout]] = []
     for shard, index in zip(*source.tape.locate(np.arange(_REPLACEMENT_ATTEMPTS)), strict=True):
-        members = source.shards.read(int(shard), int(index))
         try:
-            return array_layouts(config, members)
+            layouts = array_layouts(config, source.shards.read(int(shard), int(index)))
         except UndecodableError as error:
             problem = f"{source.shards.name(int(shard), int(index))}: {error}"
+            continue
+        if layouts in found:
+            return layouts
+        found.append(layouts)
+    if found:
+        return found[0]
     raise DataError(
         f"{problem}; data.arrays is {', '.join(config.arrays)}, and {_REPLACEMENT_ATTEMPTS} samples lack it"
     )
@@ -396,8 +402,7 @@ class _Part:
     def _fill(self, first: int) -> list[dict[str, Any]]:
         samples, replaced = self._samples[first : first + _SAMPLES_PER_TASK], []
         # All are read before any is decoded: so Python's code and data stay in the processor's cache.
-        found = list(map(self._read, samples))
-        for i, (sample, members) in enumerate(zip(samples, found, strict=True), first):
+        for i, (sample, members) in enumerate(zip(samples, self._read(samples), strict=True), first):
             out = None if self._pixels is None else self._images[i]
             (image, self._labels[i], self._captions[i], arrays), self._hashes[i], lines = self._loader.decode(
                 sample, members, self._places[i], out
@@ -409,17 +414,21 @@ class _Part:
             replaced += lines
         return replaced
 
-    def _read(self, sample: _Sample) -> Members:
-        prefetcher = self._prefetchers.get(sample.source)
-        content = None if prefetcher is None else prefetcher.take(sample.own)
-        return self._shards[sample.source].read(sample.shard, sample.place, content)
+    def _read(self, samples: list[_Sample]) -> list[Members]:
+        taken = {}
+        for source, prefetcher in self._prefetchers.items():
+            taken[source] = iter(prefetcher.take([sample.own for sample in samples if sample.source == source]))
+        return [
+            self._shards[source].read(shard, place, next(taken[source]) if source in taken else None)
+            for _, source, _, shard, place in samples
+        ]
 
     def result(self) -> Loaded:
         quarantined = [line for task in self._tasks for line in task.result()]
         config = self._loader.config
         tensors = {"key": torch.from_numpy(self._numbers)}
         if config.num_classes is not None:
-            tensors["label"] = torch.tensor(self._labels)
+            tensors["label"] = torch.from_numpy(np.array(self._labels, np.int64))
         if config.caption is not None:
             tensors["caption"] = torch.from_numpy(stack_captions(self._captions))
         for extension, array in zip(config.arrays, self._arrays, strict=True):

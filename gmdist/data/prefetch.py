@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, repeat, takewhile
 
 import numpy as np
 
@@ -100,24 +100,34 @@ class Prefetcher:
             self._changed.notify_all()
         self._connections.shutdown(wait=False, cancel_futures=True)
 
-    def take(self, number: int) -> bytes:
-        """The bytes of a sample's span, once: waits until they are there, and forgets them."""
+    def take(self, numbers: list[int]) -> list[bytes]:
+        """The bytes of samples' spans, once: waits until they are there, and forgets them."""
+        taken: list[bytes] = []
+        while len(taken) < len(numbers):
+            found = self._claim(numbers[len(taken) :])
+            contents = []
+            for part, place, _ in found:
+                samples = part.result()
+                contents.append(samples[place])
+                samples[place] = b""
+            with self._changed:
+                self._reserved -= sum(map(len, contents))
+                self._window = max(self._window, *(window for _, _, window in found))
+                self._changed.notify_all()
+            taken += contents
+            self._shards.position = numbers[len(taken) - 1]
+        return taken
+
+    def _claim(self, numbers: list[int]) -> list[tuple[Future[list[bytes]], int, int]]:
+        """Where the first of some numbers are, as many as are on their way: to wait for all could be for ever."""
         with self._changed:
-            while number not in self._coming:
+            while numbers[0] not in self._coming:
                 if self._failure is not None:
                     raise self._failure
                 if self._closed.is_set():
                     raise StorageError("reading was stopped")
                 self._changed.wait()
-            part, place, window = self._coming.pop(number)
-        self._shards.position = number
-        content = part.result()[place]
-        part.result()[place] = b""
-        with self._changed:
-            self._reserved -= len(content)
-            self._window = max(self._window, window)
-            self._changed.notify_all()
-        return content
+            return [self._coming.pop(number) for number in takewhile(self._coming.__contains__, numbers)]
 
     def _run(self) -> None:
         """Plan and fetch windows until there are no more batches, or the prefetcher is closed."""

@@ -92,22 +92,20 @@ def permute(index: Int64Array, size: Int64Array, key: _Uint64Array) -> Int64Arra
     high_mask = (np.uint64(1) << (bits - low_bits)) - np.uint64(1)
     end = size.astype(np.uint64)
 
+    keys = [_mix(key ^ np.uint64(number)) for number in range(_FEISTEL_ROUNDS)]
+
     x = index.astype(np.uint64)
     todo = np.flatnonzero(size > 1)
     while len(todo):
-        low, high, k = x[todo] & low_mask[todo], x[todo] >> low_bits[todo], key[todo]
+        low, high = x[todo] & low_mask[todo], x[todo] >> low_bits[todo]
         low_m, high_m = low_mask[todo], high_mask[todo]
-        for number in range(1, _FEISTEL_ROUNDS, 2):
-            low ^= _round(k, number, high) & low_m
-            high ^= _round(k, number + 1, low) & high_m
+        for number in range(0, _FEISTEL_ROUNDS, 2):
+            low ^= _mix(keys[number][todo] ^ high) & low_m
+            high ^= _mix(keys[number + 1][todo] ^ low) & high_m
         image = (high << low_bits[todo]) | low
         x[todo] = image
         todo = todo[image >= end[todo]]
     return x.astype(np.int64)
-
-
-def _round(key: _Uint64Array, number: int, half: _Uint64Array) -> _Uint64Array:
-    return _mix(key ^ _mix(half ^ np.uint64(number << 40)))
 
 
 def usable_lanes(samples: Int64Array, lanes: int) -> int:

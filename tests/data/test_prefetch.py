@@ -96,7 +96,8 @@ def test_what_is_taken_is_the_tape_s(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in numbers.tolist():
             (shard,), (index,) = tape.locate([number])
             start = int(index) * BYTES
-            assert prefetcher.take(number) == shards.content[int(shard)][start : start + BYTES]
+            assert prefetcher.take([number]) == [shards.content[int(shard)][start : start + BYTES]]
+        assert prefetcher.take([]) == []
     assert prefetcher._reserved == 0
 
 
@@ -106,7 +107,7 @@ def test_the_first_batch_is_read_exactly_and_blocks_whole(monkeypatch: pytest.Mo
     numbers = np.arange(SHARDS * SAMPLES, dtype=np.int64)
     with Prefetcher(shards, tape, batches_of(numbers, 5), 1 << 20) as prefetcher:
         for number in numbers.tolist():
-            prefetcher.take(number)
+            prefetcher.take([number])
     first = shards.fetched[:5]
     assert all(stop - start == BYTES for _, start, stop in first)
     # From the second block on, a part is a whole block of a lane.
@@ -120,8 +121,8 @@ def test_memory_is_bounded(memory: int) -> None:
     shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
     numbers = np.arange(3 * SHARDS * SAMPLES, dtype=np.int64)
     with Prefetcher(shards, tape, batches_of(numbers), memory) as prefetcher:
-        for number in numbers.tolist():
-            prefetcher.take(number)
+        for some in np.split(numbers, range(12, len(numbers), 12)):
+            assert len(prefetcher.take(some.tolist())) == len(some)
             assert prefetcher._reserved <= max(memory, BYTES)
     assert prefetcher._coming == {}
 
@@ -132,7 +133,7 @@ def test_a_run_that_ends_has_not_read_much_more() -> None:
     endless = (np.arange(first, first + 5, dtype=np.int64) for first in range(0, 10**6, 5))
     with Prefetcher(shards, tape, endless, 1 << 30) as prefetcher:
         for number in range(3 * window):
-            prefetcher.take(number)
+            prefetcher.take([number])
         time.sleep(0.05)
         assert sum(stop - start for _, start, stop in shards.fetched) <= 6 * window * BYTES
 
@@ -145,7 +146,7 @@ def test_threads_may_take_in_any_order() -> None:
 
         def take(part: list[int]) -> None:
             for number in part:
-                taken[number] = prefetcher.take(number)
+                taken[number] = prefetcher.take([number])
 
         threads = [threading.Thread(target=take, args=(numbers[i::4].tolist(),)) for i in range(4)]
         for thread in threads:
@@ -162,14 +163,14 @@ def test_a_failure_reaches_whoever_takes() -> None:
         Prefetcher(shards, tape, batches_of(np.arange(20, dtype=np.int64)), 1 << 20) as prefetcher,
         pytest.raises(DataError, match="missing"),
     ):
-        prefetcher.take(0)
+        prefetcher.take([0])
 
     def broken() -> Iterator[Int64Array]:
         raise ValueError("no numbers")
         yield
 
     with Prefetcher(shards, tape, broken(), 1 << 20) as prefetcher, pytest.raises(ValueError, match="no numbers"):
-        prefetcher.take(0)
+        prefetcher.take([0])
 
 
 def test_closing_wakes_whoever_waits() -> None:
@@ -179,7 +180,7 @@ def test_closing_wakes_whoever_waits() -> None:
 
         def take() -> None:
             try:
-                prefetcher.take(5000)  # never planned
+                prefetcher.take([5000])  # never planned
             except StorageError as error:
                 errors.append(error)
 
