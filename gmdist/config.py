@@ -243,10 +243,10 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
         named = {f"{prefix}.{key}": value}
         if get_origin(inner) is dict and isinstance(value, dict):
             inner = get_args(inner)[1]
-            named = {f"{prefix}.{key}.{name}": values for name, values in value.items()}
-        for place, values in named.items():
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(values, dict):
-                _refuse_unknown_fields(inner, values, place)
+            named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
+        for place, item in named.items():
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(item, dict):
+                _refuse_unknown_fields(inner, item, place)
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

@@ -6,6 +6,7 @@ from boto3's chain alone and are never read, stored or shown here.
 
 import errno
 import functools
+import re
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -39,6 +40,8 @@ class S3Config:
             raise ConfigError(f"data.s3.addressing_style: '{self.addressing_style}'; must be one of {valid}")
         if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
             raise ConfigError(f"data.s3.endpoint_url: '{self.endpoint_url}'; must begin with http:// or https://")
+        if self.endpoint_url is not None and "@" in self.endpoint_url:
+            raise ConfigError("data.s3.endpoint_url: must not hold credentials; they come from boto3's own chain")
         if not self.timeout_s > 0:
             raise ConfigError(f"data.s3.timeout_s: {self.timeout_s}; must be above 0")
 
@@ -215,7 +218,7 @@ def _refusal(location: str, error: Any) -> Exception:
         return ExpiredError(_ADVICE[code])
     if status == 412:
         return ChangedError(f"{location}: the object was overwritten")
-    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
+    if status >= 500 or status in (409, 429) or code in _TRANSIENT_CODES:
         return TransientError(f"{code or 'HTTP'} ({status})")
     return explain(location, error)
 
@@ -225,7 +228,8 @@ def explain(location: str, error: Exception) -> Exception:
     code = str(getattr(error, "response", {}).get("Error", {}).get("Code", "")) or type(error).__name__
     if code in ("404", "NoSuchKey", "NotFound"):
         return FileNotFoundError(errno.ENOENT, "no such object", location)
-    return StorageError(f"{location}: {_ADVICE.get(code) or _words(error)}")
+    advice = _ADVICE.get(code) or f"{_words(error)}{_MORE_ADVICE.get(code, '')}"
+    return StorageError(f"{location}: {advice}")
 
 
 _REGION_ADVICE = "the bucket is in another region; set data.s3.region or AWS_REGION to it"
@@ -248,6 +252,13 @@ _ADVICE = {
 }
 
 
+_ENDPOINT_ADVICE = "; check data.s3.endpoint_url or AWS_ENDPOINT_URL, and the network"
+_MORE_ADVICE = {
+    **dict.fromkeys(("EndpointConnectionError", "ConnectTimeoutError", "SSLError"), _ENDPOINT_ADVICE),
+    "ParamValidationError": "; locations look like s3://bucket/prefix",
+}
+
+
 def _broken(error: Exception) -> TransientError:
     """A failure of the connection."""
     if "timed out" in str(error) or "Timeout" in type(error).__name__:
@@ -256,6 +267,6 @@ def _broken(error: Exception) -> TransientError:
 
 
 def _words(error: Exception) -> str:
-    """The first line of an error's text; without one that holds an address, which may be signed."""
-    text = str(error).partition("\n")[0]
+    """An error's text in one line, without credentials of an endpoint; not one that holds a signed address."""
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())).replace(" (reached max retries: 0)", "")
     return text if text and "X-Amz-" not in text else type(error).__name__

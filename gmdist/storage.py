@@ -33,12 +33,12 @@ class Stat:
     """What tells one version of a file from another."""
 
     num_bytes: int
-    etag: str  # S3's ETag; for a local file "mtime-" and its modification time in nanoseconds
+    etag: str  # S3's ETag; for a local file "mtime-" and its modification time in nanoseconds, or empty where unknown
 
     @property
     def is_local(self) -> bool:
         """Whether this is the version of a local file, which says nothing of its copy in object storage."""
-        return self.etag.startswith("mtime-")
+        return not self.etag or self.etag.startswith("mtime-")
 
 
 def is_s3(location: str) -> bool:

@@ -8,10 +8,11 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from gmdist.data.tape import Int64Array
 from gmdist.errors import StorageError
 
 PART_BYTES = 8 << 20
-_ROOM = 0.02  # of the limit: freed at once, because finding out what to delete looks at every part
+# Of the limit: freed at once, because finding out what to delete looks at every part; and written before the next look
+# at what other workers have written.
+_ROOM, _UNCHECKED = 0.02, 0.002
 
 NextUse = Callable[[Int64Array, Int64Array], Int64Array]  # shards and places on the grid -> numbers, [N] each
 
@@ -84,11 +87,11 @@ class Cache:
         try:
             with open(self._path(part), "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), stop - start, start)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
         return content if len(content) == stop - start else None
 
-    def keep(self, part: PartName, fetch: Callable[[], bytes | bytearray]) -> bytes | bytearray:
+    def keep(self, part: PartName, num_bytes: int, fetch: Callable[[], bytes | bytearray]) -> bytes | bytearray:
         """A whole part: fetched, and kept if there is room for it; or from another worker, if one is fetching it."""
         if self.is_disk_full:
             return fetch()
@@ -96,11 +99,10 @@ class Cache:
         temporary = path.with_suffix(".tmp")
         content = None
         try:
-            with open(temporary, "ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # one worker fetches, the others wait; a lock ends with its holder
-                if path.exists():
-                    with suppress(FileNotFoundError):
-                        return path.read_bytes()
+            with _locked(temporary) as file:
+                if (found := self.find(part, 0, num_bytes)) is not None:
+                    temporary.unlink(missing_ok=True)
+                    return found
                 content = fetch()
                 if self._make_room(part, len(content)):
                     file.truncate(0)
@@ -133,41 +135,65 @@ class Cache:
         return parts
 
     def _make_room(self, part: PartName, num_bytes: int) -> bool:
-        """Delete what is used later than this part until it fits; False where it does not fit."""
+        """Delete what is used later than this part until it fits; False where it is itself what is used last."""
         with self._lock:
             # Other workers write too: look through the folder every now and then, and before anything is deleted.
-            spare_bytes = int(self._limit_bytes * _ROOM)
-            if self._used_bytes + num_bytes > self._limit_bytes or self._unchecked_bytes > spare_bytes:
+            is_kept = True
+            if (
+                self._used_bytes + num_bytes > self._limit_bytes
+                or self._unchecked_bytes > self._limit_bytes * _UNCHECKED
+            ):
                 parts = self._parts()
                 self._used_bytes, self._unchecked_bytes = sum(parts.values()), 0
-                excess_bytes = self._used_bytes + num_bytes - self._limit_bytes
-                if excess_bytes > 0 and not self._delete(parts, part, excess_bytes, spare_bytes):
-                    return False
-            self._used_bytes += num_bytes
-            self._unchecked_bytes += num_bytes
-            return True
+                is_kept = self._delete(parts, part, num_bytes)
+            if is_kept:
+                self._used_bytes += num_bytes
+                self._unchecked_bytes += num_bytes
+            return is_kept
 
-    def _delete(self, parts: dict[PartName, int], incoming: PartName, excess: int, spare: int) -> bool:
-        """Delete `excess` bytes, and up to `spare` more, of parts that are used later than the incoming one."""
+    def _delete(self, parts: dict[PartName, int], incoming: PartName, num_bytes: int) -> bool:
+        """Delete what is used last until the limit holds; whether the incoming part is kept, or is itself used last."""
+        excess = self._used_bytes + num_bytes - self._limit_bytes
+        if excess <= 0:
+            return True
         others = [name for name in parts if name.data not in self._next_uses]
         uses: dict[PartName, int] = {}
         for data, next_use in self._next_uses.items():
             own = [name for name in (*parts, incoming) if name.data == data]
             places = np.array([(name.shard, name.place) for name in own], np.int64).reshape(-1, 2)
             uses.update(zip(own, next_use(places[:, 0], places[:, 1]).tolist(), strict=True))
-        later = sorted((name for name in uses if uses[name] > uses[incoming]), key=lambda name: -uses[name])
-        victims, freed = [], 0
-        for name in others + later:
-            if freed >= excess and freed + parts[name] > excess + spare:
+        last_first = others + sorted(uses.keys() - {incoming}, key=lambda name: -uses[name])
+        later = [name for name in last_first if name not in uses or uses[name] > uses[incoming]]
+        is_kept = sum(parts[name] for name in later) >= excess
+        wanted = excess if is_kept else excess - num_bytes
+        spare = int(self._limit_bytes * _ROOM) if is_kept else 0
+        freed = 0
+        for name in later if is_kept else last_first:
+            if freed >= wanted and freed + parts[name] > wanted + spare:
                 break
-            victims.append(name)
-            freed += parts[name]
-        if freed < excess:
-            return False
-        for name in victims:
             self._path(name).unlink(missing_ok=True)
+            freed += parts[name]
         self._used_bytes -= freed
-        return True
+        return is_kept
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """A file that is this worker's alone: the others wait, and a lock ends with its holder."""
+    while True:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(path, file):
+                yield file
+                return
+        # Whoever had it before has deleted it, or made it the part.
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _delete_unless_locked(path: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import math
 import struct
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin, WebPImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from gmdist.errors import DataError
 
@@ -79,10 +80,20 @@ def decode_reduced(content: Buffer, channels: int, min_side: int | None) -> Redu
     """
     if content[:2] == _JPEG_START:
         return _decode_jpeg(content, channels, min_side)
-    if content[:8] == _PNG_START:
+    with open_image(content) as image:
+        return Reduced(to_array(image, channels), image.height, image.width, 1)
+
+
+@contextmanager
+def open_image(content: Buffer) -> Iterator[Image.Image]:
+    """A JPEG, PNG or WebP image with Pillow; UndecodableError, as in `decode_image`, also while its pixels are read."""
+    plugin: Any
+    if content[:2] == _JPEG_START:
+        plugin = JpegImagePlugin.JpegImageFile
+    elif content[:8] == _PNG_START:
         if content[_BIT_DEPTH_AT : _BIT_DEPTH_AT + 1] == b"\x10":  # Pillow would cut colours to 8 bits in silence
             raise UndecodableError("16 bits a channel; images have 8 bits a channel")
-        plugin: Any = PngImagePlugin.PngImageFile
+        plugin = PngImagePlugin.PngImageFile
     elif content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         plugin = WebPImagePlugin.WebPImageFile
     else:
@@ -90,9 +101,9 @@ def decode_reduced(content: Buffer, channels: int, min_side: int | None) -> Redu
     try:
         with plugin(io.BytesIO(content)) as image:  # Image.open would warn of sizes that are refused here
             _check_pixels(image.width, image.height)
-            if image.is_animated:
+            if getattr(image, "is_animated", False):
                 raise UndecodableError(f"an animation of {image.n_frames} frames; images have one")
-            return Reduced(to_array(image, channels), image.height, image.width, 1)
+            yield image
     except Image.DecompressionBombError as error:
         raise UndecodableError(f"too many pixels; at most {MAX_PIXELS} are accepted") from error
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, struct.error) as error:

@@ -101,7 +101,8 @@ class Shards:
                 raise
         if len(content) != stop - start:
             raise StorageError(
-                f"{opened.location}: asked for {stop - start} bytes at {start}, got {len(content)}: the file was cut"
+                f"{opened.location}: asked for {stop - start} bytes at {start}, got {len(content)}: it was cut or "
+                f"replaced after it was indexed; put it back, or run `gmdist data index {self.folder}` and train anew"
             )
         return content
 
@@ -133,10 +134,11 @@ class Shards:
             base = place * PART_BYTES
             low, high = max(start, base) - base, min(stop, base + PART_BYTES) - base
             name = PartName(self.manifest.hash, shard, place)
-            piece: bytes | bytearray | None = self.cache.find(name, low, high)
+            piece: Buffer | None = self.cache.find(name, low, high)
             if piece is None and keep:
-                whole = (shard, base, min(base + PART_BYTES, num_bytes), stopped)
-                piece = self.cache.keep(name, functools.partial(self.fetch, *whole))[low:high]
+                end = min(base + PART_BYTES, num_bytes)
+                fetch = functools.partial(self.fetch, shard, base, end, stopped)
+                piece = memoryview(self.cache.keep(name, end - base, fetch))[low:high]
             content += self.fetch(shard, base + low, base + high, stopped) if piece is None else piece
         return content
 

@@ -223,6 +223,8 @@ class Loader:
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             underway: deque[_Part] = deque()
             for located in self._located(batches(), split):
+                for prefetcher in prefetchers.values():
+                    prefetcher.begin_batch()
                 underway.append(_Part(self, pool, located, prefetchers, augmented))
                 if len(underway) > self.config.prefetch_batches:
                     yield underway.popleft().result()

@@ -181,7 +181,7 @@ def _read_lines(lines: Iterator[bytes]) -> tuple[dict[str, Any], list[dict[str, 
         crc32 = zlib.crc32(line + b"\n", crc32)
         try:
             parts.append(_columns(json.loads(line.rstrip(b","))))
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # a bit may flip anywhere
             raise _DamagedError(str(error)) from error
     raise _DamagedError("its crc32 differs, or its end is missing")
 

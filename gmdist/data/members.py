@@ -90,7 +90,10 @@ def _label(config: DataConfig, members: Mapping[str, memoryview]) -> int:
         return -1
     if "cls" not in members:
         raise UndecodableError(f"no class label (.cls), but data.num_classes is {classes}")
-    label = parse_label(bytes(members["cls"]), "cls")
+    try:
+        label = parse_label(bytes(members["cls"]), "cls")
+    except DataError as error:
+        raise UndecodableError(str(error)) from error
     if label >= classes:
         raise DataError(label_problem(label, classes))
     return label

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -147,7 +147,13 @@ def pack(
     if samples == 0:
         raise DataError("; ".join([f"{destination}: none of the images can be read", *unreadable[:1]]))
     _check_budget(source, record, samples + len(unreadable), max_unreadable)
+    ledger.entries = {name: _timeless(entry) for name, entry in ledger.entries.items()}
     return Packed(ledger.finish(listing.classes), unreadable)
+
+
+def _timeless(entry: ShardEntry) -> ShardEntry:
+    """A shard's line of the manifest without a file's time: the same source makes the same bytes."""
+    return replace(entry, etag="") if storage.Stat(0, entry.etag).is_local else entry
 
 
 def _fingerprint(listing: ImageFolder | ShardFolder, encoding: Encoding, shard_mib: float) -> str:
@@ -282,7 +288,7 @@ def write_shards(
     entries: list[ShardEntry] = []
 
     def save(writer: ShardWriter) -> None:
-        entries.append(writer.save(destination, f"shard-{len(entries):06d}.tar"))
+        entries.append(_timeless(writer.save(destination, f"shard-{len(entries):06d}.tar")))
 
     if num_shards is not None:
         writers = [ShardWriter() for _ in range(num_shards)]

@@ -7,10 +7,12 @@ blocks end: then a part is used whole, and fetched once an epoch.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat, takewhile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,6 +70,14 @@ def plan(numbers: Int64Array, shards: Int64Array, spans: Int64Array, *, is_kept:
     return [part for _, part in sorted(parts, key=lambda item: item[0])]
 
 
+class _Coming(NamedTuple):
+    """A sample that is on its way."""
+
+    part: Future[list[bytes]]
+    place: int  # there
+    num_bytes: int
+
+
 class Prefetcher:
     """Fetches the samples that one iteration over a data set will use. A context manager."""
 
@@ -83,8 +93,8 @@ class Prefetcher:
         self._shards, self._tape, self._batches, self._memory_bytes = shards, tape, batches, memory_bytes
         self._changed = threading.Condition()
         self._reserved = 0  # bytes
-        self._coming: dict[int, tuple[Future[list[bytes]], int, int]] = {}  # by number: part, place there, window
-        self._window = 0  # the last one of which a sample was taken
+        self._coming: dict[int, _Coming] = {}  # by number
+        self._begun = 0  # batches
         self._failure: BaseException | None = None
         self._closed = threading.Event()
         self._connections = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch")
@@ -106,19 +116,27 @@ class Prefetcher:
         while len(taken) < len(numbers):
             found = self._claim(numbers[len(taken) :])
             contents = []
-            for part, place, _ in found:
-                samples = part.result()
-                contents.append(samples[place])
-                samples[place] = b""
+            for coming in found:
+                samples = coming.part.result()
+                contents.append(samples[coming.place])
+                samples[coming.place] = b""
             with self._changed:
-                self._reserved -= sum(map(len, contents))
-                self._window = max(self._window, *(window for _, _, window in found))
+                self._reserved -= sum(coming.num_bytes for coming in found)
                 self._changed.notify_all()
             taken += contents
             self._shards.position = numbers[len(taken) - 1]
         return taken
 
-    def _claim(self, numbers: list[int]) -> list[tuple[Future[list[bytes]], int, int]]:
+    def begin_batch(self) -> None:
+        """Tell that samples of the next batch are about to be taken, or that it has none here."""
+        with self._changed:
+            self._begun += 1
+            self._changed.notify_all()
+
+    def _has_begun(self, batch: int) -> bool:
+        return self._begun > batch
+
+    def _claim(self, numbers: list[int]) -> list[_Coming]:
         """Where the first of some numbers are, as many as are on their way: to wait for all could be for ever."""
         with self._changed:
             while numbers[0] not in self._coming:
@@ -131,34 +149,40 @@ class Prefetcher:
 
     def _run(self) -> None:
         """Plan and fetch windows until there are no more batches, or the prefetcher is closed."""
+        before = 0  # the first batch of the window before
         try:
-            for window, numbers in enumerate(self._windows()):
+            for window, (batch, numbers) in enumerate(self._windows()):
                 is_first = window < len(_FIRST_WINDOWS)
+                # No more than a window ahead: the run may end before it is used.
+                if window > len(_FIRST_WINDOWS) and not self._wait_until(partial(self._has_begun, before)):
+                    return
+                before = batch
                 for part in self._plan(numbers, is_kept=not is_first):
-                    if not self._start(part, window):
+                    if not self._start(part):
                         return
         except BaseException as error:  # noqa: BLE001 - whoever takes a sample raises it
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _start(self, part: Part, window: int) -> bool:
-        """Fetch a part as soon as it is its turn; False if the prefetcher is closed."""
-        num_bytes = int((part.spans[:, 1] - part.spans[:, 0]).sum())
-
-        def is_early() -> bool:  # no room, or more than a window ahead: the run may end before it is used
-            ahead = window > max(self._window + 1, len(_FIRST_WINDOWS))
-            return ahead or (self._reserved > 0 and self._reserved + num_bytes > self._memory_bytes)
-
+    def _wait_until(self, ready: Callable[[], bool]) -> bool:
+        """Wait for a change that makes it ready; False if the prefetcher is closed."""
         with self._changed:
-            while is_early() and not self._closed.is_set():
+            while not ready() and not self._closed.is_set():
                 self._changed.wait()
-            if self._closed.is_set():
-                return False
+        return not self._closed.is_set()
+
+    def _start(self, part: Part) -> bool:
+        """Fetch a part as soon as there is room for it; False if the prefetcher is closed."""
+        sizes = (part.spans[:, 1] - part.spans[:, 0]).tolist()
+        num_bytes = sum(sizes)
+        if not self._wait_until(lambda: self._reserved == 0 or self._reserved + num_bytes <= self._memory_bytes):
+            return False
+        with self._changed:
             self._reserved += num_bytes
             future = self._connections.submit(self._fetch, part)
-            for place, number in enumerate(part.numbers.tolist()):
-                self._coming[number] = future, place, window
+            for place, (number, size) in enumerate(zip(part.numbers.tolist(), sizes, strict=True)):
+                self._coming[number] = _Coming(future, place, size)
             self._changed.notify_all()
         return True
 
@@ -168,12 +192,19 @@ class Prefetcher:
         )
         return [bytes(content[low - part.start : high - part.start]) for low, high in part.spans.tolist()]
 
-    def _windows(self) -> Iterator[Int64Array]:
-        """The numbers of the batches, grouped: a few at first, then up to the end of the tape's blocks."""
+    def _windows(self) -> Iterator[tuple[int, Int64Array]]:
+        """The numbers of the batches, grouped: a few at first, then up to the end of the tape's blocks.
+
+        Each with the place of its first batch. A window may hold no number at all: where several data sets are mixed,
+        there may be nothing of this one for a worker.
+        """
+        first = 0
         for most_batches in chain(_FIRST_WINDOWS, repeat(_WINDOW_SAMPLES)):
             window: list[Int64Array] = []
             num_samples, end = 0, None
             for numbers in self._batches:
+                if self._closed.is_set():
+                    return
                 window.append(numbers)
                 num_samples += len(numbers)
                 if len(numbers):
@@ -184,7 +215,8 @@ class Prefetcher:
                     break
             if not window:
                 return
-            yield np.concatenate(window)
+            yield first, np.concatenate(window)
+            first += len(window)
 
     def _plan(self, numbers: Int64Array, *, is_kept: bool) -> Iterator[Part]:
         """The parts of a window; of several, one after the other, where its samples do not fit into the memory."""

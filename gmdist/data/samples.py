@@ -75,6 +75,7 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
 def _write(
     samples: list[tuple[str, dict[str, bytes]]], folder: str, classes: tuple[str, ...], num_shards: int
 ) -> Manifest:
+    storage.delete_leftovers(folder)
     if not storage.list_names(folder):
         return write_shards(samples, folder, classes, num_shards=num_shards)
     with tempfile.TemporaryDirectory(prefix="gmdist-make-") as scratch:

@@ -153,6 +153,14 @@ def parse_label(content: bytes, name: str) -> int:
     return int(text)
 
 
+def _labels_with(content: bytes) -> int:
+    """A `.cls` member's label + 1; 0 if it is none: only a run that reads labels minds, and replaces that sample."""
+    try:
+        return parse_label(content, "cls") + 1
+    except DataError:
+        return 0
+
+
 class ShardWriter:
     """Writes one shard as USTAR, and its index. The same samples make the same bytes."""
 
@@ -182,7 +190,7 @@ class ShardWriter:
             self._buffer.write(content)
             self._buffer.write(bytes(-len(content) % tar.BLOCK))
             if extension == "cls":
-                self._labels = max(self._labels, parse_label(content, info.name) + 1)
+                self._labels = max(self._labels, _labels_with(content))
         self._samples.append(Sample(key, located))
 
     def save(self, folder: str, name: str) -> ShardEntry:
@@ -197,7 +205,7 @@ class ShardWriter:
         return ShardEntry(name, status.etag, len(self._samples), status.num_bytes, zlib.crc32(index), self._labels)
 
 
-def scan(file: BinaryIO, location: str) -> tuple[ShardIndex, int]:
+def scan(file: tar.Readable, location: str) -> tuple[ShardIndex, int]:
     """Read a whole shard strictly.
 
     Args:
@@ -217,11 +225,11 @@ def scan(file: BinaryIO, location: str) -> tuple[ShardIndex, int]:
         located = {extension: Member(m[0], len(m[1]), zlib.crc32(m[1])) for extension, m in members.items()}
         samples.append(Sample(key, located))
         if "cls" in members:
-            labels = max(labels, parse_label(members["cls"][1], f"{location}: {key}.cls") + 1)
+            labels = max(labels, _labels_with(members["cls"][1]))
     return ShardIndex.of(samples), labels
 
 
-def walk(file: BinaryIO, location: str) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+def walk(file: tar.Readable, location: str) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
     """The samples of a shard, read strictly: key, and offset and content of its members by extension."""
     seen: set[str] = set()
     current = ""

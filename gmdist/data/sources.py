@@ -11,12 +11,14 @@ from itertools import islice
 
 from gmdist import storage
 from gmdist.data import tar
+from gmdist.data.decode import UndecodableError
 from gmdist.data.index import known_classes
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME
 from gmdist.data.shard import IMAGE_EXTENSIONS, open_shard, walk
 from gmdist.errors import DataError
 
 TEXT_EXTENSIONS = ("txt", "json")
+OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "jxl", "tif", "tiff")  # listed as unreadable
 _MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
 _NUMBERED = re.compile(r"\d{5,}")  # how img2dataset names its folders
 
@@ -55,7 +57,9 @@ class File:
     versions: tuple[tuple[str, storage.Stat], ...]  # extension and version: the image, then its texts
 
     def read(self, root: str) -> dict[str, bytes]:
-        """Its members by extension."""
+        """Its members by extension; UndecodableError for an image of another kind."""
+        if self.versions[0][0].lower() in OTHER_IMAGES:
+            raise UndecodableError(f"an image that is not read; convert it to one of {', '.join(IMAGE_EXTENSIONS)}")
         members = {}
         stem = posixpath.splitext(self.name)[0]
         for number, (extension, _) in enumerate(self.versions):
@@ -243,7 +247,7 @@ def _images_in(
         yield from _images_in(root, posixpath.join(folder, name), (*above, (status.st_dev, status.st_ino)))
     stats = storage.list_stats(path)
     for name, version in stats.items():
-        if _is_visible(name, IMAGE_EXTENSIONS):
+        if _is_visible(name, (*IMAGE_EXTENSIONS, *OTHER_IMAGES)):
             stem, _, extension = name.rpartition(".")
             texts = ((text, stats[f"{stem}.{text}"]) for text in TEXT_EXTENSIONS if f"{stem}.{text}" in stats)
             yield posixpath.join(folder, name), ((extension, version), *texts)

@@ -6,22 +6,33 @@ The standard library's reader takes a damaged header for the end of an archive, 
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, Protocol
 
 from gmdist.errors import DataError
 
 MAX_MEMBER_BYTES = 1 << 30
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20
 BLOCK = 512
+_MAX_DIGITS = 20
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
-def members(file: BinaryIO, location: str) -> Iterator[tuple[str, int, bytes]]:
+class Readable(Protocol):
+    """A file that is read from its start to its end."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes; fewer only at the end."""
+
+
+def members(file: Readable, location: str) -> Iterator[tuple[str, int, bytes]]:
     """Name, offset and content of each regular file of a tar archive, to its end-of-archive blocks."""
     position = 0
-    extended: dict[str, str] = {}
+    extended: dict[str, Any] = {}  # path and size of the next member
     while True:
-        header = _exactly(file, BLOCK, location, position)
+        header = file.read(BLOCK)
+        if position == 0 and header[:2] == b"\x1f\x8b":
+            raise DataError(f"{location}: compressed with gzip; shards are plain tar files, decompress it first")
+        _check_size(header, BLOCK, location, position)
         if header == bytes(BLOCK):
             if _exactly(file, BLOCK, location, position + BLOCK) != bytes(BLOCK):
                 raise DataError(f"{location}: a zero block at {position} that does not end the archive")
@@ -29,7 +40,7 @@ def members(file: BinaryIO, location: str) -> Iterator[tuple[str, int, bytes]]:
             return
         info = _header(header, location, position)
         position += BLOCK
-        size = int(extended.get("size", info.size)) if info.type not in _EXTENSIONS else info.size
+        size = extended.get("size", info.size) if info.type not in _EXTENSIONS else info.size
         limit = _MAX_EXTENDED_HEADER_BYTES if info.type in _EXTENSIONS else MAX_MEMBER_BYTES
         if not 0 <= size <= limit:
             raise DataError(f"{location}: the member at {position} says {size} bytes; at most {limit} are accepted")
@@ -44,24 +55,33 @@ def members(file: BinaryIO, location: str) -> Iterator[tuple[str, int, bytes]]:
             extended = {}
             yield name, start, content
         elif info.type == tarfile.DIRTYPE:
+            if size:  # readers differ in whether they skip that much
+                raise DataError(f"{location}: folder {info.name!r} says {size} bytes; folders in shards have none")
             extended = {}
-        elif info.type != tarfile.XGLTYPE:
+        elif info.type == tarfile.XGLTYPE:
+            if _pax_records(content, location, start):
+                raise DataError(f"{location}: a PAX header at byte {start} names or sizes all members at once")
+        else:
             kind = {b"1": "a hard link", b"2": "a symbolic link", b"S": "a sparse file"}.get(
                 info.type, "no regular file"
             )
             raise DataError(f"{location}: member {info.name!r} is {kind}; shards hold regular files only")
 
 
-def _exactly(file: BinaryIO, size: int, location: str, position: int) -> bytes:
+def _exactly(file: Readable, size: int, location: str, position: int) -> bytes:
     content = file.read(size)
+    _check_size(content, size, location, position)
+    return content
+
+
+def _check_size(content: bytes, size: int, location: str, position: int) -> None:
     if len(content) != size:
         raise DataError(
             f"{location}: ends at byte {position + len(content)}, before the end of the archive: it was cut"
         )
-    return content
 
 
-def _check_tail(file: BinaryIO, location: str) -> None:
+def _check_tail(file: Readable, location: str) -> None:
     # Archives are padded with zeros to a record of 10 KiB; anything else is a second archive glued on.
     while block := file.read(1 << 16):
         if block.count(0) != len(block):
@@ -69,17 +89,15 @@ def _check_tail(file: BinaryIO, location: str) -> None:
 
 
 def _header(block: bytes, location: str, position: int) -> tarfile.TarInfo:
-    if position == 0 and block[:2] == b"\x1f\x8b":
-        raise DataError(f"{location}: compressed with gzip; shards are plain tar files, decompress it first")
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise DataError(f"{location}: damaged tar header at byte {position} ({error})") from error
 
 
-def _pax_records(content: bytes, location: str, position: int) -> dict[str, str]:
+def _pax_records(content: bytes, location: str, position: int) -> dict[str, Any]:
     r"""The records "LENGTH KEY=VALUE\n" of a PAX header; only path and size matter here."""
-    records = {}
+    records: dict[str, Any] = {}
     rest = content
     while rest:
         length_text, _, _ = rest.partition(b" ")
@@ -88,8 +106,12 @@ def _pax_records(content: bytes, location: str, position: int) -> dict[str, str]
         key, equals, value = record.partition(b"=")
         if not equals or not record.endswith(b"\n"):
             raise DataError(f"{location}: damaged PAX header at byte {position}")
-        if key == b"path" or (key == b"size" and value[:-1].isdigit()):
-            records[key.decode()] = value[:-1].decode("utf-8", "surrogateescape")
+        if key == b"path":
+            records["path"] = value[:-1].decode("utf-8", "surrogateescape")
+        elif key == b"size":
+            if not value[:-1].isdigit() or len(value) > _MAX_DIGITS:
+                raise DataError(f"{location}: damaged PAX header at byte {position}")
+            records["size"] = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise DataError(f"{location}: a sparse member at byte {position}; shards hold plain regular files only")
         rest = rest[length:]
@@ -99,7 +121,7 @@ def _pax_records(content: bytes, location: str, position: int) -> dict[str, str]
 def _safe_name(name: str, location: str) -> str:
     """The member's name without a leading "./"; DataError for one that would leave a folder it is unpacked in."""
     normal = posixpath.normpath(name)
-    unsafe = name.startswith("/") or normal.startswith("..") or "\\" in name
+    unsafe = name.startswith("/") or ".." in name.split("/") or "\\" in name
     if unsafe or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         raise DataError(f"{location}: member name {name!r} is unsafe; names are relative UTF-8 paths")
     return normal

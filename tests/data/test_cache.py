@@ -38,7 +38,7 @@ def part(shard: int, place: int = 0) -> PartName:
 
 def put(cache: Cache, shard: int, place: int = 0, data: str = DATA) -> None:
     content = content_of(shard, place)
-    assert cache.keep(PartName(data, shard, place), lambda: content) == content
+    assert cache.keep(PartName(data, shard, place), SIZE, lambda: content) == content
 
 
 def kept(folder: Path) -> list[int]:
@@ -129,12 +129,59 @@ def test_one_worker_fetches_for_all(tmp_path: Path) -> None:
         time.sleep(0.05)
         return content_of(1, 0)
 
-    threads = [threading.Thread(target=cache.keep, args=(part(1), fetch)) for cache in caches]
+    threads = [threading.Thread(target=cache.keep, args=(part(1), SIZE, fetch)) for cache in caches]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(fetches) == 1
+
+
+def test_waiting_for_a_part_that_does_not_fit(tmp_path: Path) -> None:
+    put(cache_of(tmp_path, 1.5), 0)  # used before the other, which is never kept
+    caches = [cache_of(tmp_path, 1.5) for _ in range(4)]
+
+    def fetch() -> bytearray:
+        time.sleep(0.02)
+        return content_of(1, 0)
+
+    found: list[bytes | bytearray] = []
+    threads = [
+        threading.Thread(target=lambda cache=cache: found.append(cache.keep(part(1), SIZE, fetch))) for cache in caches
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [content_of(1, 0)] * 4
+    assert os.listdir(tmp_path) == [str(part(0))]
+
+
+@pytest.mark.parametrize("left", [0, SIZE - 1])
+def test_a_part_that_was_cut_is_fetched_again(tmp_path: Path, left: int) -> None:
+    cache = cache_of(tmp_path, 10)
+    put(cache, 1)
+    path = tmp_path / str(part(1))
+    os.truncate(path, left)
+    put(cache, 1)
+    assert path.read_bytes() == content_of(1, 0)
+
+
+def test_a_folder_in_a_parts_place_is_said(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 1000)
+    (tmp_path / str(part(1))).mkdir()
+    assert cache.find(part(1), 0, 1) is None
+    with pytest.raises(StorageError, match=r"data\.cache_dir: .*: Is a directory; choose another folder"):
+        put(cache, 1)
+
+
+def test_a_cache_that_is_too_full_is_brought_back(tmp_path: Path) -> None:
+    large = cache_of(tmp_path, 10)
+    for shard in range(10):
+        put(large, shard)
+    small = cache_of(tmp_path, 4)
+    put(small, 20)  # later than all that is there: not kept
+    assert kept(tmp_path) == [0, 1, 2, 3]
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
@@ -162,7 +209,7 @@ def test_a_failed_fetch_leaves_nothing_that_counts(tmp_path: Path) -> None:
         raise StorageError("stalled")
 
     with pytest.raises(StorageError, match="stalled"):
-        cache.keep(part(1), fetch)
+        cache.keep(part(1), SIZE, fetch)
     put(cache, 1)
     assert kept(tmp_path) == [1]
 

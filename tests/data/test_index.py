@@ -95,8 +95,18 @@ def test_an_interrupted_index_goes_on(tmp_path: Path, scanned: list[str]) -> Non
     assert len(scanned) < 6  # the first was noted; a ledger that is not saved each time may lack the second
 
 
+def test_what_a_killed_index_left_is_deleted(tmp_path: Path) -> None:
+    shards(tmp_path)
+    left = tmp_path / f".manifest.partial.json.{'0' * 32}.tmp"
+    left.write_bytes(b"half")
+    index_folder(str(tmp_path))
+    assert not left.exists()
+
+
 def test_what_has_changed_is_read_again(tmp_path: Path, scanned: list[str]) -> None:
-    before = shards(tmp_path)
+    shards(tmp_path)
+    before, _ = index_folder(str(tmp_path))  # notes the times of the files
+    scanned.clear()
     second = tmp_path / "shard-000001.tar"
     rewrite(second, b"1" * 400, b"8" * 400)  # the same size
     (tmp_path / index_name("shard-000003.tar")).write_bytes(b"damaged")
@@ -113,7 +123,8 @@ def test_what_has_changed_is_read_again(tmp_path: Path, scanned: list[str]) -> N
 def test_indexing_again_keeps_the_classes_and_mends_the_manifest(tmp_path: Path) -> None:
     manifest = Manifest(shards(tmp_path).shards, ("cat", "dog"))
     manifest.save(str(tmp_path))
-    assert index_folder(str(tmp_path)) == (manifest, [])
+    again, problems = index_folder(str(tmp_path))
+    assert (again.hash, again.classes, problems) == (manifest.hash, ("cat", "dog"), [])
     (tmp_path / MANIFEST_NAME).write_text("garbage")
     assert index_folder(str(tmp_path))[0].hash == manifest.hash
 

@@ -50,7 +50,7 @@ def write(folder: Path, changed: dict[int, dict[str, bytes | None]] | None = Non
     """A data set of COUNT samples in two shards; members of number i that are changed to None are missing."""
     samples = []
     for i in range(COUNT):
-        members = {"txt": caption(i).encode(), "json": json.dumps({"alt": f"alt {i}"}).encode()}
+        members = {"cls": b"0", "txt": caption(i).encode(), "json": json.dumps({"alt": f"alt {i}"}).encode()}
         members |= {"latent.npy": npy(latent(i)), "tokens.npy": npy(tokens(i))}
         members |= ({"png": png(pixels(i))} if image else {}) | (changed or {}).get(i, {})
         samples.append((f"k{i}", {name: content for name, content in members.items() if content is not None}))
@@ -91,13 +91,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("plain"))
 
 
-EVERYTHING = {"caption": "txt", "arrays": ("latent.npy", "tokens.npy")}
+EVERYTHING = {"num_classes": 2, "caption": "txt", "arrays": ("latent.npy", "tokens.npy")}
 
 
 def test_batches_hold_captions_and_arrays(plain: str) -> None:
     parts = load(plain, **EVERYTHING)
     batch = parts[0].batch
-    assert sorted(batch) == ["caption", "image", "key", "latent", "tokens"]
+    assert sorted(batch) == ["caption", "image", "key", "label", "latent", "tokens"]
     assert (batch["caption"].dtype, batch["latent"].dtype) == (torch.uint8, torch.float16)
     assert (batch["tokens"].shape, batch["latent"].shape) == ((BATCH, 5), (BATCH, 2, 3))
     for number, i in enumerate(origins(plain, 3 * BATCH)):
@@ -162,6 +162,8 @@ def test_evaluation_sees_images_as_they_are(plain: str) -> None:
 
 
 BAD = {
+    "an empty label": ({"cls": b""}, "cls: the class label is b''"),
+    "a label in words": ({"cls": b"cat"}, "cls: the class label is b'cat'; it must be a non-negative integer"),
     "a caption of another encoding": ({"txt": b"\xfc"}, "txt: the caption is not UTF-8"),
     "no caption": ({"txt": None}, "no .txt among its members"),
     "no array": ({"latent.npy": None}, "no .latent.npy among its members"),

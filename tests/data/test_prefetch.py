@@ -89,14 +89,22 @@ def batches_of(numbers: Int64Array, size: int = 8) -> Iterator[Int64Array]:
     return iter([numbers[i : i + size] for i in range(0, len(numbers), size)])
 
 
+def taken(prefetcher: Prefetcher, numbers: Int64Array, size: int) -> Iterator[tuple[int, bytes]]:
+    """Every number with its bytes, taken as a loader does: batch after batch."""
+    for first in range(0, len(numbers), size):
+        prefetcher.begin_batch()
+        for number in numbers[first : first + size].tolist():
+            yield number, prefetcher.take([number])[0]
+
+
 def test_what_is_taken_is_the_tape_s(monkeypatch: pytest.MonkeyPatch) -> None:
     shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
     numbers = np.arange(37, 437, 3, dtype=np.int64)
     with Prefetcher(shards, tape, batches_of(numbers), 1 << 20) as prefetcher:
-        for number in numbers.tolist():
+        for number, content in taken(prefetcher, numbers, 8):
             (shard,), (index,) = tape.locate([number])
             start = int(index) * BYTES
-            assert prefetcher.take([number]) == [shards.content[int(shard)][start : start + BYTES]]
+            assert content == shards.content[int(shard)][start : start + BYTES]
         assert prefetcher.take([]) == []
     assert prefetcher._reserved == 0
 
@@ -106,8 +114,7 @@ def test_the_first_batch_is_read_exactly_and_blocks_whole(monkeypatch: pytest.Mo
     shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
     numbers = np.arange(SHARDS * SAMPLES, dtype=np.int64)
     with Prefetcher(shards, tape, batches_of(numbers, 5), 1 << 20) as prefetcher:
-        for number in numbers.tolist():
-            prefetcher.take([number])
+        assert len(list(taken(prefetcher, numbers, 5))) == len(numbers)
     first = shards.fetched[:5]
     assert all(stop - start == BYTES for _, start, stop in first)
     # From the second block on, a part is a whole block of a lane.
@@ -121,7 +128,8 @@ def test_memory_is_bounded(memory: int) -> None:
     shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
     numbers = np.arange(3 * SHARDS * SAMPLES, dtype=np.int64)
     with Prefetcher(shards, tape, batches_of(numbers), memory) as prefetcher:
-        for some in np.split(numbers, range(12, len(numbers), 12)):
+        for some in np.split(numbers, range(8, len(numbers), 8)):
+            prefetcher.begin_batch()
             assert len(prefetcher.take(some.tolist())) == len(some)
             assert prefetcher._reserved <= max(memory, BYTES)
     assert prefetcher._coming == {}
@@ -132,8 +140,7 @@ def test_a_run_that_ends_has_not_read_much_more() -> None:
     window = SHARDS * 10
     endless = (np.arange(first, first + 5, dtype=np.int64) for first in range(0, 10**6, 5))
     with Prefetcher(shards, tape, endless, 1 << 30) as prefetcher:
-        for number in range(3 * window):
-            prefetcher.take([number])
+        assert len(list(taken(prefetcher, np.arange(3 * window), 5))) == 3 * window
         time.sleep(0.05)
         assert sum(stop - start for _, start, stop in shards.fetched) <= 6 * window * BYTES
 
@@ -141,19 +148,21 @@ def test_a_run_that_ends_has_not_read_much_more() -> None:
 def test_threads_may_take_in_any_order() -> None:
     shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
     numbers = np.arange(SHARDS * SAMPLES, dtype=np.int64)
-    taken: dict[int, bytes] = {}
+    found: dict[int, bytes] = {}
     with Prefetcher(shards, tape, batches_of(numbers), 100 * BYTES) as prefetcher:
 
         def take(part: list[int]) -> None:
             for number in part:
-                taken[number] = prefetcher.take([number])
+                found[number] = prefetcher.take([number])[0]
 
+        for _ in range(0, len(numbers), 8):
+            prefetcher.begin_batch()
         threads = [threading.Thread(target=take, args=(numbers[i::4].tolist(),)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-    assert sorted(taken) == numbers.tolist()
+    assert sorted(found) == numbers.tolist()
 
 
 def test_a_failure_reaches_whoever_takes() -> None:
@@ -171,6 +180,35 @@ def test_a_failure_reaches_whoever_takes() -> None:
 
     with Prefetcher(shards, tape, broken(), 1 << 20) as prefetcher, pytest.raises(ValueError, match="no numbers"):
         prefetcher.take([0])
+
+
+def test_a_worker_without_samples_of_a_data_set_waits_and_ends() -> None:
+    shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
+    drawn = 0
+
+    def empty() -> Iterator[Int64Array]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield np.empty(0, np.int64)
+
+    with Prefetcher(shards, tape, empty(), 1 << 20) as prefetcher:
+        time.sleep(0.3)
+        before = drawn
+        time.sleep(0.1)
+        assert drawn == before  # a window or two are looked through, and no more
+    prefetcher._planner.join(10)
+    assert not prefetcher._planner.is_alive()
+
+
+def test_samples_after_many_batches_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_WINDOW_SAMPLES", 10)
+    shards, tape = FakeShards(SHARDS, SAMPLES, BYTES), tape_of()
+    batches = [np.empty(0, np.int64)] * 100 + [np.arange(8, dtype=np.int64)]
+    with Prefetcher(shards, tape, iter(batches), 1 << 20) as prefetcher:
+        for _ in batches:
+            prefetcher.begin_batch()
+        assert len(prefetcher.take(list(range(8)))) == 8
 
 
 def test_closing_wakes_whoever_waits() -> None:

@@ -11,6 +11,7 @@ import pytest
 from gmdist import ranged, s3, storage
 from gmdist.data.config import DataConfig
 from gmdist.data.fetch import Shards
+from gmdist.data.index import check_folder, index_folder
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import DataError, GmdistError, StorageError
@@ -160,6 +161,31 @@ def test_a_flipped_bit_on_its_way_is_found_and_asked_for_again(
     once(proxy, Fault("flip", after=700))
     assert sweep(f"{stored_digits}/test") == sweep(str(digits / "test"))
     assert proxy.faults > 5
+
+
+@pytest.mark.parametrize("place", [700, 20])  # in an image, in the first header
+def test_a_bit_that_flips_while_indexing_or_checking_does_no_harm(
+    proxy: FaultProxy, stored_digits: str, bucket: str, place: int
+) -> None:
+    folder = copied(stored_digits, bucket, f"indexed-{place}")
+    for file in storage.list_names(folder):
+        if not file.endswith(".tar"):
+            storage.delete(f"{folder}/{file}")
+    seen: set[str] = set()
+
+    def decide(path: str, count: int) -> Fault | None:
+        if not path.endswith(".tar") or path in seen:
+            return None
+        seen.add(path)
+        return Fault("flip", after=place)
+
+    proxy.decide = decide
+    manifest, problems = index_folder(folder)
+    assert (problems, manifest.hash) == ([], Manifest.load(f"{stored_digits}/test").hash)
+    assert proxy.faults == 4
+    seen.clear()
+    assert check_folder(folder) == []
+    assert proxy.faults == 8
 
 
 def test_a_third_of_all_answers_are_damaged(proxy: FaultProxy, stored_digits: str, digits: Path) -> None:

@@ -20,7 +20,7 @@ from gmdist.data.index import check_folder, index_folder
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.data.pack import pack
-from gmdist.errors import StorageError
+from gmdist.errors import ConfigError, StorageError
 from tests.s3.proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.s3
@@ -163,5 +163,12 @@ def test_storage_that_is_reached_wrongly(
         assert storage.exists(f"{stored_digits}/test/shard-000000.tar")
         s3.configure(s3.S3Config("http://127.0.0.1:9", "us-east-1", "path", timeout_s=2.0))
         assert "127.0.0.1:9" in problem(f"{bucket}/x")
+        assert "check data.s3.endpoint_url or AWS_ENDPOINT_URL" in problem(f"{bucket}/x")
+        s3.configure(s3.S3Config("http://user:sesame@127.0.0.1:9", "us-east-1", "path", timeout_s=2.0))
+        assert "sesame" not in problem(f"{bucket}/x")
+        with pytest.raises(ConfigError, match=r"endpoint_url: must not hold credentials"):
+            s3.config().validate()
+        s3.configure(before)
+        assert "locations look like s3://bucket/prefix" in problem("s3://No_Bucket!/x")
     finally:
         s3.configure(before)
