@@ -103,10 +103,11 @@ def wait_until_it_answers(port: int, servers: list["subprocess.Popen[bytes]"]) -
 
 
 def main() -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM, or until whoever started it is gone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     port = parser.parse_args().port or free_port()
+    parent = os.getppid()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     root = Path(tempfile.mkdtemp(prefix="gmdist-s3-"))
     servers: list[subprocess.Popen[bytes]] = []
@@ -117,7 +118,8 @@ def main() -> None:
         wait_until_it_answers(port, servers)
         print(f"AWS_ENDPOINT_URL=http://127.0.0.1:{port}")
         print(f"AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY} AWS_REGION={REGION}", flush=True)
-        signal.pause()
+        while os.getppid() == parent:
+            time.sleep(1.0)
     except KeyboardInterrupt:
         pass
     finally:
