@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from gmdist import s3, storage
 from gmdist.config import Config, from_yaml
-from gmdist.data.loader import Loader, check_labels
+from gmdist.data.dataset import check_labels
+from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.families import CATALOGUE

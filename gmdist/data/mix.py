@@ -65,10 +65,10 @@ class Mix:
         slot = np.arange(period * periods)
         keys = keyed_hash(seed, _MIX, slot // period)
         place = permute(slot % period, np.full(len(slot), period), keys)
-        self._source = np.searchsorted(np.cumsum(self.weights), place, side="right")  # by the slot in a round
+        self._dataset = np.searchsorted(np.cumsum(self.weights), place, side="right")  # by the slot in a round
         self._rank = np.empty_like(slot)  # among the slots of the same data set
-        for source in range(len(weights)):
-            here = self._source == source
+        for dataset in range(len(weights)):
+            here = self._dataset == dataset
             self._rank[here] = np.arange(np.count_nonzero(here))
         self._lanes = np.array(self.lanes)
 
@@ -76,6 +76,6 @@ class Mix:
         """The data sets [N] of some numbers [N], and the numbers [N] that they have there."""
         if len(self.weights) == 1:
             return np.zeros_like(numbers), numbers
-        rounds, slot = np.divmod(numbers, len(self._source))
-        source = self._source[slot]
-        return source, rounds * self._lanes[source] + self._rank[slot]
+        rounds, slot = np.divmod(numbers, len(self._dataset))
+        dataset = self._dataset[slot]
+        return dataset, rounds * self._lanes[dataset] + self._rank[slot]

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from gmdist.data.batch import Loaded
 from gmdist.data.cache import Cache
 from gmdist.data.config import DataConfig, MixedConfig
 from gmdist.data.fetch import Shards
-from gmdist.data.loader import Loaded, Loader
+from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest, ShardTable
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError, StorageError
@@ -85,7 +86,7 @@ def merged(parts: list[list[Loaded]]) -> tuple[dict[int, tuple[bytes, int]], int
 
 def origin(loader: Loader, number: int) -> int:
     """Which image of the data set has this number."""
-    shard, index = (int(x[0]) for x in loader.sources[0].tape.locate([number]))
+    shard, index = (int(x[0]) for x in loader.datasets[0].tape.locate([number]))
     return sum(SHARD_SIZES[:shard]) + index
 
 
@@ -195,7 +196,7 @@ def test_bad_samples_are_replaced_alike_on_every_world_size(tmp_path: Path) -> N
         i, attempt = origin(loader, number), 0
         while i in BAD:
             expected.append((number, f"k{i}"))
-            shard, index = loader.sources[0].tape.replacement(number, attempt)
+            shard, index = loader.datasets[0].tape.replacement(number, attempt)
             i, attempt = sum(SHARD_SIZES[:shard]) + index, attempt + 1
         image, label = found[number]
         assert label == i % CLASSES

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gmdist.data.batch import Loaded
 from gmdist.data.config import DataConfig
-from gmdist.data.loader import Loaded, Loader
+from gmdist.data.loader import Loader
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 from gmdist.families.family import captions
@@ -82,7 +83,7 @@ def by_number(parts: list[Loaded], name: str) -> dict[int, object]:
 
 def origins(folder: str, count: int, **changes) -> list[int]:
     """Which sample of the data set has each number: shards were dealt out in turn."""
-    shards, indices = Loader(settings(folder, **changes), folder).sources[0].tape.locate(np.arange(count))
+    shards, indices = Loader(settings(folder, **changes), folder).datasets[0].tape.locate(np.arange(count))
     return (indices * 2 + shards).tolist()
 
 

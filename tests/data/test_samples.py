@@ -59,7 +59,7 @@ def test_they_are_the_digits_of_scikit_learn(digits: Path) -> None:
     large = to_uint8(batch["image"])[:, :, :, 0].numpy().astype(float)
     small = large.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))
     source = load_digits()
-    read = loader.sources[0]
+    read = loader.datasets[0]
     shards, indices = read.tape.locate(batch["key"].numpy())
     for image, label, shard, index in zip(small, batch["label"].tolist(), shards, indices, strict=True):
         number = int(read.shards.index(int(shard)).keys[int(index)])
