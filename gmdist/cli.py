@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         return options.call(options)
     except ConfigError as error:
-        print(f"gmdist: {error}", file=sys.stderr)
+        _complain(str(error))
         return EXIT_USAGE
     except GmdistError as error:
-        print(f"gmdist: {error}", file=sys.stderr)
+        _complain(str(error))
         return EXIT_FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` is no failure
@@ -41,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = (str(error).splitlines() or [""])[0]
         print(f"gmdist: {type(error).__name__}: {reason}; the traceback is in {file.name}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, though a file's name may hold several."""
+    print("gmdist: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

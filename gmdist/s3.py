@@ -20,6 +20,7 @@ _CONNECTIONS = 64  # in the pool of a client; threads that fetch, save and list 
 _PIECE_BYTES = 1 << 18
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 # What S3 and its gateways answer when they are busy or broken for a moment.
+_BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")  # as boto3 has it
 _TRANSIENT_CODES = ("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "BadDigest")
 
 
@@ -115,8 +116,10 @@ def _new_client(retries: bool) -> Any:
 
 
 def split(location: str) -> tuple[str, str]:
-    """Bucket and key of an s3:// location."""
+    """Bucket and key of an s3:// location; ConfigError if no bucket can have such a name."""
     bucket, _, key = location.removeprefix("s3://").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigError(f"{location}: '{bucket}' cannot be a bucket's name; locations look like s3://bucket/prefix")
     return bucket, key
 
 

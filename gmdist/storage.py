@@ -240,14 +240,22 @@ def delete(location: str) -> None:
             Path(location).unlink(missing_ok=True)
 
 
-def delete_leftovers(folder: str) -> None:
-    """Delete what writers that were killed have left directly inside a folder: temporary files, unfinished uploads."""
+def delete_leftovers(folder: str, own: re.Pattern[str] | None = None) -> None:
+    """Delete what writers that were killed have left directly inside a folder.
+
+    Args:
+        folder: or prefix.
+        own: the names that the caller writes. Unfinished uploads of these are ended; others may be somebody else's.
+            In a local folder the temporary files of `write_from` are deleted.
+    """
     with naming(folder):
         if is_s3(folder):
+            if own is None:
+                return
             bucket, prefix = _folder_prefix(folder)
             pages = s3.client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
             for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
-                if "/" not in upload["Key"].removeprefix(prefix):
+                if own.fullmatch(upload["Key"].removeprefix(prefix)):
                     s3.client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         elif os.path.isdir(folder):
             for entry in list(os.scandir(folder)):

@@ -318,11 +318,13 @@ def test_what_killed_writers_left_is_deleted(folder, request) -> None:
     storage.write(f"{folder}/deep/b.tar", b"whole")
     if storage.is_s3(folder):
         client = request.getfixturevalue("bucket")
-        for name in ("a.tar", "deep/b.tar"):
+        for name in ("a.tar", "deep/a.tar", "theirs.tar"):
             client.create_multipart_upload(Bucket=BUCKET, Key=f"some/folder/{name}")
         storage.delete_leftovers(folder)
+        assert len(client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]) == 3
+        storage.delete_leftovers(folder, re.compile(r"a\.tar"))
         left = client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
-        assert [upload["Key"] for upload in left] == ["some/folder/deep/b.tar"]
+        assert [upload["Key"] for upload in left] == ["some/folder/deep/a.tar", "some/folder/theirs.tar"]
     else:
         for name in (f".a.tar.{'0' * 32}.tmp", "mine.tmp", f"deep/.b.tar.{'0' * 32}.tmp"):
             Path(folder, name).write_bytes(b"part")

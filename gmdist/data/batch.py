@@ -4,9 +4,10 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ from gmdist.data.transform import flips, places
 from gmdist.errors import DataError
 
 _SAMPLES_PER_TASK = 32  # fewer, and threads spend their time waiting for the GIL
+# Samples are read before they are decoded, so that Python's code and data stay in the processor's cache: up to so many
+# bytes, or one sample.
+_READ_BYTES = 1 << 20
 
 Members = Mapping[str, memoryview]  # a sample's bytes by extension
 QuarantineLine = dict[str, Any]  # of a sample that was replaced: number, shard, sample, reason
@@ -159,26 +163,25 @@ class Underway:
             prefetchers: that read the data sets in object storage.
             augmented: whether the config's crops and flips are made.
         """
-        config, count = maker.config, len(located.numbers)
+        config, size = maker.config, len(located.numbers)
         self._maker, self._numbers, self._prefetchers = maker, located.numbers, prefetchers
         self._samples = list(map(_Sample, *(column.tolist() for column in located)))
         is_flipped = augmented and config.flip
-        self._flips = flips(config.seed, self._numbers).tolist() if is_flipped else [False] * count
+        self._flips = flips(config.seed, self._numbers).tolist() if is_flipped else [False] * size
         is_cut = augmented and config.crop == "random"
-        self._places = places(config.seed, self._numbers).tolist() if is_cut else [None] * count
-        self._pixels = maker.pixels(count)
+        self._places = places(config.seed, self._numbers).tolist() if is_cut else [None] * size
+        self._pixels = maker.pixels(size)
         self._images = None if self._pixels is None else self._pixels.numpy()
-        self._arrays = [np.empty((count, *shape), dtype) for shape, dtype in maker.layouts]
-        self._captions = [b""] * count
-        self._labels = [-1] * count
-        self._hashes = [0] * count
-        tasks = range(0, count, _SAMPLES_PER_TASK)
+        self._arrays = [np.empty((size, *shape), dtype) for shape, dtype in maker.layouts]
+        self._captions = [b""] * size
+        self._labels = [-1] * size
+        self._hashes = [0] * size
+        tasks = range(0, size, _SAMPLES_PER_TASK)
         self._tasks: list[Future[list[QuarantineLine]]] = [pool.submit(self._fill, first) for first in tasks]
 
     def _fill(self, first: int) -> list[QuarantineLine]:
-        samples, replaced = self._samples[first : first + _SAMPLES_PER_TASK], []
-        # All are read before any is decoded: so Python's code and data stay in the processor's cache.
-        for i, (sample, members) in enumerate(zip(samples, self._read(samples), strict=True), first):
+        replaced: list[QuarantineLine] = []
+        for i, sample, members in self._read(first):
             out = None if self._images is None else self._images[i]
             (image, self._labels[i], self._captions[i], arrays), self._hashes[i], lines = self._maker.decode(
                 sample, members, self._places[i], out
@@ -190,7 +193,21 @@ class Underway:
             replaced += lines
         return replaced
 
-    def _read(self, samples: list[_Sample]) -> list[Members]:
+    def _read(self, first: int) -> Iterator[tuple[int, _Sample, Members]]:
+        """The samples of a task: their places in the batch, they, and their bytes."""
+        shards = [dataset.shards for dataset in self._maker.datasets]
+        portion: list[_Sample] = []
+        portion_bytes = 0
+        for sample in self._samples[first : first + _SAMPLES_PER_TASK]:
+            num_bytes = shards[sample.dataset].num_bytes(sample.shard, sample.place)
+            if portion and portion_bytes + num_bytes > _READ_BYTES:
+                yield from zip(count(first), portion, self._contents(portion), strict=False)
+                first, portion, portion_bytes = first + len(portion), [], 0
+            portion.append(sample)
+            portion_bytes += num_bytes
+        yield from zip(count(first), portion, self._contents(portion), strict=False)
+
+    def _contents(self, samples: list[_Sample]) -> list[Members]:
         taken = {}
         for i, prefetcher in self._prefetchers.items():
             taken[i] = iter(prefetcher.take([sample.own for sample in samples if sample.dataset == i]))

@@ -4,9 +4,9 @@ Workers of one machine share the folder: a part is fetched by one of them. A par
 grid of 8 MiB; what it holds is checked like all that is read, by the checksum of each sample.
 """
 
-import errno
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +23,8 @@ PART_BYTES = 8 << 20
 # Of the limit: freed at once, because finding out what to delete looks at every part; and written before the next look
 # at what other workers have written.
 _ROOM, _UNCHECKED = 0.02, 0.002
+
+_PART_NAME = re.compile(r"([0-9a-f]{16})-([0-9]{7,})-([0-9]{5,})")
 
 NextUse = Callable[[Int64Array, Int64Array], Int64Array]  # shards and places on the grid -> numbers, [N] each
 
@@ -41,10 +43,8 @@ class PartName:
     @classmethod
     def parse(cls, name: str) -> "PartName | None":
         """The part that a file holds; None for a file that is none."""
-        data, *numbers = name.split("-")
-        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-            return None
-        return cls(data, int(numbers[0]), int(numbers[1]))
+        found = _PART_NAME.fullmatch(name)
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
 
 
 class Cache:
@@ -64,11 +64,11 @@ class Cache:
         """
         self._folder, self._limit_bytes, self._next_uses = Path(folder), limit_bytes, next_uses
         self._lock = threading.Lock()
-        self.is_disk_full = False  # then nothing more is kept
+        self.problem: str | None = None  # of its disk; then nothing more is kept
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in os.listdir(self._folder):
-                if name.endswith(".tmp"):
+                if name.endswith(".tmp") and PartName.parse(name.removesuffix(".tmp")):
                     _delete_unless_locked(self._folder / name)
             disk = os.statvfs(self._folder)
             self._used_bytes = sum(self._parts().values())
@@ -93,7 +93,7 @@ class Cache:
 
     def keep(self, part: PartName, num_bytes: int, fetch: Callable[[], bytes | bytearray]) -> bytes | bytearray:
         """A whole part: fetched, and kept if there is room for it; or from another worker, if one is fetching it."""
-        if self.is_disk_full:
+        if self.problem is not None:
             return fetch()
         path = self._path(part)
         temporary = path.with_suffix(".tmp")
@@ -112,10 +112,11 @@ class Cache:
                 else:
                     temporary.unlink(missing_ok=True)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageError(f"data.cache_dir: {path}: {error.strerror}; choose another folder") from error
-            self.is_disk_full = True
-            temporary.unlink(missing_ok=True)
+            self.problem = error.strerror
+            _delete_if_there(temporary)
+        except BaseException:  # whoever waits for it fetches it
+            _delete_if_there(temporary)
+            raise
         return fetch() if content is None else content
 
     def drop(self, part: PartName) -> None:
@@ -187,6 +188,11 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 return
         # Whoever had it before has deleted it, or made it the part.
+
+
+def _delete_if_there(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

@@ -19,6 +19,9 @@ class MixedConfig:
     weight: int = 1  # samples of it in each period; a period has as many as all weights together
 
 
+MAX_IMAGE_SIZE = 1 << 14  # pixels a side
+
+
 @dataclass
 class DataConfig:
     """Where samples come from."""
@@ -66,7 +69,7 @@ class DataConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at least 1")
         for key, most in (
-            ("image_size", 1 << 14),
+            ("image_size", MAX_IMAGE_SIZE),
             ("batch_size", 1 << 24),
             ("lanes", 1 << 20),
             ("block", 1 << 40),

@@ -213,7 +213,7 @@ def decode_caption(members: Mapping[str, memoryview], source: str) -> bytes:
     """
     extension, _, key = source.partition(":")
     try:
-        text = str(_member(members, extension), "utf-8")
+        text = str(_member(members, extension), "utf-8-sig")  # Windows puts a mark before UTF-8
         if key:
             tree = json.loads(text)
             found = tree.get(key) if isinstance(tree, dict) else None

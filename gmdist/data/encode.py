@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
+from gmdist.data.config import MAX_IMAGE_SIZE
 from gmdist.data.decode import UndecodableError, center_crop_resize, decode_image, open_image, to_array
 from gmdist.data.shard import IMAGE_EXTENSIONS, parse_label
 from gmdist.errors import ConfigError, DataError
@@ -25,8 +26,8 @@ class Encoding:
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
-        if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"--image-size: {self.image_size}; must be at least 1")
+        if self.image_size is not None and not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ConfigError(f"--image-size: {self.image_size}; must be from 1 to {MAX_IMAGE_SIZE}")
         if self.format is not None and self.format not in _EXTENSIONS:
             raise ConfigError(f"--format: '{self.format}'; must be one of {', '.join(_EXTENSIONS)}")
         if self.quality is not None and self.format not in _QUALITY:
@@ -64,7 +65,7 @@ def _check_text(extension: str, content: bytes) -> None:
         if extension == "txt":
             content.decode()
         elif extension == "json":
-            json.loads(content)
+            json.loads(content.decode("utf-8-sig"))
         elif extension == "cls":
             parse_label(content, "its .cls")
     except DataError as error:

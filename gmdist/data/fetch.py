@@ -142,6 +142,11 @@ class Shards:
             content += self.fetch(shard, base + low, base + high, stopped) if piece is None else piece
         return content
 
+    def num_bytes(self, shard: int, index: int) -> int:
+        """Bytes of a sample's span."""
+        start, stop = self._open(shard).index.spans[index].tolist()
+        return stop - start
+
     def hash(self, shard: int, index: int) -> int:
         """The hash of a sample's bytes."""
         return int(self._open(shard).index.hashes[index])

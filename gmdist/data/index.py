@@ -1,26 +1,23 @@
 """Indexing the shards of a data set, and checking them against their indexes: all in parallel, each read once."""
 
-import hashlib
-import json
 import math
 import random
-import re
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from threading import Event
-from typing import Any, BinaryIO, TypeVar
+from typing import TypeVar
 
 from gmdist import storage
 from gmdist.data.ledger import Ledger, is_unchanged
-from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, READ_ATTEMPTS, Manifest, ShardEntry
+from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry
 from gmdist.data.parallel import num_cores, spread
-from gmdist.data.shard import ShardIndex, index_name, load_index, open_shard, scan
+from gmdist.data.shard import index_name, load_index, scan
+from gmdist.data.sound import read_sound
 from gmdist.errors import DataError, StorageError
 
 _S3_THREADS = 16
-_MD5 = re.compile("[0-9a-f]{32}")
 _PROCESSES_FROM_BYTES = 256 << 20
 
 _Task = TypeVar("_Task")
@@ -46,13 +43,16 @@ def index_folder(
     shards = {name: version for name, version in stats.items() if name.endswith(".tar")}
     if not shards:
         raise DataError(f"{folder}: no .tar shards here; make them with `gmdist data pack SRC DEST`")
+    for name in shards:
+        if not name.isprintable():
+            raise DataError(f"{folder}: {name!r}: a shard's name has to be printable UTF-8; rename it")
+    classes = known_classes(folder)
     if PACK_NAME in stats and MANIFEST_NAME not in stats:
         raise DataError(
             f"{folder}: its packing was not finished; run the same `gmdist data pack` again, or delete its {PACK_NAME} "
             "to index what there is"
         )
-    with suppress(StorageError):  # unfinished uploads are seen by the bucket's owner alone, perhaps
-        storage.delete_leftovers(folder)
+    storage.delete_leftovers(folder)
     ledger = Ledger(folder)
     with suppress(DataError):  # there is none, or it is why the folder is indexed again
         ledger.entries = {entry.name: entry for entry in Manifest.load(folder).shards} | ledger.entries
@@ -72,7 +72,7 @@ def index_folder(
     if problems:
         ledger.save()
         return ledger.manifest(()), [problems[name] for name in sorted(problems)]
-    return ledger.finish(known_classes(folder)), []
+    return ledger.finish(classes), []
 
 
 def check_folder(
@@ -96,7 +96,9 @@ def check_folder(
     for number, entry in enumerate(shards):
         location = storage.join(folder, entry.name)
         if entry.name not in stats:
-            problems[entry.name] = f"{location}: missing, but the manifest lists it"
+            problems[entry.name] = (
+                f"{location}: missing, but the manifest lists it; put it back, or run `gmdist data index {folder}`"
+            )
         elif _is_another(folder, entry, stats[entry.name]):
             changed.add(entry.name)
             found = stats[entry.name].num_bytes
@@ -156,52 +158,12 @@ def _index(
         version = storage.stat(location)
         if known is not None and storage.Stat(known.num_bytes, known.etag) == version and _has_index(folder, known):
             return name, known
-        index, labels = _scan(location, version, stopped)
+        index, labels = read_sound(location, version, scan, stopped)
     except (DataError, FileNotFoundError, StorageError) as error:
         return name, _problem(location, error)
     content = index.to_bytes()
     storage.write(storage.join(folder, index_name(name)), content)
     return name, ShardEntry(name, version.etag, len(index), version.num_bytes, zlib.crc32(content), labels)
-
-
-def _scan(location: str, version: storage.Stat, stopped: Event | None) -> tuple[ShardIndex, int]:
-    """Index and labels of a shard, or the DataError of an unsound one, of bytes that were not damaged on their way.
-
-    They are sound where they have the MD5 that the ETag is, for objects that were uploaded in one piece. Where the ETag
-    is none, and where a shard is unsound, two reads have to agree.
-    """
-    if version.is_local:
-        with open_shard(location, version) as file:
-            return scan(file, location)
-    before = set()
-    for _ in range(READ_ATTEMPTS):
-        with open_shard(location, version, stopped) as file:
-            hashed = _Hashed(file)
-            try:
-                result: tuple[ShardIndex, int] | DataError = scan(hashed, location)
-            except DataError as error:
-                result = error
-        md5 = hashed.md5.hexdigest()
-        is_sound = not isinstance(result, DataError) and (md5 == version.etag or not _MD5.fullmatch(version.etag))
-        if is_sound or md5 in before:
-            if isinstance(result, DataError):
-                raise result
-            return result
-        before.add(md5)
-    raise DataError(f"{location}: its bytes are others each time that they are read; check the network and the storage")
-
-
-class _Hashed:
-    """A file that is read from its start, and the MD5 of what was read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.md5 = hashlib.md5(usedforsecurity=False)
-        self._file = file
-
-    def read(self, size: int, /) -> bytes:
-        content = self._file.read(size)
-        self.md5.update(content)
-        return content
 
 
 def _has_index(folder: str, entry: ShardEntry) -> bool:
@@ -217,7 +179,7 @@ def _check(folder: str, entry: ShardEntry, stopped: Event | None = None) -> tupl
     location = storage.join(folder, entry.name)
     try:
         saved = load_index(folder, entry)
-        found, _ = _scan(location, storage.stat(location), stopped)
+        found, _ = read_sound(location, storage.stat(location), scan, stopped)
     except (DataError, FileNotFoundError, StorageError) as error:
         return entry, _problem(location, error)
     if len(found) != len(saved):
@@ -236,9 +198,11 @@ def _problem(location: str, error: Exception) -> str:
 
 
 def known_classes(folder: str) -> tuple[str, ...]:
-    """The class names of the manifest that is there already: indexing again keeps them."""
-    try:
-        content: Any = json.loads(storage.read(storage.join(folder, MANIFEST_NAME)))
-        return tuple(content["classes"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    """The class names of the manifest that is there already: indexing again keeps them.
+
+    Raises:
+        DataError: there is a manifest, and it cannot be read: to go on would lose the names.
+    """
+    if not storage.exists(storage.join(folder, MANIFEST_NAME)):
         return ()
+    return Manifest.load(folder).classes

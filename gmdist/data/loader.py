@@ -54,7 +54,7 @@ class Loader:
         self._remote = [i for i, dataset in enumerate(self.datasets) if storage.is_s3(dataset.shards.folder)]
         self._cache = self._open_cache()
         self._notes = self._note_shared()
-        self._has_told = False  # that the cache's disk is full
+        self._has_told = False  # that the cache keeps nothing more
         self._maker = BatchMaker(config, self.datasets)
 
     def _open_cache(self) -> Cache | None:
@@ -109,11 +109,12 @@ class Loader:
     def notes(self) -> list[str]:
         """Lines that the user should read; each is given once."""
         notes, self._notes = self._notes, []
-        if self._cache is not None and self._cache.is_disk_full and not self._has_told:
+        if self._cache is not None and self._cache.problem is not None and not self._has_told:
             self._has_told = True
             notes.append(
-                f"data.cache_dir: {self.config.cache_dir}: its disk is full; nothing more is kept there, and the run "
-                "goes on without it; free some space or set data.cache_gib lower, then start the run again"
+                f"data.cache_dir: {self.config.cache_dir}: {self._cache.problem}; nothing more is kept there, and the "
+                "run goes on without it; free some space, set data.cache_gib lower or choose another folder, then "
+                "start the run again"
             )
         return notes
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ FORMAT_VERSION = 2
 # Bytes can be damaged on their way: what a checksum refuses is asked for again. Even where a quarter of all answers are
 # damaged, fewer than one read in ten million ends a run.
 READ_ATTEMPTS = 12
+PACKED_NAMES = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")  # what is written here, not by others
 _ROWS_A_LINE = 4096
 _END = '], "crc32": '  # of all that comes before: begins the last line
 _READ_BYTES = 1 << 23
@@ -135,8 +137,10 @@ class Manifest:
                 raise ValueError(f"{manifest.num_samples} samples instead of {head['samples']}")
         except FileNotFoundError as error:
             raise DataError(f"{folder}: {_remedy(folder)}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{location}: not a manifest ({error}); run `gmdist data index {folder}` again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(
+                f"{location}: not a manifest ({error}); restore it, or delete it and run `gmdist data index {folder}`"
+            ) from error
         if manifest.num_samples == 0:
             raise DataError(f"{folder}: the data set has no samples")
         return manifest

@@ -2,24 +2,26 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from gmdist import storage
 from gmdist.data.decode import UndecodableError
 from gmdist.data.encode import Encoding, encode
 from gmdist.data.ledger import Ledger, is_unchanged
-from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry, ShardTable
+from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, PACKED_NAMES, READ_ATTEMPTS, Manifest, ShardEntry, ShardTable
 from gmdist.data.parallel import spread
 from gmdist.data.shard import ShardWriter, index_name
 from gmdist.data.sources import FileTask, ImageFolder, Probe, Raw, ShardFolder, ShardTask, open_source, tar_bytes
 from gmdist.errors import DataError, StorageError
 
-_FORMAT_VERSION = 1  # of the plan too: a pack that another plan began is not gone on with
+_FORMAT_VERSION = 2  # of the plan too: a pack that another plan began is not gone on with
 _WINDOW = 32  # images that a thread has in memory at once
 _PROBED = 32  # images that are encoded to foretell the size of the others
 
@@ -44,23 +46,35 @@ class _Record:
     def save(self, folder: str) -> None:
         """Write it."""
         content = {"format": _FORMAT_VERSION, "fingerprint": self.fingerprint, "probe": astuple(self.probe)}
-        text = json.dumps(content | {"unreadable": self.unreadable}, indent=1, sort_keys=True)
+        content["unreadable"] = self.unreadable
+        content["crc32"] = _crc32_of(content)
+        text = json.dumps(content, indent=1, sort_keys=True)
         storage.write(storage.join(folder, PACK_NAME), text.encode())
 
     @classmethod
     def load(cls, folder: str) -> "_Record | None":
-        """None: there is none, or none of this version."""
-        try:
-            content = json.loads(storage.read(storage.join(folder, PACK_NAME)))
-            if content["format"] != _FORMAT_VERSION:
+        """None: there is none. DataError: it is damaged or of another version; a plan misread loses samples."""
+        location = storage.join(folder, PACK_NAME)
+        for _ in range(READ_ATTEMPTS):
+            try:
+                content = json.loads(storage.read(location))
+                if content.pop("crc32") == _crc32_of(content) and content["format"] == _FORMAT_VERSION:
+                    return cls(content["fingerprint"], Probe(*content["probe"]), content["unreadable"])
+            except FileNotFoundError:
                 return None
-            return cls(content["fingerprint"], Probe(*content["probe"]), content["unreadable"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+        raise DataError(
+            f"{location}: damaged, or of another version; run the same command again, or choose another folder"
+        )
 
     def lines(self) -> list[str]:
         """What could not be read, in the order of the shards."""
         return [line for name in sorted(self.unreadable) for line in self.unreadable[name]]
+
+
+def _crc32_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def pack(
@@ -109,7 +123,7 @@ def pack(
         if MANIFEST_NAME in there:
             return Packed(Manifest.load(destination), record.lines(), was_there=True)
         with suppress(StorageError):  # unfinished uploads are seen by the bucket's owner alone, perhaps
-            storage.delete_leftovers(destination)
+            storage.delete_leftovers(destination, PACKED_NAMES)
     else:
         _check_free(destination, there)
         record = _Record(fingerprint, _probe(listing, encoding, processes))

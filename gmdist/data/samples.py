@@ -10,7 +10,7 @@ from PIL import Image
 
 from gmdist import storage
 from gmdist.data import glyphs
-from gmdist.data.manifest import MANIFEST_NAME, Manifest
+from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, Manifest
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 
@@ -75,7 +75,7 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
 def _write(
     samples: list[tuple[str, dict[str, bytes]]], folder: str, classes: tuple[str, ...], num_shards: int
 ) -> Manifest:
-    storage.delete_leftovers(folder)
+    storage.delete_leftovers(folder, PACKED_NAMES)
     if not storage.list_names(folder):
         return write_shards(samples, folder, classes, num_shards=num_shards)
     with tempfile.TemporaryDirectory(prefix="gmdist-make-") as scratch:

@@ -14,7 +14,8 @@ from gmdist.data import tar
 from gmdist.data.decode import UndecodableError
 from gmdist.data.index import known_classes
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME
-from gmdist.data.shard import IMAGE_EXTENSIONS, open_shard, walk
+from gmdist.data.shard import IMAGE_EXTENSIONS, walk
+from gmdist.data.sound import open_sound
 from gmdist.errors import DataError
 
 TEXT_EXTENSIONS = ("txt", "json")
@@ -141,7 +142,7 @@ class ShardTask:
         """Their samples in order. A key that is there twice in a shard gets a "_"."""
         before, total, last, taken = 0, self.source_bytes, -1, set[str]()
         for location, version in self.shards:
-            with open_shard(location, version) as file:
+            with open_sound(location, version) as file:
                 for key, members in walk(file, location):
                     start = before + min(offset for offset, _ in members.values())
                     shard = start * self.num_shards // total
@@ -245,12 +246,26 @@ def _images_in(
         return
     for name in inside:
         yield from _images_in(root, posixpath.join(folder, name), (*above, (status.st_dev, status.st_ino)))
-    stats = storage.list_stats(path)
+    stats = storage.list_stats(path) | _broken_links(path)
     for name, version in stats.items():
         if _is_visible(name, (*IMAGE_EXTENSIONS, *OTHER_IMAGES)):
             stem, _, extension = name.rpartition(".")
-            texts = ((text, stats[f"{stem}.{text}"]) for text in TEXT_EXTENSIONS if f"{stem}.{text}" in stats)
-            yield posixpath.join(folder, name), ((extension, version), *texts)
+            texts = [other for text in TEXT_EXTENSIONS for other in (text, text.upper()) if f"{stem}.{other}" in stats]
+            versions = tuple((text, stats[f"{stem}.{text}"]) for text in texts)
+            yield posixpath.join(folder, name), ((extension, version), *versions)
+
+
+def _broken_links(path: str) -> dict[str, storage.Stat]:
+    """Links that lead nowhere: to images, which cannot be read, or to texts; DataError for others, perhaps folders."""
+    found = {}
+    with storage.naming(path):
+        entries = [entry for entry in os.scandir(path) if entry.is_symlink() and not os.path.exists(entry.path)]
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if _is_visible(entry.name, (*IMAGE_EXTENSIONS, *OTHER_IMAGES, *TEXT_EXTENSIONS)):
+            found[entry.name] = storage.Stat(0, "")
+        elif not entry.name.startswith("."):
+            raise DataError(f"{entry.path}: leads to {os.readlink(entry.path)}, which is missing; restore or delete it")
+    return found
 
 
 def _is_visible(name: str, extensions: tuple[str, ...]) -> bool:

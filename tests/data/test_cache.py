@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -167,12 +168,42 @@ def test_a_part_that_was_cut_is_fetched_again(tmp_path: Path, left: int) -> None
     assert path.read_bytes() == content_of(1, 0)
 
 
-def test_a_folder_in_a_parts_place_is_said(tmp_path: Path) -> None:
+def test_a_folder_in_a_parts_place_stops_the_keeping_only(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, 1000)
     (tmp_path / str(part(1))).mkdir()
     assert cache.find(part(1), 0, 1) is None
-    with pytest.raises(StorageError, match=r"data\.cache_dir: .*: Is a directory; choose another folder"):
-        put(cache, 1)
+    put(cache, 1)
+    assert cache.problem == "Is a directory"
+
+
+def test_a_folder_that_vanishes_stops_the_keeping_only(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path / "cache", 10)
+    put(cache, 1)
+    shutil.rmtree(tmp_path / "cache")
+    put(cache, 2)
+    assert cache.problem == "No such file or directory"
+    put(cache, 3)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    others = {"mine.tmp", "2024-05-01", "x-\u00b2-1", "a-1-2.tmp"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"theirs")
+    (tmp_path / f"{part(1)}.tmp").write_bytes(b"of a worker that was killed")
+    cache = cache_of(tmp_path, 2)
+    assert set(os.listdir(tmp_path)) == others
+    for shard in range(4):
+        put(cache, shard)
+    assert others < set(os.listdir(tmp_path))
+
+
+def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise StorageError("reading was stopped")
+
+    with pytest.raises(StorageError, match="stopped"):
+        cache_of(tmp_path, 10).keep(part(1), 3, fail)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_cache_that_is_too_full_is_brought_back(tmp_path: Path) -> None:
@@ -223,7 +254,7 @@ def test_a_full_disk_stops_the_keeping_only(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "replace", full)
     put(cache, 2)
-    assert cache.is_disk_full
+    assert cache.problem == os.strerror(errno.ENOSPC)
     put(cache, 3)
     assert sorted(os.listdir(tmp_path)) == [str(PartName(DATA, 1, 0))]
     assert cache.find(part(1), 0, 3) == b"1,0"

@@ -127,7 +127,7 @@ def test_quality_is_that_of_the_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [
-        (Encoding(0), "--image-size: 0; must be at least 1"),
+        (Encoding(0), "--image-size: 0; must be from 1 to 16384"),
         (Encoding(format="gif"), "--format: 'gif'; must be one of png, jpeg, webp"),
         (Encoding(8, quality=50), "--quality: 50; goes with --format jpeg or webp"),
         (Encoding(8, "jpeg", 0), "--quality: 0; must be from 1 to 100"),

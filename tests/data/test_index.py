@@ -1,5 +1,6 @@
 """Indexing and checking: every shard once, in parallel, from where it stopped; what changed or is unsound is named."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,25 @@ def test_indexing_again_keeps_the_classes_and_mends_the_manifest(tmp_path: Path)
     again, problems = index_folder(str(tmp_path))
     assert (again.hash, again.classes, problems) == (manifest.hash, ("cat", "dog"), [])
     (tmp_path / MANIFEST_NAME).write_text("garbage")
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest .*; restore it, or delete it and run"):
+        index_folder(str(tmp_path))  # or the names of the classes would be lost
+    (tmp_path / MANIFEST_NAME).unlink()
     assert index_folder(str(tmp_path))[0].hash == manifest.hash
+
+
+def test_a_name_that_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path)
+    (tmp_path / "shard-000000.tar").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar"))
+    with pytest.raises(DataError, match=r"'\\udcff\.tar': a shard's name has to be printable UTF-8; rename it"):
+        index_folder(str(tmp_path))
+
+
+def test_uploads_of_others_go_on_while_a_bucket_is_indexed(bucket, tmp_path: Path) -> None:
+    shards(tmp_path, 1)
+    storage.copy_from_local(str(tmp_path / "shard-000000.tar"), "s3://pictures/in/a.tar")
+    bucket.create_multipart_upload(Bucket="pictures", Key="in/b.tar")
+    index_folder("s3://pictures/in")
+    assert [upload["Key"] for upload in bucket.list_multipart_uploads(Bucket="pictures")["Uploads"]] == ["in/b.tar"]
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +216,9 @@ def test_checking_finds_what_changed(tmp_path: Path) -> None:
     ]
 
     shard.unlink()
-    assert check_folder(str(tmp_path)) == [f"{shard}: missing, but the manifest lists it"]
+    assert check_folder(str(tmp_path)) == [
+        f"{shard}: missing, but the manifest lists it; put it back, or run `gmdist data index {tmp_path}`"
+    ]
 
     shard.write_bytes(sound)
     saved = tmp_path / index_name(shard.name)
@@ -223,7 +244,8 @@ def test_checking_lists_every_unsound_shard(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "shard-000001.tar", tmp_path / "more.tar")
     assert check_folder(str(tmp_path)) == [
         f"{tmp_path}/more.tar: the manifest does not list it",
-        f"{tmp_path}/shard-000000.tar: missing, but the manifest lists it",
+        f"{tmp_path}/shard-000000.tar: missing, but the manifest lists it; put it back, or run `gmdist data index "
+        f"{tmp_path}`",
         f"{tmp_path}/shard-000002.tar: sample 'k002' differs from its index",
         f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`",
     ]

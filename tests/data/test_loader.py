@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gmdist.data import batch
 from gmdist.data.batch import Loaded
 from gmdist.data.cache import Cache
 from gmdist.data.config import DataConfig, MixedConfig
@@ -126,6 +127,31 @@ def test_black_is_minus_one_and_white_is_one(tmp_path: Path) -> None:
     assert (loaded[1:] == -1.0).all()
 
 
+def test_large_samples_are_read_one_at_a_time(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a batch of them would fill the memory: what was read and is not decoded yet is counted nowhere."""
+    waiting, most = 0, 0
+    read, decode = Shards.read, batch.BatchMaker.decode
+
+    def count_read(*arguments):
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        return read(*arguments)
+
+    def count_decode(*arguments):
+        nonlocal waiting
+        waiting -= 1
+        return decode(*arguments)
+
+    monkeypatch.setattr(Shards, "read", count_read)
+    monkeypatch.setattr(batch.BatchMaker, "decode", count_decode)
+    for limit_bytes, expected in ((1, 1), (1 << 20, BATCH)):
+        monkeypatch.setattr(batch, "_READ_BYTES", limit_bytes)
+        waiting = most = 0
+        assert merged(load(plain, 2, num_threads=1, prefetch_batches=1))[2] == []
+        assert most == expected
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_workers_sees_the_same_samples(plain: str, world_size: int) -> None:
     alone, shared = load(plain, 4), load(plain, 4, world_size=world_size)
@@ -177,8 +203,8 @@ def test_a_sweep_gives_each_sample_once(plain: str, world_size: int) -> None:
 def test_the_first_samples_are_the_same_on_every_worker(plain: str) -> None:
     first = [Loader(settings(plain), plain, rank, 3).first(10).batch for rank in range(3)]
     assert first[0]["key"].tolist() == list(range(10))
-    for batch in first[1:]:
-        assert all(torch.equal(batch[name], first[0][name]) for name in batch)
+    for other in first[1:]:
+        assert all(torch.equal(other[name], first[0][name]) for name in other)
     whole, _, _ = merged(load(plain, 1))
     assert [image.numpy().tobytes() for image in first[0]["image"]] == [whole[t][0] for t in range(10)]
 
@@ -408,9 +434,9 @@ def test_a_full_disk_of_the_cache_is_told_once(plain: str, tmp_path: Path) -> No
     loader.config.cache_dir = str(tmp_path / "cache")
     loader._cache = Cache(loader.config.cache_dir, 1000, {})
     assert loader.notes() == []
-    loader._cache.is_disk_full = True
+    loader._cache.problem = "No space left on device"
     (note,) = loader.notes()
-    assert f"data.cache_dir: {tmp_path}/cache: its disk is full" in note
+    assert f"data.cache_dir: {tmp_path}/cache: No space left on device; nothing more is kept there" in note
     assert loader.notes() == []
 
 

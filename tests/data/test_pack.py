@@ -155,6 +155,16 @@ def test_a_killed_pack_leaves_nothing_and_goes_on_to_the_same_bytes(photos: Path
     assert files(out) == files(packed)
 
 
+def partly(photos: Path, folder: Path) -> None:
+    """Begin to pack the photos, and stop."""
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(photos), str(folder), **SETTINGS, on_progress=stop)
+
+
 def test_finished_shards_are_kept(photos: Path, packed: Path, tmp_path: Path) -> None:
     written = []
 
@@ -177,12 +187,7 @@ def test_finished_shards_are_kept(photos: Path, packed: Path, tmp_path: Path) ->
 
 def test_a_part_of_another_pack_is_refused(photos: Path, tmp_path: Path) -> None:
     source = shutil.copytree(photos, tmp_path / "in")
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack(str(source), str(tmp_path / "out"), **SETTINGS, on_progress=stop)
+    partly(source, tmp_path / "out")
     message = "out: holds a part of another pack: the source or the settings are not those that it was begun with"
     with pytest.raises(DataError, match=message):
         pack(str(source), str(tmp_path / "out"), Encoding(64, "webp"), shard_mib=0.025)
@@ -256,3 +261,31 @@ def test_shards_are_about_as_large_as_asked(tmp_path: Path, encoding: Encoding) 
     assert len(sizes) > 3
     assert all(0.075 < size < 0.14 for size in sizes[:-1])
     assert sizes[-1] < 0.14
+
+
+def test_a_plan_that_was_damaged_on_its_way_is_read_again(
+    photos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partly(photos, tmp_path / "out")
+    read, damaged = storage.read, []
+
+    def damage(location: str) -> bytes:
+        content = read(location)
+        if location.endswith("pack.json") and len(damaged) < 3:
+            damaged.append(location)
+            digit = content.index(b'"probe"') + 20
+            return (content.replace(b"32", b"22", 1), content[:digit], content.replace(b'"', b"'", 1))[len(damaged) - 1]
+        return content
+
+    monkeypatch.setattr(storage, "read", damage)
+    pack(str(photos), str(tmp_path / "out"), **SETTINGS)
+    assert len(damaged) == 3
+    assert files(tmp_path / "out") == files(packed)
+
+
+def test_a_damaged_plan_is_not_gone_on_with(photos: Path, tmp_path: Path) -> None:
+    partly(photos, tmp_path / "out")
+    plan = tmp_path / "out" / "pack.json"
+    plan.write_text(plan.read_text().replace("32", "22", 1))
+    with pytest.raises(DataError, match=r"pack\.json: damaged, or of another version; run the same command again"):
+        pack(str(photos), str(tmp_path / "out"), **SETTINGS)

@@ -1,11 +1,16 @@
 """What is packed: folders of images, with labels and captions, and shards; what cannot be meant is refused."""
 
+import io
+import random
 import tarfile
 from pathlib import Path
 
 import pytest
 import webdataset
+from boto3.s3.transfer import TransferConfig
 
+from gmdist import storage
+from gmdist.data.decode import decode_caption
 from gmdist.data.encode import Encoding
 from gmdist.data.index import check_folder, index_folder
 from gmdist.data.manifest import Manifest
@@ -13,6 +18,12 @@ from gmdist.data.pack import pack
 from gmdist.data.sources import File
 from gmdist.errors import DataError
 from tests.data.packing import files, fill, image, samples, stream, theirs
+
+
+def opened_png() -> bytes:
+    png = io.BytesIO()
+    image(0).save(png, "PNG")
+    return png.getvalue()
 
 
 def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -238,3 +249,60 @@ def test_unsound_shards_are_not_packed(tmp_path: Path, bucket) -> None:
         pack(str(source), str(tmp_path / "out2"))
     with pytest.raises(DataError, match="s3://pictures/none: no .tar shards here; images are packed from a local"):
         pack("s3://pictures/none", str(tmp_path / "out2"))
+
+
+def test_extensions_are_of_any_case(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", ["0.JPG", "1.png"])
+    (source / "0.TXT").write_text("a caption")
+    (source / "1.json").write_text("{}")
+    pack(str(source), str(tmp_path / "out"))
+    found = samples(tmp_path / "out")
+    assert found["0"]["txt"] == b"a caption"
+    assert sorted(found["1"]) == ["json", "png"]
+
+
+def test_links_that_lead_nowhere_are_not_passed_over(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", [f"cats/{i}.png" for i in range(9)])
+    (source / "cats/gone.png").symlink_to("nowhere.png")
+    (source / "cats/3.txt").symlink_to("nowhere.txt")
+    packed = pack(str(source), str(tmp_path / "out"), max_unreadable=0.5)
+    assert sorted(packed.unreadable) == [f"cats/{name}: No such file or directory" for name in ("3.png", "gone.png")]
+    (source / "dogs").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"in/dogs: leads to nowhere, which is missing; restore or delete it"):
+        pack(str(source), str(tmp_path / "other"))
+
+
+def test_a_mark_before_utf8_is_no_part_of_a_text(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", ["0.png", "1.png", "2.png"])
+    (source / "0.txt").write_bytes(b"\xef\xbb\xbfcaption")
+    (source / "1.json").write_bytes(b'\xef\xbb\xbf{"text": "caption"}')
+    (source / "2.json").write_bytes('{"text": "caption"}'.encode("utf-16"))
+    packed = pack(str(source), str(tmp_path / "out"))
+    assert packed.unreadable == ["2.png: its .json is no JSON"]
+    for key, caption in (("0", "txt"), ("1", "json:text")):
+        members = {name: memoryview(content) for name, content in samples(tmp_path / "out")[key].items()}
+        assert decode_caption(members, caption) == b"caption"
+
+
+@pytest.mark.parametrize("part_mib", [8, 5])  # the ETag is the hash of the parts, or of others
+def test_bits_that_flip_on_their_way_from_a_bucket_are_read_again(
+    bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_mib: int
+) -> None:
+    content = random.Random(0).randbytes(9 << 20)
+    folder = theirs(tmp_path / "in", [("a", {"png": opened_png(), "npy": content})], 1, tarfile.USTAR_FORMAT)
+    config = TransferConfig(multipart_threshold=part_mib << 20, multipart_chunksize=part_mib << 20)
+    bucket.upload_file(str(folder / "00000.tar"), "pictures", "in/a.tar", Config=config)
+    read, flips = storage.read_range, []
+
+    def flip(location, offset, *arguments):
+        found = read(location, offset, *arguments)
+        if found and len(flips) < 3:
+            flips.append(offset)
+            found[len(found) // 2] ^= 1
+        return found
+
+    monkeypatch.setattr(storage, "read_range", flip)
+    pack("s3://pictures/in", str(tmp_path / "out"), max_unreadable=0.0)
+    assert len(flips) == 3
+    monkeypatch.undo()
+    assert samples(tmp_path / "out")["a"]["npy"] == content

@@ -169,6 +169,7 @@ def test_storage_that_is_reached_wrongly(
         with pytest.raises(ConfigError, match=r"endpoint_url: must not hold credentials"):
             s3.config().validate()
         s3.configure(before)
-        assert "locations look like s3://bucket/prefix" in problem("s3://No_Bucket!/x")
+        with pytest.raises(ConfigError, match=r"'No_Bucket!' cannot be a bucket's name; locations look like s3://"):
+            Manifest.load("s3://No_Bucket!/x")
     finally:
         s3.configure(before)
