@@ -15,8 +15,8 @@ from gmdist import storage
 from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
 from gmdist.families import CATALOGUE
+from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.optim import OptimConfig
-from gmdist.train.trainer import TrainConfig, micro_batch_size
 
 
 @dataclass

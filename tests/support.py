@@ -24,10 +24,11 @@ from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.unet import UNetConfig
+from gmdist.train.config import TrainConfig
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import OptimConfig
 from gmdist.train.state import RunIdentity
-from gmdist.train.trainer import TrainConfig, Trainer
+from gmdist.train.trainer import Trainer
 
 SIZE, CHANNELS, CLASSES = 16, 1, 4
 ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))

@@ -101,7 +101,6 @@ class Cache:
         try:
             with _locked(temporary) as file:
                 if (found := self.find(part, 0, num_bytes)) is not None:
-                    temporary.unlink(missing_ok=True)
                     return found
                 content = fetch()
                 if self._make_room(part, len(content)):
@@ -109,14 +108,8 @@ class Cache:
                     file.write(content)
                     file.flush()
                     os.replace(temporary, path)
-                else:
-                    temporary.unlink(missing_ok=True)
         except OSError as error:
             self.problem = error.strerror
-            _delete_if_there(temporary)
-        except BaseException:  # whoever waits for it fetches it
-            _delete_if_there(temporary)
-            raise
         return fetch() if content is None else content
 
     def drop(self, part: PartName) -> None:
@@ -180,19 +173,21 @@ class Cache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file that is this worker's alone: the others wait, and a lock ends with its holder."""
+    """A file that is this worker's alone: the others wait, and a lock ends with its holder.
+
+    Afterwards it is deleted, unless it was made something else. Not later: then it may be the next worker's.
+    """
     while True:
         with open(path, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(path, file):
-                yield file
+                try:
+                    yield file
+                finally:
+                    if _is_at(path, file):
+                        path.unlink()
                 return
         # Whoever had it before has deleted it, or made it the part.
-
-
-def _delete_if_there(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

@@ -1,111 +1,32 @@
 """The step and the loop. Knows the contract of a family, and no family."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gmdist import images, storage
-from gmdist.errors import ConfigError, check_int64
+from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Family, Metrics
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import Reader, Saver
+from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.control import Clock, Control
 from gmdist.train.ema import EMA
-from gmdist.train.engine import PRECISIONS, STAGES, Unit, make_unit, rank, world_size
+from gmdist.train.engine import Unit, make_unit, rank, world_size
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog
 from gmdist.train.optim import OptimConfig, learning_rate
+from gmdist.train.source import Loaded, Source
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 
 _INITIALIZE_SAMPLES = 256
 _MASK64 = (1 << 64) - 1
-
-
-@dataclass
-class TrainConfig:
-    """How long, how precise, how often."""
-
-    num_steps: int  # optimizer steps
-    precision: str = "fp32"  # fp32, or bf16: products and convolutions in bf16 on fp32 weights
-    zero_stage: int = 0  # 0: whole copies; 1: DeepSpeed shards optimizer state; 2: gradients too
-    micro_batch_size: int | None = None  # samples a worker passes through at once; None: its whole part of the batch
-    log_every: int = 50  # steps
-    checkpoint_every: int = 1000  # steps; the last step is saved too
-    keep_checkpoints: int | None = 2  # newest ones; None keeps all
-    sample_every: int | None = 1000  # steps between sample grids; None: none
-    num_preview_images: int = 40  # in a sample grid
-    evaluate_every: int | None = None  # steps between evaluations on data.test; None: none
-    ema_halflife_kimg: float = 500.0  # thousands of images after which an old weight counts half
-    ema_ramp: float | None = 0.05  # the half-life is at most this share of the images seen; None: no bound
-    seed: int = 0  # of initial weights, noise and dropout
-
-    def validate(self) -> None:
-        """Raise ConfigError for values that cannot be."""
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"train.precision: '{self.precision}'; must be one of {', '.join(PRECISIONS)}")
-        if self.zero_stage == 3:
-            raise ConfigError(
-                "train.zero_stage: 3; parameters that are sharded themselves are not supported yet; use 0, 1 or 2"
-            )
-        if self.zero_stage not in STAGES:
-            raise ConfigError(f"train.zero_stage: {self.zero_stage}; must be 0, 1 or 2")
-        for key in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{key}: {value}; must be at least 1")
-        for key in ("sample_every", "evaluate_every", "num_preview_images"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")
-        if not 0.0 < self.ema_halflife_kimg < math.inf:
-            raise ConfigError(f"train.ema_halflife_kimg: {self.ema_halflife_kimg}; must be a number above 0")
-        if self.ema_ramp is not None and not 0.0 < self.ema_ramp <= 1.0:
-            raise ConfigError(f"train.ema_ramp: {self.ema_ramp}; must be above 0 and at most 1, or null for no bound")
-        check_int64("train.seed", self.seed)
-
-
-class Loaded(Protocol):
-    """A part of a batch, as the loader gives it."""
-
-    def batch_on(self, device: torch.device) -> Batch:
-        """The samples."""
-
-    @property
-    def digest(self) -> int:
-        """Their order digest."""
-
-    @property
-    def quarantined(self) -> list[dict[str, Any]]:
-        """The samples that were replaced because they could not be decoded."""
-
-
-class Source(Protocol):
-    """A data set as one worker reads it."""
-
-    num_samples: int
-
-    def batches(self, start: int) -> Iterator[Loaded]:
-        """This worker's part of one global batch after another, from a sample number on."""
-
-    def sweep(self, batch_size: int) -> Iterator[Loaded]:
-        """Every sample once, over all workers."""
-
-    def first(self, count: int) -> Loaded:
-        """The first samples of the order, the same on every worker."""
-
-    def counters(self) -> dict[str, float]:
-        """What reading has cost this worker since the process began: bytes, requests, retries, stalls."""
-
-    def notes(self) -> list[str]:
-        """Lines that the user should read; each is given once."""
 
 
 class Trainer:
@@ -379,23 +300,6 @@ class Trainer:
         """Trained children train; frozen ones never do."""
         for name, child in self.family.named_children():
             child.train(training and name in self._trained)
-
-
-def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
-    """Samples that a worker passes through at once; ConfigError if the sizes do not divide."""
-    if batch_size % num_workers:
-        raise ConfigError(
-            f"data.batch_size: {batch_size}; {num_workers} workers do not divide it; "
-            f"use a multiple of {num_workers}, or another cluster.num_workers"
-        )
-    part = batch_size // num_workers
-    micro = config.micro_batch_size or part
-    if part % micro:
-        raise ConfigError(
-            f"train.micro_batch_size: {micro}; it must divide a worker's part of the batch, which is {part} "
-            f"(data.batch_size {batch_size} / {num_workers} workers)"
-        )
-    return micro
 
 
 def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]:

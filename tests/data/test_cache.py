@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,27 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     for shard in range(4):
         put(cache, shard)
     assert others < set(os.listdir(tmp_path))
+
+
+def test_workers_that_want_a_part_do_not_disturb_each_other_when_a_fetch_fails(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, 1000)
+
+    def work(seed: int) -> None:
+        fails = np.random.default_rng(seed).random(60) < 0.5
+        for shard, fail in zip(range(60), fails, strict=True):
+
+            def fetch(fail=fail, shard=shard) -> bytes:
+                if fail:
+                    raise StorageError("reading was stopped")
+                return b"%d" % shard
+
+            with suppress(StorageError):
+                assert cache.keep(part(shard), len(b"%d" % shard), fetch) == b"%d" % shard
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert cache.problem is None
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:

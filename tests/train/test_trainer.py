@@ -10,9 +10,9 @@ from torch import nn
 
 from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.families.family import Family, Phase
+from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.hooks import Hooks
 from gmdist.train.state import RunIdentity, check_identity
-from gmdist.train.trainer import TrainConfig, micro_batch_size
 from tests.support import ADAM, Linear, MemorySource, fit, make_trainer, run_workers, small_family, tree_bytes
 
 

@@ -1,0 +1,44 @@
+"""What the trainer knows of data: batches, in an order, from any place of it."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from gmdist.families.family import Batch
+
+
+class Loaded(Protocol):
+    """A part of a batch, as the loader gives it."""
+
+    def batch_on(self, device: torch.device) -> Batch:
+        """The samples."""
+
+    @property
+    def digest(self) -> int:
+        """Their order digest."""
+
+    @property
+    def quarantined(self) -> list[dict[str, Any]]:
+        """The samples that were replaced because they could not be decoded."""
+
+
+class Source(Protocol):
+    """A data set as one worker reads it."""
+
+    num_samples: int
+
+    def batches(self, start: int) -> Iterator[Loaded]:
+        """This worker's part of one global batch after another, from a sample number on."""
+
+    def sweep(self, batch_size: int) -> Iterator[Loaded]:
+        """Every sample once, over all workers."""
+
+    def first(self, count: int) -> Loaded:
+        """The first samples of the order, the same on every worker."""
+
+    def counters(self) -> dict[str, float]:
+        """What reading has cost this worker since the process began: bytes, requests, retries, stalls."""
+
+    def notes(self) -> list[str]:
+        """Lines that the user should read; each is given once."""
