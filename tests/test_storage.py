@@ -331,3 +331,21 @@ def test_what_killed_writers_left_is_deleted(folder, request) -> None:
         storage.delete_leftovers(folder)
         assert sorted(path.name for path in Path(folder).rglob("*.tmp")) == [f".b.tar.{'0' * 32}.tmp", "mine.tmp"]
     assert storage.read(f"{folder}/a.tar") == b"whole"
+
+
+def test_an_object_of_json_is_what_was_written_or_an_error(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    location, content = f"{folder}/a.json", {"b": [1, 2.5, None], "a": {"text": "\u00e4"}}
+    with pytest.raises(FileNotFoundError):
+        storage.read_json(location)
+    storage.write_json(location, content)
+    assert storage.read_json(location) == content
+    sound = storage.read(location)
+    for damaged in (sound.replace(b"2.5", b"3.5"), sound[:-5], b"[]", b"{}", b"\xff", b'{"crc32": "x"}'):
+        storage.write(location, damaged)
+        with pytest.raises(ValueError, match=r"."):
+            storage.read_json(location)
+
+    storage.write(location, sound)
+    answers = [sound.replace(b"2.5", b"3.5"), sound[:20], sound]  # damaged on their way, twice
+    monkeypatch.setattr(storage, "read", lambda _: answers.pop(0))
+    assert storage.read_json(location) == content

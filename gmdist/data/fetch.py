@@ -13,7 +13,7 @@ from isal.isal_zlib import crc32
 from gmdist import s3, storage
 from gmdist.data.cache import PART_BYTES, Cache, PartName
 from gmdist.data.decode import Buffer
-from gmdist.data.manifest import MANIFEST_NAME, READ_ATTEMPTS, Manifest
+from gmdist.data.manifest import MANIFEST_NAME, Manifest
 from gmdist.data.shard import ShardIndex, load_index
 from gmdist.errors import DataError, StorageError
 
@@ -165,7 +165,7 @@ class Shards:
         shard_index = self._open(shard).index
         start, stop = shard_index.spans[index].tolist()
         rows = shard_index.rows(index)
-        for _ in range(READ_ATTEMPTS):
+        for _ in range(storage.READ_ATTEMPTS):
             span = memoryview(self.fetch(shard, start, stop) if content is None else content)
             found = {}
             for extension, (offset, num_bytes, checksum) in zip(shard_index.extensions, rows, strict=True):

@@ -18,9 +18,6 @@ from gmdist.errors import DataError
 MANIFEST_NAME = "manifest.json"
 PACK_NAME = "pack.json"  # what a data set was packed from, there from the first shard on
 FORMAT_VERSION = 2
-# Bytes can be damaged on their way: what a checksum refuses is asked for again. Even where a quarter of all answers are
-# damaged, fewer than one read in ten million ends a run.
-READ_ATTEMPTS = 12
 PACKED_NAMES = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")  # what is written here, not by others
 _ROWS_A_LINE = 4096
 _END = '], "crc32": '  # of all that comes before: begins the last line
@@ -157,11 +154,11 @@ def _joined(parts: list[dict[str, npt.NDArray[Any]]]) -> ShardTable:
 
 def _read(location: str) -> tuple[dict[str, Any], list[dict[str, npt.NDArray[Any]]]]:
     """The head of a manifest and its shards' columns, a few thousand shards at a time."""
-    for attempt in range(READ_ATTEMPTS):
+    for attempt in range(storage.READ_ATTEMPTS):
         try:
             return _read_lines(_lines(location))
         except _DamagedError:
-            if attempt + 1 == READ_ATTEMPTS:
+            if attempt + 1 == storage.READ_ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
 

@@ -1,21 +1,18 @@
 """Writing shards: from folders of images, from other shards, and from any stream of samples."""
 
 import hashlib
-import json
-import zlib
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from gmdist import storage
 from gmdist.data.decode import UndecodableError
 from gmdist.data.encode import Encoding, encode
 from gmdist.data.ledger import Ledger, is_unchanged
-from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, PACKED_NAMES, READ_ATTEMPTS, Manifest, ShardEntry, ShardTable
+from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, PACKED_NAMES, Manifest, ShardEntry, ShardTable
 from gmdist.data.parallel import spread
 from gmdist.data.shard import ShardWriter, index_name
 from gmdist.data.sources import FileTask, ImageFolder, Probe, Raw, ShardFolder, ShardTask, open_source, tar_bytes
@@ -46,35 +43,28 @@ class _Record:
     def save(self, folder: str) -> None:
         """Write it."""
         content = {"format": _FORMAT_VERSION, "fingerprint": self.fingerprint, "probe": astuple(self.probe)}
-        content["unreadable"] = self.unreadable
-        content["crc32"] = _crc32_of(content)
-        text = json.dumps(content, indent=1, sort_keys=True)
-        storage.write(storage.join(folder, PACK_NAME), text.encode())
+        storage.write_json(storage.join(folder, PACK_NAME), content | {"unreadable": self.unreadable})
 
     @classmethod
     def load(cls, folder: str) -> "_Record | None":
         """None: there is none. DataError: it is damaged or of another version; a plan misread loses samples."""
         location = storage.join(folder, PACK_NAME)
-        for _ in range(READ_ATTEMPTS):
-            try:
-                content = json.loads(storage.read(location))
-                if content.pop("crc32") == _crc32_of(content) and content["format"] == _FORMAT_VERSION:
-                    return cls(content["fingerprint"], Probe(*content["probe"]), content["unreadable"])
-            except FileNotFoundError:
-                return None
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-        raise DataError(
-            f"{location}: damaged, or of another version; run the same command again, or choose another folder"
-        )
+        try:
+            content = storage.read_json(location)
+            if content["format"] != _FORMAT_VERSION:
+                raise ValueError(f"of format {content['format']}")
+            return cls(content["fingerprint"], Probe(*content["probe"]), content["unreadable"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{location}: damaged or of another version ({error}); run the same command again, or choose another "
+                "folder"
+            ) from error
 
     def lines(self) -> list[str]:
         """What could not be read, in the order of the shards."""
         return [line for name in sorted(self.unreadable) for line in self.unreadable[name]]
-
-
-def _crc32_of(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def pack(

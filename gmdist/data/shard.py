@@ -24,7 +24,7 @@ from safetensors.numpy import save as save_safetensors
 
 from gmdist import s3, storage
 from gmdist.data import tar
-from gmdist.data.manifest import READ_ATTEMPTS, ShardEntry
+from gmdist.data.manifest import ShardEntry
 from gmdist.data.tape import keyed_hash
 from gmdist.errors import DataError
 
@@ -130,7 +130,7 @@ def index_name(shard_name: str) -> str:
 def load_index(folder: str, entry: ShardEntry) -> ShardIndex:
     """Read a shard's index and check it against the manifest."""
     location = storage.join(folder, index_name(entry.name))
-    for _ in range(READ_ATTEMPTS):
+    for _ in range(storage.READ_ATTEMPTS):
         try:
             content = storage.read(location)
         except FileNotFoundError as error:

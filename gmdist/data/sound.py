@@ -9,7 +9,6 @@ from typing import BinaryIO, TypeVar
 
 from gmdist import storage
 from gmdist.data import tar
-from gmdist.data.manifest import READ_ATTEMPTS
 from gmdist.data.shard import open_shard
 from gmdist.errors import DataError
 
@@ -36,7 +35,7 @@ def read_sound(
         with open_shard(location, version) as file:
             return read(file, location)
     before = set()
-    for _ in range(READ_ATTEMPTS):
+    for _ in range(storage.READ_ATTEMPTS):
         with open_shard(location, version, stopped) as file:
             hashed = _Hashed(file, in_parts="-" in version.etag)
             try:

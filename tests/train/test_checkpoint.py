@@ -32,8 +32,8 @@ def damage(run: Path, how: str) -> None:
     elif how == "half a meta":
         (newest / "meta.json").write_text((newest / "meta.json").read_text()[:50])
     elif how == "another format":
-        meta = json.loads((newest / "meta.json").read_text())
-        (newest / "meta.json").write_text(json.dumps(meta | {"format": 99}))
+        meta = storage.read_json(str(newest / "meta.json"))
+        storage.write_json(str(newest / "meta.json"), meta | {"format": 99})
     elif how == "shard missing":
         shard.unlink()
     elif how == "shard cut":
