@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-gpu test-s3 s3-server lint lint-oldest bench bench-loader
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server lint lint-oldest bench bench-loader
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +33,10 @@ demo: setup
 
 test-local: setup
 	$(BIN)/python -m pytest
+
+# Takes five minutes: workers, controllers and nodes of Ray are killed.
+test-faults: setup
+	$(BIN)/python -m pytest -m faults tests/faults
 
 # A real S3 server (OpenStack Swift) in an environment of its own.
 .s3/installed: requirements-s3.txt
@@ -69,6 +73,10 @@ lint-oldest: setup .torch-oldest/installed
 
 bench: setup
 	$(BIN)/python benchmarks/rng.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/ema.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/engine.py
 
 # The peers of benchmarks/loader.py in an environment of their own.
 .peers/installed: requirements-peers.txt

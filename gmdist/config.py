@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from gmdist import storage
 from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
 from gmdist.families import CATALOGUE
-from gmdist.train.config import TrainConfig, micro_batch_size
+from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
 
 
@@ -24,25 +25,50 @@ class ClusterConfig:
     """The Ray cluster and what the run takes of it."""
 
     address: str = "local"  # "local" starts one; "auto" finds the one this machine belongs to; or ray://..., host:port
-    num_workers: int = 1
+    num_workers: Any = 1  # or [least, most]: as many as the cluster has room for and as divide data.batch_size
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
-    max_failures: int = 3  # restarts of the workers before the run fails
-    timeout_s: float = 1800.0  # that a worker waits for the others before the run fails
+    max_failures: int = 3  # restarts in a row, without a step beyond the last failure, before the run fails
+    backoff_s: float = 1.0  # before the first of them; doubles with each, up to a minute
+    timeout_s: float = 1800.0  # that a worker may take for a step, or wait for others, before all are started again
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
-        for key in ("num_workers", "cpus_per_worker"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"cluster.{key}: {getattr(self, key)}; must be at least 1")
+        is_range = isinstance(self.num_workers, tuple) and len(self.num_workers) == 2
+        counts = self.num_workers if is_range else (self.num_workers, self.num_workers)
+        if not all(type(count) is int and count >= 1 for count in counts) or counts[0] > counts[1]:
+            shown = list(self.num_workers) if isinstance(self.num_workers, tuple) else self.num_workers
+            raise ConfigError(f"cluster.num_workers: {shown}; must be a number of at least 1, or [least, most]")
+        if self.cpus_per_worker < 1:
+            raise ConfigError(f"cluster.cpus_per_worker: {self.cpus_per_worker}; must be at least 1")
         if self.gpus_per_worker not in (0, 1):
             raise ConfigError(
                 f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be above 0")
+        if not 0.0 <= self.backoff_s < math.inf:
+            raise ConfigError(f"cluster.backoff_s: {self.backoff_s}; must be a number of at least 0")
         if self.max_failures < 0:
             raise ConfigError(f"cluster.max_failures: {self.max_failures}; must be at least 0")
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    def sizes(self, batch_size: int) -> list[int]:
+        """The numbers of workers that the run may have, from the smallest; ConfigError if none divides the batch."""
+        least, most = self.worker_range
+        sizes = [count for count in range(least, most + 1) if batch_size % count == 0]
+        if not sizes:
+            workers = f"{least} workers do not divide it"
+            if least < most:
+                workers = f"no number of workers from {least} to {most} divides it"
+            raise ConfigError(
+                f"data.batch_size: {batch_size}; {workers}; use a multiple of {least}, or another cluster.num_workers"
+            )
+        return sizes
 
 
 @dataclass
@@ -142,7 +168,9 @@ def _check(config: Config) -> None:
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
-    micro_batch_size(config.train, config.data.batch_size, config.cluster.num_workers)
+    if config.train.best_metric is not None and config.data.test is None:
+        raise ConfigError("data.test: missing; train.best_metric needs it")
+    config.cluster.sizes(config.data.batch_size)
     if not config.run.dir:
         raise ConfigError("run.dir: ''; must be a folder or an s3:// prefix")
     storage.is_s3(config.run.dir)

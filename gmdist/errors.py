@@ -25,3 +25,15 @@ class CheckpointError(GmdistError):
 
 class StorageError(GmdistError):
     """A file that cannot be read or written: no space, no permission, no such bucket. Exit code 1."""
+
+
+class DivergedError(GmdistError):
+    """A run whose gradients stay not finite. Exit code 1."""
+
+
+class MemoryExceededError(GmdistError):
+    """A step that does not fit into the memory. Exit code 1."""
+
+
+class RunFailedError(GmdistError):
+    """A run whose workers failed more often than cluster.max_failures allows. Exit code 1."""

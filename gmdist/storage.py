@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from threading import Event
 from typing import Any, BinaryIO
 
 from gmdist import ranged, s3
+from gmdist.checksum import crc32
 from gmdist.errors import ConfigError, StorageError
 
 # Bytes can be damaged on their way: what a checksum refuses is asked for again. Even where a quarter of all answers are
@@ -132,16 +132,49 @@ def open_read(location: str, version: Stat, stopped: Event | None = None) -> Bin
 
 def checksum(location: str) -> tuple[int, int]:
     """Size in bytes and crc32 of a file, read in pieces."""
-    version, crc32 = stat(location), 0
+    version, value = stat(location), 0
     for offset in range(0, version.num_bytes, _PIECE_BYTES):
         piece = read_range(location, offset, min(_PIECE_BYTES, version.num_bytes - offset), version)
-        crc32 = zlib.crc32(piece, crc32)
-    return version.num_bytes, crc32
+        value = crc32(piece, value)
+    return version.num_bytes, value
 
 
-def write(location: str, content: bytes) -> None:
+def read_checked(location: str, num_bytes: int, expected_crc32: int) -> bytes:
+    """The whole content of a file whose size and crc32 are known; StorageError if it has others, however often read."""
+    for _ in range(READ_ATTEMPTS):
+        content = read(location)
+        if len(content) == num_bytes and crc32(content) == expected_crc32:
+            return content
+    raise StorageError(f"{location}: damaged (its size or crc32 differs)")
+
+
+class _Memory(io.RawIOBase):
+    """Bytes in memory as a file that does not copy them."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._position = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._content)}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        piece = self._content[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+def write(location: str, content: bytes | memoryview) -> None:
     """Replace a file's content at once; parent folders are made."""
-    write_from(location, io.BytesIO(content))
+    write_from(location, io.BytesIO(content) if isinstance(content, bytes) else io.BufferedReader(_Memory(content)))
 
 
 def copy_from_local(path: str, location: str) -> None:
@@ -175,7 +208,7 @@ def read_json(location: str) -> dict[str, Any]:
 
 
 def _crc32_of(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def write_from(location: str, source: BinaryIO) -> None:

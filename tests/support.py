@@ -1,6 +1,7 @@
 """What several tests use: small families, an in-memory data set, one trainer call, processes of a small job."""
 
 import dataclasses
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -191,11 +192,15 @@ class Linear(Family):
 
 
 def run_workers(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Run function(rank, world_size, *arguments) in as many processes of one gloo job."""
+    """Run function(rank, world_size, *arguments) in as many processes of one gloo job.
+
+    They are forks of a process that has imported what takes long, and has done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(["tests.preload"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_enter, (world_size, port, function, arguments), nprocs=world_size)
+    mp.start_processes(_enter, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
 
 
 def _enter(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

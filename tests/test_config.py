@@ -63,7 +63,7 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("name=null", "name: missing"),
         ("data.image_size=17", "family.autoencoder.multipliers: image sides must be divisible by 2, not 17"),
         ("cluster.num_workers=3", "data.batch_size: 8; 3 workers do not divide it"),
-        ("train.zero_stage=3", "train.zero_stage: 3; "),
+        ("train.zero_stage=4", "train.zero_stage: 4; must be 0, 1, 2 or 3"),
         ("data.train='pipe:curl x'", "pipe:curl x: not a location"),
         ("data.train=http://x/y", "http://x/y: not a location"),
         ("data.channels=2", "data.channels: 2; must be 1 (grey) or 3 (RGB)"),

@@ -13,15 +13,16 @@ ROOT = Path(__file__).parent.parent / "gmdist"
 ALLOWED = {
     "errors": set(),
     "rng": set(),
+    "checksum": set(),
     "s3": set(),
     "ranged": {"s3"},
-    "storage": {"s3", "ranged"},
+    "storage": {"s3", "ranged", "checksum"},
     "images": set(),
     "nets": set(),
     "diffusion": set(),
-    "data": {"storage", "s3", "ranged", "rng"},
+    "data": {"storage", "s3", "ranged", "checksum", "rng"},
     "families": {"nets", "diffusion", "rng"},
-    "train": {"families.family", "storage", "rng", "images"},
+    "train": {"families.family", "storage", "checksum", "rng", "images"},
     "evaluation": {"families.family", "storage", "rng"},
     "config": {"families", "data", "train", "storage"},
     "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "doctor": set(),
     "cli": {"launch", "config", "data", "report", "doctor"},
 }
-SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/engine.py", "boto3": "s3.py", "botocore": "s3.py"}
+SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/zero.py", "boto3": "s3.py", "botocore": "s3.py"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 
-from isal.isal_zlib import crc32
-
 from gmdist import s3, storage
+from gmdist.checksum import crc32
 from gmdist.data.cache import PART_BYTES, Cache, PartName
 from gmdist.data.decode import Buffer
 from gmdist.data.manifest import MANIFEST_NAME, Manifest

@@ -9,6 +9,7 @@ from torch import Tensor
 from gmdist import rng
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
+from gmdist.nets.blocks import ResBlock, SelfAttention2d
 
 
 @dataclass
@@ -34,6 +35,7 @@ class AutoencoderKL(Family):
     """Encoder, decoder, and a Gaussian posterior held near the standard normal."""
 
     averaged = ("autoencoder",)
+    blocks = (ResBlock, SelfAttention2d)
 
     def __init__(self, config: AutoencoderKLConfig, surroundings: Surroundings) -> None:
         super().__init__()

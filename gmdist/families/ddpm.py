@@ -7,6 +7,7 @@ from torch import Tensor
 from gmdist.diffusion.process import Diffusion, DiffusionConfig
 from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
+from gmdist.nets.blocks import ResBlock, SelfAttention2d
 from gmdist.nets.unet import UNet, UNetConfig
 
 
@@ -32,6 +33,7 @@ class DDPM(Family):
     """A denoiser of pixels."""
 
     averaged = ("denoiser",)
+    blocks = (ResBlock, SelfAttention2d)
 
     def __init__(self, config: DDPMConfig, surroundings: Surroundings) -> None:
         super().__init__()

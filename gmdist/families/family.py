@@ -21,7 +21,7 @@ class Phase:
     trains: str  # direct child of the Family: one network, or a ModuleDict
     loss: Callable[[Batch, int], tuple[Tensor, Metrics]]  # (micro-batch, images seen) -> mean loss
     every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
-    higher_order: bool = False  # the loss differentiates a gradient
+    higher_order: bool = False  # the loss differentiates a gradient, or goes through its graph more than once
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Family(nn.Module):
     """
 
     averaged: tuple[str, ...] = ()  # trained children that the EMA follows
+    blocks: tuple[type[nn.Module], ...] = ()  # modules that are compiled, and computed again in the backward, as one
     inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
 
     def initialize(self, batch: Batch) -> None:

@@ -11,6 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
+from gmdist.nets.blocks import ResBlock, SelfAttention2d
 from gmdist.nets.unet import UNet, UNetConfig
 
 _ENCODED_AT_ONCE = 16
@@ -36,6 +37,7 @@ class LatentDiffusion(Family):
     """A denoiser of latents, and the frozen first stage that makes and shows them."""
 
     averaged = ("denoiser",)
+    blocks = (ResBlock, SelfAttention2d)
     latent_scale: Tensor
 
     def __init__(self, config: LatentDiffusionConfig, surroundings: Surroundings) -> None:

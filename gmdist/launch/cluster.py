@@ -13,7 +13,9 @@ from ray._private import services
 from gmdist.config import ClusterConfig
 from gmdist.errors import ConfigError
 
+START_TIMEOUT_S = 30  # that Ray Train waits for the room that workers need
 _ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Train's controller looks so often; 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print of a worker comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -50,7 +52,7 @@ def _connect(config: ClusterConfig) -> None:
         with _own_address(), _groups_of_their_own():
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker),
+                num_cpus=max(os.cpu_count() or 1, config.worker_range[1] * config.cpus_per_worker),
                 include_dashboard=True,  # without it Train leaks placement groups when its controller dies
                 dashboard_host="127.0.0.1",
                 _node_ip_address="127.0.0.1",
@@ -127,11 +129,30 @@ def _own_address() -> Iterator[None]:
 
 def check_resources(config: ClusterConfig) -> None:
     """ConfigError if the cluster is too small for the workers: Ray would wait for ever, silently."""
+    least, _ = config.worker_range
     total = ray.cluster_resources()
     for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
-        needed, there = config.num_workers * each, int(total.get(resource, 0))
+        needed, there = least * each, int(total.get(resource, 0))
         if needed > there:
             raise ConfigError(
-                f"cluster.num_workers: {config.num_workers} workers with {each} {resource} each need {needed}; "
+                f"cluster.num_workers: {least} workers with {each} {resource} each need {needed}; "
                 f"the cluster has {there}"
             )
+
+
+def room(config: ClusterConfig) -> int:
+    """Workers that the machines that stay have room for, if nothing else runs there."""
+    fitting, lost = 0, leaving()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in lost:
+            has = node["Resources"]
+            fits = int(has.get("CPU", 0)) // config.cpus_per_worker
+            if config.gpus_per_worker:
+                fits = min(fits, int(has.get("GPU", 0)) // config.gpus_per_worker)
+            fitting += fits
+    return fitting
+
+
+def leaving() -> set[str]:
+    """The nodes that will be taken away: of spot machines, and of those that are drained."""
+    return set(ray._private.state.state.get_draining_nodes())

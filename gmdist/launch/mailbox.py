@@ -3,8 +3,9 @@
 The actor's process imports this file and what it sends: without torch it is there in a second.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from gmdist import errors
 from gmdist.train.hooks import Progress
 
 
@@ -16,6 +17,19 @@ class Failure:
     message: str
     trace: str
 
+    def for_user(self) -> errors.GmdistError | None:
+        """The error again, if it is one that a user can mend."""
+        kind = getattr(errors, self.kind, None)
+        return None if kind is None else kind(self.message)
+
+
+class WorkersFailedError(Exception):
+    """The workers of one start have failed."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
 
 @dataclass
 class News:
@@ -26,18 +40,26 @@ class News:
     failures: list[Failure] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What the driver wants of its workers."""
+
+    stop: bool = False
+    num_saves: int = 0  # asked for until now
+
+
 class Mailbox:
     """An actor between the driver and its workers: progress one way, the request to stop the other."""
 
     def __init__(self) -> None:
         self._news = News()
-        self._stop = False
+        self._wishes = Wishes()
 
-    def exchange(self, progress: Progress | None, messages: list[str]) -> bool:
-        """A worker's news; answers whether it should stop."""
+    def exchange(self, progress: Progress | None, messages: list[str]) -> Wishes:
+        """A worker's news; answers what the driver wants of it."""
         self._news.progress = progress or self._news.progress
         self._news.messages += messages
-        return self._stop
+        return self._wishes
 
     def fail(self, failure: Failure) -> None:
         """A worker's last words."""
@@ -48,10 +70,14 @@ class Mailbox:
         news, self._news = self._news, News()
         return news
 
-    def stop_requested(self) -> bool:
-        """Whether the driver has asked for it."""
-        return self._stop
+    def wishes(self) -> Wishes:
+        """What the driver has asked for."""
+        return self._wishes
 
     def request_stop(self) -> None:
         """Ask the workers to save and return."""
-        self._stop = True
+        self._wishes = replace(self._wishes, stop=True)
+
+    def request_save(self) -> None:
+        """Ask the workers to save and go on."""
+        self._wishes = replace(self._wishes, num_saves=self._wishes.num_saves + 1)

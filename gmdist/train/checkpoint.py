@@ -5,26 +5,26 @@ checkpoint can be loaded by any number of workers at any ZeRO stage. It is compl
 with its size and crc32. Nothing in it depends on the time or the place of writing: equal runs write equal bytes.
 """
 
+import json
 import tempfile
-import zlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from gmdist import storage
-from gmdist.errors import CheckpointError, GmdistError, StorageError
+from gmdist.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_NAME = "meta.json"
+
+_THREADS = 8  # shards that are read at once
+_MOST_HEAD_BYTES = 100_000_000  # safetensors' own limit
 
 # Kinds of tensors in a shard.
 PARAM, EMA_PARAM, STATE, BUFFER, FROZEN, WORKER = "param", "ema", "state.", "buffer", "frozen", "worker"
@@ -55,8 +55,14 @@ class Found:
     warnings: list[str]
 
 
-def find_newest(run_dir: str) -> tuple[Found | None, list[str]]:
+def find_newest(
+    run_dir: str, is_good: Callable[[dict[str, Any]], bool] = lambda meta: True
+) -> tuple[Found | None, list[str]]:
     """The newest complete and sound checkpoint of a run.
+
+    Args:
+        run_dir: the run's folder.
+        is_good: whether one with such a meta.json will do.
 
     Returns:
         It, or None where there is none; and a line for every newer one that cannot be used.
@@ -71,11 +77,13 @@ def find_newest(run_dir: str) -> tuple[Found | None, list[str]]:
         location = storage.join(folder, folder_name(step))
         try:
             meta = read_meta(location)
+            if not is_good(meta):
+                continue
             verify(location, meta)
             return Found(location, meta, warnings), warnings
         except CheckpointError as error:
             warnings.append(f"skipped an unusable checkpoint: {error}")
-    if any(storage.exists(storage.join(folder, folder_name(step), META_NAME)) for step in steps):
+    if warnings and any(storage.exists(storage.join(folder, folder_name(step), META_NAME)) for step in steps):
         # Something else than an interrupted save did this; starting at step 0 would throw the run away.
         raise CheckpointError(
             f"{folder}: none of the checkpoints can be used ({warnings[0].partition(': ')[2]}); restore one, "
@@ -100,71 +108,118 @@ def read_meta(location: str) -> dict[str, Any]:
 
 def verify(location: str, meta: dict[str, Any]) -> None:
     """Read every shard and compare size and crc32; CheckpointError names the first that differs."""
-    for shard in meta["shards"]:
+
+    def problem_of(shard: dict[str, Any]) -> str | None:
         path = storage.join(location, shard["name"])
-        try:
-            num_bytes, crc32 = storage.checksum(path)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: missing") from error
-        if num_bytes != shard["bytes"]:
-            raise CheckpointError(f"{path}: {num_bytes} bytes instead of {shard['bytes']}")
-        if crc32 != shard["crc32"]:
-            raise CheckpointError(f"{path}: damaged (its crc32 differs)")
+        # What comes from object storage can be damaged on its way.
+        for _ in range(storage.READ_ATTEMPTS if storage.is_s3(path) else 1):
+            try:
+                num_bytes, value = storage.checksum(path)
+            except FileNotFoundError:
+                return f"{path}: missing"
+            if num_bytes != shard["bytes"]:
+                return f"{path}: {num_bytes} bytes instead of {shard['bytes']}"
+            if value == shard["crc32"]:
+                return None
+        return f"{path}: damaged (its crc32 differs)"
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as threads:
+        problems = list(threads.map(problem_of, meta["shards"]))
+    for problem in filter(None, problems):
+        raise CheckpointError(problem)
 
 
 class Reader:
-    """An open checkpoint: any range of any tensor, whichever shard it lies in. A context manager."""
+    """An open checkpoint: any range of any tensor, whichever shard it lies in. A context manager.
+
+    Of a checkpoint in object storage, the shards that are needed are copied to a temporary folder.
+    """
 
     def __init__(self, location: str, meta: dict[str, Any]) -> None:
         self.location, self.meta = location, meta
+        self._shards = {shard["name"]: shard for shard in meta["shards"]}
         self._stack = ExitStack()
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._folder = location
+        self._files: dict[str, Any] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}  # first, count, shard, key
 
     def __enter__(self) -> "Reader":
-        folder = self.location
-        try:
-            if storage.is_s3(folder):
-                folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
-                for shard in self.meta["shards"]:
-                    content = storage.read(storage.join(self.location, shard["name"]))
-                    Path(folder, shard["name"]).write_bytes(content)
-            for shard in self.meta["shards"]:
-                file = self._stack.enter_context(safe_open(f"{folder}/{shard['name']}", "pt"))
-                for key in file.keys():  # noqa: SIM118 - not a dict
+        if storage.is_s3(self.location):
+            self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
+        with self._naming():
+            for name in self._shards:
+                for key, description in self._head(name).items():
                     kind, _, place = key.partition("|")
-                    name, _, start = place.rpartition("|")
-                    count = file.get_slice(key).get_shape()[0]
-                    self._pieces.setdefault((kind, name), []).append((int(start), count, file, key))
-        except FileNotFoundError as error:  # the run goes on, and this one was the oldest
-            self._stack.close()
-            raise CheckpointError(f"{self.location}: deleted while it was being read") from error
-        except (SafetensorError, ValueError) as error:
-            self._stack.close()
-            raise CheckpointError(f"{self.location}: damaged ({error})") from error
+                    tensor, _, first = place.rpartition("|")
+                    piece = int(first), int(description["shape"][0]), name, key
+                    self._pieces.setdefault((kind, tensor), []).append(piece)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def names(self, kind: str) -> list[str]:
-        """The names of the tensors of one kind."""
-        return [name for stored, name in self._pieces if stored == kind]
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn what goes wrong with a shard into a CheckpointError."""
+        try:
+            yield
+        except FileNotFoundError as error:  # the run goes on, and this one was the oldest
+            self._stack.close()
+            raise CheckpointError(f"{self.location}: deleted while it was being read") from error
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._stack.close()
+            raise CheckpointError(f"{self.location}: damaged ({error})") from error
 
-    def read(self, kind: str, name: str, start: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Elements [start, start + count) of a flattened tensor, [count]; CheckpointError if any is not there."""
-        result = torch.empty(count, dtype=dtype)
-        filled = 0
-        for first, size, file, key in self._pieces.get((kind, name), []):
-            low, high = max(first, start), min(first + size, start + count)
-            if low < high:
-                part = file.get_slice(key)[low - first : high - first]
-                if part.dtype != dtype:
-                    raise CheckpointError(f"{self.location}: {name} is {part.dtype}; the model has {dtype}")
-                result[low - start : high - start] = part
-                filled += high - low
+    def _head(self, name: str) -> dict[str, Any]:
+        """What a shard holds: the description of each tensor."""
+        path = storage.join(self.location, name)
+        for attempt in range(storage.READ_ATTEMPTS):
+            try:
+                version = storage.stat(path)
+                size = int.from_bytes(storage.read_range(path, 0, 8, version), "little")
+                if size > _MOST_HEAD_BYTES:
+                    raise ValueError(f"{name} is no safetensors file")
+                head = json.loads(storage.read_range(path, 8, size, version))
+                return {key: value for key, value in head.items() if key != "__metadata__"}
+            except ValueError:
+                if attempt + 1 == storage.READ_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _file(self, name: str) -> Any:
+        """An open shard."""
+        if name not in self._files:
+            path = f"{self._folder}/{name}"
+            if storage.is_s3(self.location):
+                shard = self._shards[name]
+                content = storage.read_checked(storage.join(self.location, name), shard["bytes"], shard["crc32"])
+                with storage.naming(path):
+                    Path(path).write_bytes(content)
+            self._files[name] = self._stack.enter_context(safe_open(path, "pt"))
+        return self._files[name]
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is anything of a tensor."""
+        return (kind, name) in self._pieces
+
+    def read(self, kind: str, name: str, start: int, values: Tensor) -> None:
+        """Fill `values`, [count], with elements [start, start + count) of a flattened tensor.
+
+        Raises:
+            CheckpointError: any of them is not there, or they are of another type.
+        """
+        count, filled = values.numel(), 0
+        with self._naming():
+            for first, size, shard, key in self._pieces.get((kind, name), []):
+                low, high = max(first, start), min(first + size, start + count)
+                if low < high:
+                    part = self._file(shard).get_slice(key)[low - first : high - first]
+                    if part.dtype != values.dtype:
+                        raise CheckpointError(f"{self.location}: {name} is {part.dtype}; the model has {values.dtype}")
+                    values[low - start : high - start] = part
+                    filled += high - low
         if filled != count:
             raise CheckpointError(f"{self.location}: has {filled} of {count} elements of {name} ({kind})")
-        return result
 
 
 def check_shapes(location: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> None:
@@ -176,105 +231,3 @@ def check_shapes(location: str, meta: dict[str, Any], shapes: dict[str, list[int
                 f"{location}: does not fit this config: {name} is {saved.get(name, 'absent')} in the checkpoint and "
                 f"{shapes.get(name, 'absent')} in the model; use the run's own config, or another run.dir"
             )
-
-
-class Saver:
-    """Writes checkpoints in the background; every worker calls it at the same steps."""
-
-    def __init__(self, run_dir: str, keep: int | None) -> None:
-        """Prepare to save.
-
-        Args:
-            run_dir: the run's folder.
-            keep: how many of the newest checkpoints stay; None keeps all.
-        """
-        self._folder = storage.join(run_dir, "checkpoints")
-        self._keep = keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._pending: Future[None] | None = None
-        # The thread needs its own group: collectives of the step go on while it writes.
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if distributed else None
-        self._rank = dist.get_rank() if distributed else 0
-        self._world_size = dist.get_world_size() if distributed else 1
-
-    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the tensors to host memory and write them in the background.
-
-        Args:
-            step: names the checkpoint.
-            tensors: this worker's, 1-D, by `tensor_key`.
-            meta: what meta.json says beside the shards; rank 0's counts.
-
-        Raises:
-            CheckpointError: the previous save failed.
-        """
-        self.wait()
-        copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        self._pending = self._thread.submit(self._write, step, copies, meta)
-
-    def failed(self) -> bool:
-        """Whether the save that is under way is known to have failed."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
-
-    def wait(self) -> None:
-        """Wait for the save that is under way; CheckpointError if it failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Wait, and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-
-    def _write(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        location = storage.join(self._folder, folder_name(step))
-        name = f"shard-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
-
-        def write_shard() -> dict[str, Any]:
-            content = save_safetensors(tensors)
-            storage.write(storage.join(location, name), content)
-            return {"name": name, "bytes": len(content), "crc32": zlib.crc32(content)}
-
-        def complete(shards: list[dict[str, Any]]) -> None:
-            content = {"format": FORMAT_VERSION, "step": step, **meta, "shards": shards}
-            storage.write_json(storage.join(location, META_NAME), content)
-
-        # What is left of an earlier, interrupted save of this step goes first.
-        self._agree(lambda: storage.delete_tree(location) if self._rank == 0 else None, location)
-        shards = self._agree(write_shard, location)
-        self._agree(lambda: complete(shards) if self._rank == 0 else None, location)
-        if self._rank == 0 and self._keep is not None:
-            self._prune(step)
-
-    def _agree(self, action: Callable[[], Any], location: str) -> list[Any]:
-        """Do something on every worker and gather the results; where one fails, all raise, and no part stays."""
-        outcome: tuple[Any, str | None]
-        try:
-            outcome = action(), None
-        except (OSError, GmdistError, SafetensorError) as error:
-            outcome = None, str(error)
-        outcomes = [outcome]
-        if self._group is not None:
-            outcomes = [outcome] * self._world_size
-            dist.all_gather_object(outcomes, outcome, group=self._group)
-        problems = [problem for _, problem in outcomes if problem is not None]
-        if problems:
-            if self._rank == 0:
-                self._discard(location)
-            raise CheckpointError(f"cannot save a checkpoint: {problems[0]}; earlier checkpoints are as they were")
-        return [result for result, _ in outcomes]
-
-    def _discard(self, location: str) -> None:
-        with suppress(StorageError):  # the storage is what failed; an incomplete checkpoint is recognised and skipped
-            storage.delete_tree(location)
-
-    def _prune(self, newest: int) -> None:
-        steps = [step_of(name) for name in storage.list_names(self._folder)]
-        old = sorted(step for step in steps if step is not None and step <= newest)
-        assert self._keep is not None
-        for step in old[: -self._keep]:
-            storage.delete_tree(storage.join(self._folder, folder_name(step)))

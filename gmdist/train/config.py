@@ -1,10 +1,12 @@
-"""How a run trains: how long, how precise, how often."""
+"""How a run trains: how long, how precise, how often, and how fast."""
 
 import math
 from dataclasses import dataclass
 
 from gmdist.errors import ConfigError, check_int64
-from gmdist.train.engine import PRECISIONS, STAGES
+
+PRECISIONS = ("fp32", "bf16", "autocast")
+STAGES = (0, 1, 2, 3)
 
 
 @dataclass
@@ -12,37 +14,63 @@ class TrainConfig:
     """How long, how precise, how often."""
 
     num_steps: int  # optimizer steps
-    precision: str = "fp32"  # fp32, or bf16: products and convolutions in bf16 on fp32 weights
-    zero_stage: int = 0  # 0: whole copies; 1: DeepSpeed shards optimizer state; 2: gradients too
-    micro_batch_size: int | None = None  # samples a worker passes through at once; None: its whole part of the batch
+    # fp32; autocast: products and convolutions in bf16 on fp32 weights; bf16: bf16 weights too, which fp32 ones stand
+    # behind in the optimizer.
+    precision: str = "fp32"
+    zero_stage: int = 0  # 0: whole copies; 1: DeepSpeed shards optimizer state; 2: gradients too; 3: weights too
+    offload_optimizer: bool = False  # the optimizer's state and updates on the host; stages 1 to 3
+    compile: bool = False  # the networks' blocks by torch.compile; not where a loss differentiates a gradient
+    activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
+    channels_last: bool = False  # convolutions' preferred layout on GPUs
+    micro_batch_size: int | None = (
+        None  # most samples that a worker passes through at once; None: its part of the batch
+    )
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps; the last step is saved too
     keep_checkpoints: int | None = 2  # newest ones; None keeps all
+    best_metric: str | None = None  # of the evaluation, as "test/l1": the checkpoint that is best by it stays too
+    best_order: str = "min"  # min or max: which value of best_metric is best
     sample_every: int | None = 1000  # steps between sample grids; None: none
     num_preview_images: int = 40  # in a sample grid
     evaluate_every: int | None = None  # steps between evaluations on data.test; None: none
     ema_halflife_kimg: float = 500.0  # thousands of images after which an old weight counts half
     ema_ramp: float | None = 0.05  # the half-life is at most this share of the images seen; None: no bound
+    rollback_after: int = 10  # updates in a row that are left out, as not finite, before the run goes back
+    profile_steps: int | None = None  # steps that are traced, after the first few; None: none
     seed: int = 0  # of initial weights, noise and dropout
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
         if self.precision not in PRECISIONS:
             raise ConfigError(f"train.precision: '{self.precision}'; must be one of {', '.join(PRECISIONS)}")
-        if self.zero_stage == 3:
-            raise ConfigError(
-                "train.zero_stage: 3; parameters that are sharded themselves are not supported yet; use 0, 1 or 2"
-            )
         if self.zero_stage not in STAGES:
-            raise ConfigError(f"train.zero_stage: {self.zero_stage}; must be 0, 1 or 2")
-        for key in ("num_steps", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            raise ConfigError(f"train.zero_stage: {self.zero_stage}; must be 0, 1, 2 or 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("train.offload_optimizer: true with train.zero_stage 0; it takes stage 1, 2 or 3")
+        for key in (
+            "num_steps",
+            "micro_batch_size",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "rollback_after",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1")
-        for key in ("sample_every", "evaluate_every", "num_preview_images"):
+        for key in ("sample_every", "evaluate_every", "num_preview_images", "profile_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")
+        if self.best_order not in ("min", "max"):
+            raise ConfigError(f"train.best_order: '{self.best_order}'; must be min or max")
+        if self.best_metric is not None and (
+            self.evaluate_every is None or self.checkpoint_every % self.evaluate_every != 0
+        ):
+            raise ConfigError(
+                f"train.best_metric: '{self.best_metric}'; it needs an evaluation at each checkpoint: "
+                "set train.evaluate_every to a divisor of train.checkpoint_every"
+            )
         if not 0.0 < self.ema_halflife_kimg < math.inf:
             raise ConfigError(f"train.ema_halflife_kimg: {self.ema_halflife_kimg}; must be a number above 0")
         if self.ema_ramp is not None and not 0.0 < self.ema_ramp <= 1.0:
@@ -51,17 +79,8 @@ class TrainConfig:
 
 
 def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
-    """Samples that a worker passes through at once; ConfigError if the sizes do not divide."""
-    if batch_size % num_workers:
-        raise ConfigError(
-            f"data.batch_size: {batch_size}; {num_workers} workers do not divide it; "
-            f"use a multiple of {num_workers}, or another cluster.num_workers"
-        )
-    part = batch_size // num_workers
-    micro = config.micro_batch_size or part
-    if part % micro:
-        raise ConfigError(
-            f"train.micro_batch_size: {micro}; it must divide a worker's part of the batch, which is {part} "
-            f"(data.batch_size {batch_size} / {num_workers} workers)"
-        )
-    return micro
+    """Samples that a worker passes through at once: the most that divide its part of the batch, within the config's."""
+    part, rest = divmod(batch_size, num_workers)
+    assert rest == 0, (batch_size, num_workers)
+    most = min(part, config.micro_batch_size or part)
+    return next(size for size in range(most, 0, -1) if part % size == 0)

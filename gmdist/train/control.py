@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class Clock:
@@ -33,36 +34,93 @@ class Clock:
         self._lap_step, self._lap_start, self._paused_s = step, now, 0.0
         return steps, seconds
 
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step."""
+        self._first_step -= self._lap_step - step
+        self._lap_step = step
+
     def seconds_a_step(self, step: int) -> float:
         """The mean since the start, pauses included: what the time left is estimated from."""
         return (time.perf_counter() - self._start) / max(step - self._first_step, 1)
 
 
 class Control:
-    """Agreement of all workers, once a step, on whether to stop and whether a save has failed.
+    """Agreement of all workers, once a step: on whether to stop, to save, and whether a save has failed.
 
     The answer comes a step late: a reduction on the host runs while the step computes, and no device is waited for.
     """
 
+    _FLAGS = 3
+
     def __init__(self) -> None:
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if distributed else None
-        self._flags = torch.zeros(2, dtype=torch.int32)
+        self._flags = torch.zeros(self._FLAGS, dtype=torch.int32)
         self._work: Any = None
 
-    def exchange(self, stop: bool, failed: bool) -> tuple[bool, bool]:
+    def exchange(self, stop: bool, failed: bool, save: bool) -> tuple[bool, bool, bool]:
         """Put in this worker's flags, and get whether any worker had them set at the step before."""
-        mine = torch.tensor([stop, failed], dtype=torch.int32)
         if self._group is None:
-            return stop, failed
+            return stop, failed, save
         if self._work is not None:
             self._work.wait()
         answer = self._flags.tolist()
-        self._flags = mine
+        self._flags = torch.tensor([stop, failed, save], dtype=torch.int32)
         self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return bool(answer[0]), bool(answer[1])
+        return bool(answer[0]), bool(answer[1]), bool(answer[2])
 
     def close(self) -> None:
         """Finish the reduction under way."""
         if self._work is not None:
             self._work.wait()
+
+
+class Skips:
+    """Updates that were left out because a gradient was not finite: how many in a row, and since which sample.
+
+    All workers have the same gradients, so all come to the same count. A step is looked at when the next one has been
+    started, so that no device is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flag = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.load({"total": 0, "in_a_row": 0, "since": 0})
+
+    def state(self) -> dict[str, int]:
+        """What a run that goes on has to know."""
+        self.look()
+        return {"total": self.total, "in_a_row": self.in_a_row, "since": self.since}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from a state."""
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+        self.since = state["since"]  # number of the first sample of the first step in the row
+        self._noted: int | None = None  # the first sample of the step that was not looked at yet
+
+    def note(self, norms: list[Tensor], first: int) -> None:
+        """Take in a step's gradient norms, and the number of its first sample."""
+        self.look()
+        if norms:
+            self._flag.copy_(
+                ~torch.stack([norm.to(self._device) for norm in norms]).isfinite().all(), non_blocking=True
+            )
+            if self._copied is not None:
+                self._copied.record()
+            self._noted = first
+
+    def look(self) -> int:
+        """How many in a row, up to the last step."""
+        if self._noted is None:
+            return self.in_a_row
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._flag.item():
+            self.since = self.since if self.in_a_row else self._noted
+            self.in_a_row += 1
+            self.total += 1
+        else:
+            self.in_a_row = 0
+        self._noted = None
+        return self.in_a_row

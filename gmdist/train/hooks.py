@@ -27,8 +27,10 @@ class Outcome:
 
 @dataclass
 class Hooks:
-    """The run's connections to whoever started it. Rank 0's are used."""
+    """The run's connections to whoever started it. Rank 0's are used, where nothing else is said."""
 
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_message: Callable[[str], None] = lambda message: None
     stop_requested: Callable[[], bool] = lambda: False
+    save_requested: Callable[[], bool] = lambda: False  # a machine will be taken away
+    beat: Callable[[], None] = lambda: None  # every worker's: told that it is not stuck

@@ -21,18 +21,21 @@ class Averages:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}  # [2]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
-        """Add one observation of some metrics."""
+        """Add one observation of some metrics. What is not finite does not count: it would hide all others."""
         for name, value in metrics.items():
-            weighted = value.detach().to(self._device, self._dtype) * weight
-            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+            value = value.detach().to(self._device, self._dtype)
+            counts = value.isfinite() * weight
+            sums = torch.stack([value.nan_to_num(0.0, 0.0, 0.0) * weight, counts])
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def reduce(self) -> dict[str, float]:
-        """The means over all workers that added something; and begin anew. Every worker calls it, with any names."""
+        """The means over all workers that added something; and begin anew. Every worker calls it, with any names.
+
+        NaN where nothing that was added is finite.
+        """
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         everyone = [sorted(self._sums)]
         if distributed:
@@ -41,14 +44,12 @@ class Averages:
         names = sorted(set().union(*everyone))
         if not names:
             return {}
-        zero = torch.zeros((), dtype=self._dtype, device=self._device)
-        sums = torch.stack([self._sums.get(name, zero) for name in names])
-        weights = torch.tensor([self._weights.get(name, 0.0) for name in names], dtype=self._dtype, device=self._device)
-        both = torch.stack([sums, weights])
+        zero = torch.zeros(2, dtype=self._dtype, device=self._device)
+        both = torch.stack([self._sums.get(name, zero) for name in names])
         if distributed:
             dist.all_reduce(both)
-        self._sums, self._weights = {}, {}
-        return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
+        self._sums = {}
+        return dict(zip(names, (both[:, 0] / both[:, 1]).tolist(), strict=True))
 
 
 class MetricsLog:
@@ -79,7 +80,8 @@ class MetricsLog:
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it has "step", numbers, and the order digest as text."""
         with storage.naming(self._location):
-            self._file.write(json.dumps(line) + "\n")
+            finite = {name: None if value != value else value for name, value in line.items()}  # JSON has no NaN
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
             for name, value in line.items():
                 if name != "step" and isinstance(value, int | float):
@@ -102,6 +104,43 @@ class MetricsLog:
             self._events.close()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+
+class Quarantine:
+    """The samples that were replaced because they could not be decoded, in a run's quarantine.jsonl."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._location = storage.join(run_dir, "quarantine.jsonl")
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was not written yet."""
+        self._lines: list[dict[str, Any]] = []
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        """Take in a worker's lines."""
+        self._lines += lines
+
+    def gather(self) -> list[dict[str, Any]]:
+        """The lines of all workers since the last call, by sample number. Every worker calls it."""
+        lines, self._lines = self._lines, []
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return lines
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, lines)
+        return sorted((line for part in parts for line in part), key=lambda line: line["number"])
+
+    def write(self, lines: list[dict[str, Any]]) -> str:
+        """Add lines to the file, and say so in one."""
+        before = storage.read(self._location).decode().splitlines() if storage.exists(self._location) else []
+        # Steps that are made again after a resume meet the same samples again.
+        texts = dict.fromkeys([*before, *(json.dumps(line) for line in lines)])
+        storage.write(self._location, "".join(text + "\n" for text in texts).encode())
+        first = lines[0]
+        return (
+            f"replaced {len(lines)} undecodable samples ({first['shard']}: {first['sample']}: {first['reason']}); "
+            f"they are listed in {self._location}"
+        )
 
 
 def read_lines(run_dir: str) -> list[dict[str, Any]]:

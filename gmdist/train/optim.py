@@ -2,29 +2,31 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "adam", "adamax", "sgd")
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
 
 @dataclass
 class OptimConfig:
     """How one child is optimized."""
 
-    name: str = "adamw"  # adamw, adam or sgd
+    name: str = "adamw"  # adamw, adam, adamax or sgd
     lr: float = 1e-4  # after the warm-up
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw, adam
-    eps: float = 1e-8  # adamw, adam
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw, adam, adamax
+    eps: float = 1e-8  # adamw, adam, adamax
     momentum: float = 0.9  # sgd
-    weight_decay: float = 0.0
-    schedule: str = (
-        "constant"  # constant, cosine or linear: from lr at the end of the warm-up to final_lr at the last step
-    )
-    final_lr: float = 0.0
+    weight_decay: float = 0.0  # of matrices and kernels; norms, biases and embeddings never decay
+    # constant; cosine, linear: from lr at the end of the warm-up to final_lr at the last step; inverse_sqrt: lr times
+    # the square root of warmup_steps / step
+    schedule: str = "constant"
+    final_lr: float = 0.0  # cosine, linear
     warmup_steps: int = 0  # linear from 0
     clip_norm: float | None = None  # largest norm of the child's whole gradient; None: not clipped
 
@@ -52,21 +54,67 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "inverse_sqrt":  # Vaswani 2017, section 5.3, scaled to lr at the end of the warm-up
+        return config.lr * math.sqrt(max(config.warmup_steps, 1) / (step + 1))
     progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
     return config.final_lr + (config.lr - config.final_lr) * remaining
 
 
-def make_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the config names; its learning rate is set at every step."""
+class Group(NamedTuple):
+    """Parameters that are optimized alike."""
+
+    decays: bool
+    named: list[tuple[str, nn.Parameter]]
+
+
+def parameter_groups(module: nn.Module, prefix: str) -> list[Group]:
+    """A module's parameters: those that decay, then norms, biases and embeddings; no group is empty.
+
+    A parameter decays if it has two dimensions or more and is no embedding: neither an `nn.Embedding`'s, nor named as
+    one.
+
+    Args:
+        module: fp32.
+        prefix: of the parameters' names.
+    """
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    groups = [Group(True, []), Group(False, [])]
+    for name, parameter in module.named_parameters():
+        is_embedding = id(parameter) in embeddings or "embed" in name.rpartition(".")[2]
+        groups[parameter.ndim < 2 or is_embedding].named.append((f"{prefix}.{name}", parameter))
+    return [group for group in groups if group.named]
+
+
+def make_optimizer(config: OptimConfig, groups: list[tuple[bool, list[nn.Parameter]]]) -> torch.optim.Optimizer:
+    """The optimizer that the config names; its learning rate is set at every step.
+
+    Args:
+        config: of the child.
+        groups: whether its parameters decay, and they.
+    """
+    settings = [{"params": group, "weight_decay": config.weight_decay * decays} for decays, group in groups]
     if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.name == "adamax":
+        return torch.optim.Adamax(settings, lr=config.lr, betas=config.betas, eps=config.eps)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    return kind(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
+    """Update the weights, or leave them and the optimizer's state as they are.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        is_bad: a bool on the device. A fused optimizer reads it there; for another the host waits for it.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined] # as torch.amp.GradScaler does
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not is_bad.item():
+        optimizer.step()
 
 
 def materialize_state(optimizer: torch.optim.Optimizer) -> None:
@@ -76,6 +124,7 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
     back.
     """
     settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0  # as an L2 term, the decay would reach the state
         for parameter in group["params"]:
@@ -84,8 +133,14 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
     set_num_updates(optimizer, 0)
     for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
         group["lr"], group["weight_decay"] = lr, weight_decay
-        for parameter in group["params"]:
-            parameter.grad = None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def num_updates(optimizer: torch.optim.Optimizer) -> int:
+    """The number of updates that bias corrections see; 0 for an optimizer without any."""
+    return max((int(state["step"].item()) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def set_num_updates(optimizer: torch.optim.Optimizer, count: int) -> None:

@@ -57,14 +57,18 @@ def load_state(reader: Reader, family: Family, units: Mapping[str, Unit], ema: E
     """Fill a family, its optimizers and its averages from a checkpoint of any number of workers and any ZeRO stage."""
     for name, unit in units.items():
         for fragment in unit.held():
-            place = fragment.name, fragment.start, fragment.values.numel()
-            fragment.values.copy_(reader.read(PARAM, *place))
+            reader.read(PARAM, fragment.name, fragment.start, fragment.values)
             for key, values in fragment.state.items():
-                values.copy_(reader.read(STATE + key, *place))
-        unit.set_num_updates(reader.meta["updates"][name])
+                if not reader.has(STATE + key, fragment.name):
+                    raise CheckpointError(
+                        f"{reader.location}: has no '{key}' of {fragment.name}, it was trained with another optimizer; "
+                        f"set optim.{name}.name as it was, or choose another run.dir"
+                    )
+                reader.read(STATE + key, fragment.name, fragment.start, values)
+        unit.num_updates = reader.meta["updates"][name]
         unit.publish()
     for fragment, average in zip(ema.fragments, ema.averages, strict=True):
-        average.copy_(reader.read(EMA_PARAM, fragment.name, fragment.start, fragment.values.numel()))
+        reader.read(EMA_PARAM, fragment.name, fragment.start, average)
     for name, parameter in _frozen_parameters(family, units):
         load_tensor(reader, FROZEN, name, parameter.data)
     for name, buffer in family.named_buffers():
@@ -95,7 +99,9 @@ def shapes_of(family: Family) -> dict[str, list[int]]:
 
 def load_tensor(reader: Reader, kind: str, name: str, tensor: Tensor) -> None:
     """Fill a tensor from a checkpoint."""
-    tensor.copy_(reader.read(kind, name, 0, tensor.numel(), tensor.dtype).view(tensor.shape))
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    reader.read(kind, name, 0, flat)
+    tensor.copy_(flat.view(tensor.shape))
 
 
 def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None) -> None:

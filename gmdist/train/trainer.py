@@ -1,27 +1,30 @@
 """The step and the loop. Knows the contract of a family, and no family."""
 
-import json
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gmdist import images, storage
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DivergedError, MemoryExceededError
 from gmdist.families.family import Batch, Family, Metrics
 from gmdist.rng import derive
 from gmdist.train import checkpoint
-from gmdist.train.checkpoint import Reader, Saver
+from gmdist.train.blocks import prepare
+from gmdist.train.checkpoint import Reader
 from gmdist.train.config import TrainConfig, micro_batch_size
-from gmdist.train.control import Clock, Control
+from gmdist.train.control import Clock, Control, Skips
+from gmdist.train.cost import FlopCount, Profile, peak_flops, peak_memory_gib
 from gmdist.train.ema import EMA
-from gmdist.train.engine import Unit, make_unit, rank, world_size
+from gmdist.train.engine import Unit, computing, make_unit, rank, world_size
 from gmdist.train.hooks import Hooks, Outcome, Progress
-from gmdist.train.metrics import Averages, MetricsLog
+from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, learning_rate
+from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 
@@ -57,6 +60,9 @@ class Trainer:
         self.batch_size = identity.batch_size
         self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size())
         self.step, self.seen, self._digest = 0, 0, 0
+        self._cursor = 0  # the next sample's number; `seen` and the samples that were left out
+        self._left_out: list[tuple[int, int]] = []  # numbers of samples: first, last + 1
+        self._skips = Skips(self.device)
 
         found = self._find_checkpoint()
         if found is not None:
@@ -67,10 +73,18 @@ class Trainer:
         self._trained = trained_children(family, optim)
         if found is None:
             self.family.initialize(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
+        self._shapes = shapes_of(family)  # before stage 3 shares the weights out
         self._set_mode(training=True)
+        prepare(family, self._trained, config)
         self.units: dict[str, Unit] = {
             name: make_unit(
-                family, name, optim[name], stage=config.zero_stage, precision=config.precision, device=self.device
+                family,
+                name,
+                optim[name],
+                stage=config.zero_stage,
+                precision=config.precision,
+                device=self.device,
+                offload=config.offload_optimizer,
             )
             for name in self._trained
         }
@@ -78,9 +92,12 @@ class Trainer:
         if found is not None:
             self._load(found)
         self._averages = Averages(self.device)
-        self._saver = Saver(run_dir, config.keep_checkpoints)
+        self._saver = Saver(run_dir, config.keep_checkpoints, config.best_metric, largest=config.best_order == "max")
+        self._saver.prepare(state_tensors(family, self.units, self.ema))
+        self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
-        self._quarantined: list[dict[str, Any]] = []
+        self._flops = FlopCount()
+        self._quarantine = Quarantine(run_dir)
         self._waited_s = 0.0
         self._counted = data.counters()
         self._log = MetricsLog(run_dir, self.step) if rank() == 0 else None
@@ -91,6 +108,7 @@ class Trainer:
         """One optimizer step on this worker's part of a batch."""
         batch = loaded.batch_on(self.device)
         micro_batches = split(batch, self.micro_batch_size)
+        norms = []
         for number, phase in enumerate(self.phases):
             if self.step % phase.every:
                 continue
@@ -98,51 +116,135 @@ class Trainer:
             for i, micro_batch in enumerate(micro_batches):
                 # Dropout is the one user of torch's generator: begun anew, it does not depend on where a run resumed.
                 torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
-                self._averages.add(unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches)))
-            unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
+                with self._flops.counting(phase):
+                    metrics = unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches))
+                self._averages.add(metrics)
+            norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
+            self._averages.add({f"{phase.name}/grad_norm": norm})
+            norms.append(norm)
         self.family.after_step(self.seen)
         self.ema.update(self.batch_size, self.seen)
+        self._skips.note(norms, self._cursor)
         self.step += 1
         self.seen += self.batch_size
+        self._cursor += self.batch_size
         self._digest += loaded.digest
-        self._quarantined += loaded.quarantined
+        self._quarantine.add(loaded.quarantined)
 
     # The loop
 
     def fit(self) -> Outcome:
-        """Train to the last step, or until a stop is requested; either way the last step done is saved."""
+        """Train to the last step, or until a stop is requested; either way the last step done is saved.
+
+        Raises:
+            DivergedError: the gradients are not finite, and going back to the last checkpoint did not help.
+            MemoryExceededError: a micro-batch does not fit into the memory.
+            CheckpointError: a checkpoint cannot be written.
+        """
         config = self.config
         if self.step == 0 and config.sample_every:
             self._write_preview()
         clock = Clock(self.step)
-        batches = self.data.batches(self.seen)
+        profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
+        batches = self._batches()
         stopping = False
         saved_step = self.step
-        while self.step < config.num_steps and not stopping:
-            asked_s = time.monotonic()
-            loaded = next(batches)
-            self._waited_s += time.monotonic() - asked_s
-            self.train_step(loaded)
-            last = self.step == config.num_steps
-            if self.step % config.log_every == 0 or last:
-                self._write_metrics(clock)
-            if config.evaluate_every and self.test_data and (self.step % config.evaluate_every == 0 or last):
-                with clock.paused():
-                    self._evaluate()
-            if config.sample_every and (self.step % config.sample_every == 0 or last):
-                with clock.paused():
-                    self._write_preview()
-            stop, failed = self._control.exchange(self.hooks.stop_requested() and rank() == 0, self._saver.failed())
-            stopping = stop and not last
-            if failed:
-                self._saver.wait()
-            if self.step % config.checkpoint_every == 0 or last or stopping:
-                with clock.paused():
-                    self._save()
-                saved_step = self.step
+        with profile:
+            while self.step < config.num_steps and not stopping:
+                asked_s = time.monotonic()
+                loaded = next(batches)
+                self._waited_s += time.monotonic() - asked_s
+                with self._explaining_memory():
+                    self.train_step(loaded)
+                self.hooks.beat()
+                profile.step()
+                last = self.step == config.num_steps
+                if self._skips.in_a_row >= config.rollback_after:
+                    with clock.paused():
+                        self._go_back()
+                        batches = self._batches()
+                    clock.rewind(self.step)
+                    continue
+                if self.step % config.log_every == 0 or last:
+                    self._write_metrics(clock)
+                if config.evaluate_every and self.test_data and (self.step % config.evaluate_every == 0 or last):
+                    with clock.paused():
+                        self._evaluate()
+                if config.sample_every and (self.step % config.sample_every == 0 or last):
+                    with clock.paused():
+                        self._write_preview()
+                asked = rank() == 0 and self.hooks.stop_requested(), rank() == 0 and self.hooks.save_requested()
+                stop, failed, save = self._control.exchange(asked[0], self._saver.failed(), asked[1])
+                stopping = stop and not last
+                if failed:
+                    self._saver.wait()
+                is_due = self.step % config.checkpoint_every == 0 or save
+                # While updates are left out, the weights may be what is wrong: such a checkpoint would not help.
+                if (is_due and not self._skips.look()) or last or stopping:
+                    with clock.paused():
+                        self._save()
+                    saved_step = self.step
         assert saved_step == self.step
         self._saver.wait()
         return Outcome(self.step, self.seen, self._total_digest(), finished=self.step >= config.num_steps)
+
+    def _batches(self) -> Iterator[Loaded]:
+        """This worker's parts of the batches from the cursor on, without those that are left out."""
+        position = self._cursor
+        batches = self.data.batches(position)
+        while True:
+            for first, stop in self._left_out:
+                if position == first:
+                    position = self._cursor = stop
+                    batches = self.data.batches(position)
+            yield next(batches)
+            position += self.batch_size
+
+    def _go_back(self) -> None:
+        """Load the last checkpoint, and from then on leave the samples out whose updates were left out."""
+        window = self._skips.since, self._cursor
+        problem = f"the gradients of {self._skips.in_a_row} steps in a row, up to step {self.step}, were not finite"
+        advice = "lower the learning rate, or set optim.*.clip_norm or a longer optim.*.warmup_steps"
+        self._saver.wait()
+        found = self._find_checkpoint(is_good=lambda meta: meta["skips"]["in_a_row"] == 0)
+        if found is None:
+            raise DivergedError(f"{self.run_dir}: {problem}, and there is no checkpoint to go back to; {advice}")
+        before = [(first, stop) for first, stop in self._left_out if first >= found.meta["cursor"]]
+        if before:
+            raise DivergedError(
+                f"{self.run_dir}: {problem}, again after the run went back to step {found.meta['step']} and left out "
+                f"the samples {before[-1][0]} to {before[-1][1] - 1}; {advice}"
+            )
+        left_out = sorted([*self._left_out, window])
+        self._load(found)
+        self._left_out = left_out
+        self._quarantine.clear()
+        self._averages = Averages(self.device)
+        if self._log is not None:
+            self._log.close()
+            self._log = MetricsLog(self.run_dir, self.step)
+        self.hooks.on_message(
+            f"{problem}: back to the checkpoint of step {self.step}; the samples {window[0]} to {window[1] - 1} are "
+            "left out"
+        )
+
+    @contextmanager
+    def _explaining_memory(self) -> Iterator[None]:
+        """Turn a lack of memory into a MemoryExceededError."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            on_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+            if not on_host and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            if self.micro_batch_size > 1:
+                advice = f"set train.micro_batch_size={self.micro_batch_size // 2}"
+            else:
+                advice = "set train.activation_checkpointing=true or train.zero_stage=3, or take more workers"
+            raise MemoryExceededError(
+                f"out of memory on worker {rank()}, step {self.step}, with micro-batches of {self.micro_batch_size} "
+                f"samples; {advice}"
+            ) from error
 
     def close(self) -> None:
         """End threads, files and engines."""
@@ -163,50 +265,37 @@ class Trainer:
         for name, optim in self.optim.items():
             line[f"lr/{name}"] = learning_rate(optim, self.step - 1, self.config.num_steps)
         line["order_digest"] = self._total_digest()
-        steps, seconds = clock.lap(self.step)
-        line["images_per_s"] = steps * self.batch_size / seconds
-        quarantined = self._gather_quarantined()
+        line["skipped_steps"] = self._skips.total
+        line |= self._speed(*clock.lap(self.step))
+        replaced = self._quarantine.gather()
         if self._log is None:
             return
         self._log.write(line)
-        self._write_quarantine(quarantined)
+        if replaced:
+            self.hooks.on_message(self._quarantine.write(replaced))
         for note in self.data.notes():
             self.hooks.on_message(note)
         loss = next((value for name, value in line.items() if name.endswith("/loss")), float("nan"))
         left = (self.config.num_steps - self.step) * clock.seconds_a_step(self.step)
         self.hooks.on_progress(Progress(self.step, self.config.num_steps, line["images_per_s"], loss, left))
 
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        """What the steps since the last line made of the machines."""
+        images_per_s = steps * self.batch_size / seconds
+        found = {"images_per_s": images_per_s, "images_per_s_worker": images_per_s / world_size()}
+        found["memory_gib"] = peak_memory_gib(self.device)
+        flops = self._flops.a_step(self.batch_size // world_size() // self.micro_batch_size)
+        found["tflops_worker"] = flops * steps / seconds / 1e12
+        peak = peak_flops(self.device, self.config.precision)
+        if peak is not None:
+            found["mfu"] = flops * steps / seconds / peak
+        return found
+
     def _data_metrics(self) -> Metrics:
         """What a worker waited for data, and what reading cost it, since the last line."""
         now, before = self.data.counters() | {"wait_s": self._waited_s}, self._counted
         self._counted = now
         return {f"data/{name}": torch.tensor(value - before.get(name, 0.0)) for name, value in now.items()}
-
-    def _gather_quarantined(self) -> list[dict[str, Any]]:
-        lines, self._quarantined = self._quarantined, []
-        if world_size() == 1:
-            return lines
-        count = torch.tensor([len(lines)], device=self.device)
-        dist.all_reduce(count)
-        if count.item() == 0:
-            return []
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(world_size())]
-        dist.all_gather_object(parts, lines)
-        return sorted((line for part in parts for line in part), key=lambda line: line["number"])
-
-    def _write_quarantine(self, lines: list[dict[str, Any]]) -> None:
-        if not lines:
-            return
-        location = storage.join(self.run_dir, "quarantine.jsonl")
-        before = storage.read(location).decode().splitlines() if storage.exists(location) else []
-        # Steps that are made again after a resume meet the same samples again.
-        texts = dict.fromkeys([*before, *(json.dumps(line) for line in lines)])
-        storage.write(location, "".join(text + "\n" for text in texts).encode())
-        first = lines[0]
-        self.hooks.on_message(
-            f"replaced {len(lines)} undecodable samples ({first['shard']}: {first['sample']}: {first['reason']}); "
-            f"they are listed in {location}"
-        )
 
     @torch.no_grad()
     def _write_preview(self) -> None:
@@ -235,15 +324,21 @@ class Trainer:
             for loaded in self.test_data.sweep(self.micro_batch_size):
                 batch = loaded.batch_on(self.device)
                 averages.add(self.family.evaluate(batch), weight=float(len(batch["key"])))
+                self.hooks.beat()
         line = {f"test/{name}": value for name, value in averages.reduce().items()}
+        best = self.config.best_metric
+        if best is not None and best not in line:
+            raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(line) or 'no metric'}")
+        self._evaluated = self.step, {name: value for name, value in line.items() if math.isfinite(value)}
         if self._log is not None and line:
             self._log.write({"step": self.step, **line})
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         self._set_mode(training=False)
+        is_bf16 = self.config.precision == "bf16"  # its weights meet fp32 inputs
         try:
-            with self.ema.applied():
+            with self.ema.applied(), computing(self.config.precision, self.device) if is_bf16 else nullcontext():
                 yield
         finally:
             self._set_mode(training=True)
@@ -254,24 +349,30 @@ class Trainer:
         meta = {
             "family": self.identity.family,
             "images": self.seen,
+            "cursor": self._cursor,
+            "left_out": self._left_out,
+            "skips": self._skips.state(),
             "batch_size": self.batch_size,
             "order_digest": self._total_digest(),
+            "evaluation": self._evaluated[1] if self._evaluated[0] == self.step else {},
             "data": self.identity.data,
             "train_seed": self.config.seed,
             "world_size": world_size(),
             "updates": {name: unit.num_updates for name, unit in self.units.items()},
-            "shapes": shapes_of(self.family),
+            "shapes": self._shapes,
             "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
         }
         self._saver.save(self.step, state_tensors(self.family, self.units, self.ema), meta)
         if self._log is not None:
             self._log.flush()
 
-    def _find_checkpoint(self) -> checkpoint.Found | None:
-        """The newest sound checkpoint, chosen by rank 0 for all."""
+    def _find_checkpoint(
+        self, is_good: Callable[[dict[str, Any]], bool] = lambda meta: True
+    ) -> checkpoint.Found | None:
+        """The newest sound checkpoint with such a meta.json, chosen by rank 0 for all."""
         choice: list[Any] = [None]
         if rank() == 0:
-            found, warnings = checkpoint.find_newest(self.run_dir)
+            found, warnings = checkpoint.find_newest(self.run_dir, is_good)
             for warning in warnings:
                 self.hooks.on_message(warning)
             choice = [found]
@@ -281,10 +382,12 @@ class Trainer:
 
     def _load(self, found: checkpoint.Found) -> None:
         meta = found.meta
-        checkpoint.check_shapes(found.location, meta, shapes_of(self.family))
+        checkpoint.check_shapes(found.location, meta, self._shapes)
         with Reader(found.location, meta) as reader:
             load_state(reader, self.family, self.units, self.ema)
-        self.step, self.seen = meta["step"], meta["images"]
+        self.step, self.seen, self._cursor = meta["step"], meta["images"], meta["cursor"]
+        self._left_out = [(first, stop) for first, stop in meta["left_out"]]
+        self._skips.load(meta["skips"])
         # The digest is a sum over workers: one of them carries what was there before.
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
 

@@ -2,15 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +13,7 @@ import torch
 
 from gmdist.config import load
 from gmdist.runs import train_worker
+from tests.faults.nodes import Nodes, environment
 from tests.support import tree_bytes
 
 pytestmark = pytest.mark.ray
@@ -32,12 +28,6 @@ DEADLINE_S = 240
 def command(digits: Path, run: Path, *more: str) -> list[str]:
     data = [f"data.train={digits}/train", f"data.test={digits}/test", f"run.dir={run}"]
     return [sys.executable, "-m", "gmdist.cli", "train", CONFIG, *SETTINGS, *data, *more]
-
-
-def environment() -> dict[str, str]:
-    # Not the test session's cluster, nor its Ray settings: a user's shell.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def run_to_end(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -96,7 +86,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def test_an_interrupted_and_killed_run_ends_with_the_same_bits(digits: Path, tmp_path: Path, undisturbed) -> None:
     run, step = tmp_path / "run", 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):
         process = start(command(digits, run))
         wait_for_step(run, step, process)
         if number == signal.SIGKILL:
@@ -159,41 +149,31 @@ def test_a_full_disk_is_said_and_loses_nothing(digits: Path, tmp_path: Path) -> 
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def submitted(nodes: Nodes, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A call of `ray job`."""
+    return subprocess.run(
+        [nodes.command("ray"), "job", arguments[0], "--address", nodes.dashboard, *arguments[1:]],
+        env=nodes.settings,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
 
 
-def test_a_submitted_job_is_the_same_run(digits: Path, tmp_path: Path, undisturbed) -> None:
-    ray = shutil.which("ray", path=environment()["PATH"])
-    assert ray
-    port, dashboard, agent, client = (free_port() for _ in range(4))  # the defaults belong to the session's cluster
-    short = tempfile.mkdtemp(prefix="ray-")  # pytest's folder is too deep for the path of a socket
-    settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": short}
-    head = [ray, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    head += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    cluster = subprocess.Popen(head, env=settings, start_new_session=True, **silent)
-    try:
-        address = f"http://127.0.0.1:{dashboard}"
-        for _ in range(DEADLINE_S):
-            try:
-                urllib.request.urlopen(f"{address}/api/version").close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-        arguments = command(digits, tmp_path / "run")[4:]
-        job = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python", "jobs/train.py"]
-        ended = subprocess.run(
-            [*job, *arguments], env=settings, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-        )
+def test_a_job_that_is_stopped_and_submitted_again_is_the_same_run(digits: Path, tmp_path: Path, undisturbed) -> None:
+    job = ["--working-dir", str(ROOT), "--", "exec", "python", "jobs/train.py", *command(digits, tmp_path / "run")[4:]]
+    with Nodes(num_cpus=2) as nodes:
+        assert submitted(nodes, "submit", "--no-wait", "--submission-id", "first", *job).returncode == 0
+        metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + DEADLINE_S
+        while not metrics.exists() or not read_lines(metrics):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        stopped = submitted(nodes, "stop", "first")
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+        assert "stopped, the same command goes on from here" in submitted(nodes, "logs", "first").stdout
+        ended = submitted(nodes, "submit", *job)
         assert ended.returncode == 0, ended.stdout + ended.stderr
-    finally:
-        os.killpg(cluster.pid, signal.SIGKILL)  # it would take half a minute to say goodbye
-        cluster.wait()
-        shutil.rmtree(short, ignore_errors=True)
     output = next(line for line in ended.stdout.splitlines() if "order digest" in line)
     assert digest_of(output) == digest_of(undisturbed[1])
     name = "checkpoints/step-00000120"

@@ -1,20 +1,21 @@
 """Training through Ray: the same run as without it, restarts, and one clear line when it fails."""
 
 import json
-import os
-import signal
-import threading
-import time
+import resource
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from gmdist.config import Config, from_yaml, load
-from gmdist.errors import ConfigError, DataError
-from gmdist.launch.train import RunFailedError, train
+from gmdist.config import Config, load
+from gmdist.errors import ConfigError, DataError, MemoryExceededError, RunFailedError
+from gmdist.launch import attempt
+from gmdist.launch.train import train
+from gmdist.launch.worker import work
 from gmdist.runs import train_worker
-from tests.support import run_workers, tree_bytes
+from gmdist.train.trainer import Trainer
 
 pytestmark = pytest.mark.ray
 
@@ -56,51 +57,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def kill_after(run: Path, step: int, process: bytes) -> threading.Thread:
-    """Kill one of Ray's processes once the step's checkpoint is there."""
-
-    def wait() -> None:
-        while not (run / f"checkpoints/step-{step:08d}/meta.json").exists():
-            time.sleep(0.02)
-        me = os.getpid()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != me:
-                try:
-                    title = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if process in title:
-                    os.kill(int(entry.name), signal.SIGKILL)
-                    return
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
-def train_alone(rank: int, world_size: int, config: str) -> None:
-    train_worker(from_yaml(config, "config"), torch.device("cpu"))
-
-
-def test_a_killed_process_is_replaced_and_the_run_ends_the_same(ray_cluster, digits: Path, tmp_path: Path) -> None:
-    settings = ["train.num_steps=150", "train.checkpoint_every=25", "train.sample_every=null"]
-    killers = [kill_after(tmp_path / "killed", *fate) for fate in ((25, b"RayTrainWorker"), (75, b"ray::Mailbox"))]
-    outcome, _, messages = watch(config_of(digits, tmp_path / "killed", *settings))
-    for killer in killers:
-        killer.join()
-    assert outcome.finished
-    assert len(messages) == 2
-    assert "restart 1 of 3" in messages[0]
-    assert "MailboxLost" in messages[1]
-    assert "restart 2 of 3" in messages[1]
-    assert not (tmp_path / "killed/error.txt").exists()
-    run_workers(train_alone, 2, config_of(digits, tmp_path / "whole", *settings).to_yaml())
-    assert tree_bytes(tmp_path / "killed/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
-
-
 def test_a_user_error_in_a_worker_is_not_tried_again(ray_cluster, digits: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(digits / "train", tmp_path / "data")
     shard = tmp_path / "data/shard-000003.tar"
     content = bytearray(shard.read_bytes())
@@ -135,3 +92,30 @@ def test_other_failures_end_after_the_restarts(ray_cluster, digits: Path, tmp_pa
     messages: list[str] = []
     with pytest.raises((RunFailedError, Exception), match=r"metrics\.jsonl"):
         train(config_of(digits, tmp_path / "run", "cluster.max_failures=1"), lambda p: None, messages.append)
+
+
+def work_with_little_memory(settings: dict[str, Any]) -> Any:
+    """What each worker runs: it can have hardly more memory than before its first step."""
+    train_step = Trainer.train_step
+
+    def limited(self: Trainer, loaded: Any) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, resource.RLIM_INFINITY))
+        train_step(self, loaded)
+
+    Trainer.train_step = limited
+    return work(settings)
+
+
+def test_a_lack_of_memory_says_what_to_set(
+    ray_cluster, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "work", work_with_little_memory)
+    large = ["family.autoencoder.channels=64", "data.batch_size=512", "cluster.num_workers=1"]
+    messages: list[str] = []
+    with pytest.raises(
+        MemoryExceededError,
+        match=r"out of memory on worker 0, step 0, with micro-batches of 512 samples; set train\.micro_batch_size=256",
+    ):
+        train(config_of(digits, tmp_path, *large), lambda progress: None, messages.append)
+    assert messages == []

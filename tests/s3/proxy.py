@@ -47,6 +47,7 @@ class FaultProxy:
         """
         self.whole = whole
         self.decide: Decide = decide or (lambda path, count: None)
+        self.decide_write: Callable[[str], Fault | None] = lambda path: None  # of a PUT; a status or nothing
         self.requests: list[tuple[str, str]] = []  # (path, Range) of every GET of an object
         self.faults = 0
         self._counts: dict[str, int] = {}
@@ -120,7 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         if self.headers.get("Expect", "").lower() == "100-continue":
             del self.headers["Expect"]
-        self._forward(dict(self.headers.items()), self._body(), None)
+        body, fault = self._body(), self.owner.decide_write(self.path)
+        if fault is not None:
+            self._refuse(fault)
+        else:
+            self._forward(dict(self.headers.items()), body, None)
 
     do_POST = do_DELETE = do_PUT  # noqa: N815 - the base class's names
 

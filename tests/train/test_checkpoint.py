@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 
 from gmdist import storage
-from gmdist.errors import CheckpointError
+from gmdist.errors import CheckpointError, ConfigError
 from gmdist.train import checkpoint
-from gmdist.train.checkpoint import Reader, Saver, find_newest, tensor_key
-from tests.support import Linear, fit, tree_bytes
+from gmdist.train.checkpoint import Reader, find_newest, tensor_key
+from gmdist.train.optim import OptimConfig
+from gmdist.train.saver import Saver
+from tests.support import Linear, fit, make_trainer, tree_bytes
 
 
 @pytest.fixture
@@ -127,19 +131,26 @@ def test_ranges_are_read_across_shards(tmp_path: Path) -> None:
     location = tmp_path / "checkpoints/step-00000001"
     shards = []
     for number, pieces in enumerate([[(0, 4)], [(7, 10), (4, 7)]]):
-        content = checkpoint.save_safetensors({tensor_key("param", "a|b", s): whole[s:e].clone() for s, e in pieces})
+        content = save_safetensors({tensor_key("param", "a|b", s): whole[s:e].clone() for s, e in pieces})
         storage.write(str(location / f"{number}.safetensors"), content)
-        shards.append({"name": f"{number}.safetensors"})
+        shards.append({"name": f"{number}.safetensors", "bytes": len(content)})
     with Reader(str(location), {"shards": shards}) as reader:
-        assert reader.names("param") == ["a|b"]
         for start, count in ((0, 10), (2, 6), (5, 1), (9, 1), (3, 0)):
-            assert torch.equal(reader.read("param", "a|b", start, count), whole[start : start + count])
+            values = torch.full((count,), torch.nan)
+            reader.read("param", "a|b", start, values)
+            assert torch.equal(values, whole[start : start + count])
         with pytest.raises(CheckpointError, match=r"has 2 of 4 elements of a\|b"):
-            reader.read("param", "a|b", 8, 4)
+            reader.read("param", "a|b", 8, torch.zeros(4))
         with pytest.raises(CheckpointError, match="has 0 of 1 elements of other"):
-            reader.read("param", "other", 0, 1)
+            reader.read("param", "other", 0, torch.zeros(1))
         with pytest.raises(CheckpointError, match="is torch.float32; the model has torch.int64"):
-            reader.read("param", "a|b", 0, 2, torch.int64)
+            reader.read("param", "a|b", 0, torch.zeros(2, dtype=torch.int64))
+
+
+def test_another_optimizer_is_named(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no 'exp_inf' of network.*set optim\.network\.name as it was"):
+        fit(Linear(), run, num_steps=9, optim=OptimConfig(name="adamax"))
+    assert fit(Linear(), run, num_steps=9, optim=OptimConfig(name="adam")).finished  # of the same state as adamw
 
 
 def test_a_pickle_is_never_loaded(run: Path) -> None:
@@ -178,4 +189,49 @@ def test_saving_does_not_see_later_changes(tmp_path: Path) -> None:
     saver.close()
     location = str(tmp_path / "checkpoints/step-00000001")
     with Reader(location, checkpoint.read_meta(location)) as reader:
-        assert reader.read("param", "a", 0, 1000).sum() == 0
+        values = torch.ones(1000)
+        reader.read("param", "a", 0, values)
+        assert values.sum() == 0
+
+
+def test_a_shard_is_what_the_library_reads(tmp_path: Path) -> None:
+    tensors = {
+        tensor_key("param", "a", 0): torch.randn(5),
+        tensor_key("buffer", "count", 0): torch.tensor([2**40]),
+        tensor_key("buffer", "flag", 0): torch.tensor([True, False, True]),
+        tensor_key("buffer", "half", 0): torch.randn(3).bfloat16(),
+        tensor_key("buffer", "nothing", 0): torch.zeros(0),
+    }
+    saver = Saver(str(tmp_path), keep=None)
+    saver.save(1, tensors, {"images": 0})
+    tensors = {key: tensor + 1 if tensor.dtype != torch.bool else ~tensor for key, tensor in tensors.items()}
+    saver.save(2, tensors, {"images": 0})  # into the same memory
+    saver.save(3, tensors | {"param|new|0": torch.ones(2)}, {"images": 0})  # and into other
+    saver.close()
+    found = load_safetensors((tmp_path / "checkpoints/step-00000002/shard-00000-of-00001.safetensors").read_bytes())
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    found = load_safetensors((tmp_path / "checkpoints/step-00000003/shard-00000-of-00001.safetensors").read_bytes())
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(("order", "best"), [("min", 4), ("max", 2)])
+def test_the_best_checkpoint_stays(order: str, best: int, tmp_path: Path) -> None:
+    values = {2: 0.9, 4: 0.1, 6: float("nan"), 8: 0.5, 10: 0.4}
+
+    class Judged(Linear):
+        def evaluate(self, batch):
+            return {"score": torch.tensor(values[trainers[-1].step])}
+
+    trainers = []
+    settings = {"evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 1, "best_metric": "test/score"}
+    for num_steps in (6, 10):  # the second goes on from the first
+        trainers.append(make_trainer(Judged(), tmp_path, num_steps=num_steps, best_order=order, **settings))
+        trainers[-1].fit()
+        trainers[-1].close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{best:08d}", "step-00000010"]
+    other = make_trainer(Linear(), tmp_path / "other", num_steps=2, **settings | {"best_metric": "test/other"})
+    with pytest.raises(ConfigError, match=r"train\.best_metric: 'test/other'; the evaluation has no metric"):
+        other.fit()
+    other.close()

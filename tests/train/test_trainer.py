@@ -73,8 +73,8 @@ def test_a_stand_in_trains_and_resumes(tmp_path: Path) -> None:
 def test_lazy_phases_run_at_their_interval(tmp_path: Path) -> None:
     trainer = make_trainer(StandIn(), tmp_path, num_steps=5)
     trainer.fit()
-    trainer.close()
     assert {name: unit.num_updates for name, unit in trainer.units.items()} == {"scale": 5, "shift": 3}
+    trainer.close()
 
 
 def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> None:
@@ -94,42 +94,10 @@ def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> Non
     fit(Linear(), tmp_path / "killed", log_every=1)
 
     def without_speed(run):
-        timed = ("images_per_s", "data/wait_s")
+        timed = ("images_per_s", "images_per_s_worker", "tflops_worker", "memory_gib", "data/wait_s")
         return [{key: value for key, value in line.items() if key not in timed} for line in lines(run)]
 
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
-
-
-def worker(rank: int, world: int, folder: str, stage: int, steps: int) -> None:
-    trainer = make_trainer(
-        Linear(),
-        Path(folder),
-        batch_size=12,
-        num_steps=steps,
-        zero_stage=stage,
-        rank=rank,
-        world_size=world,
-        log_every=1,
-    )
-    trainer.fit()
-    trainer.close()
-
-
-# From one size and stage to another, and to another again.
-ROUTES = [[(1, 0, 3), (2, 0, 6), (3, 0, 9)], [(2, 1, 3), (1, 2, 6), (2, 0, 9)], [(2, 2, 3), (2, 2, 9)]]
-
-
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: "-".join(f"{w}w{s}" for w, s, _ in route))
-def test_another_size_and_stage_goes_on_with_the_same_losses(route, tmp_path: Path) -> None:
-    if any(stage for _, stage, _ in route):
-        pytest.importorskip("deepspeed")
-    fit(Linear(), tmp_path / "whole", batch_size=12, num_steps=9, log_every=1)
-    for world, stage, steps in route:
-        run_workers(worker, world, str(tmp_path / "route"), stage, steps)
-    whole, changed = lines(tmp_path / "whole"), lines(tmp_path / "route")
-    assert [line["order_digest"] for line in changed] == [line["order_digest"] for line in whole]
-    for a, b in zip(whole, changed, strict=True):
-        assert b["net/loss"] == pytest.approx(a["net/loss"], rel=1e-5)
 
 
 def evaluate_few(rank: int, world: int, folder: str) -> None:
@@ -253,17 +221,15 @@ def test_another_family_or_data_set_is_refused(tmp_path: Path) -> None:
 def test_micro_batch_sizes() -> None:
     assert micro_batch_size(TrainConfig(1), 12, 3) == 4
     assert micro_batch_size(TrainConfig(1, micro_batch_size=2), 12, 3) == 2
-    with pytest.raises(ConfigError, match=r"data\.batch_size: 10; 3 workers do not divide it"):
-        micro_batch_size(TrainConfig(1), 10, 3)
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 3; .*which is 4"):
-        micro_batch_size(TrainConfig(1, micro_batch_size=3), 12, 3)
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=3), 12, 3) == 2  # the most that divide the part
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=8), 12, 3) == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"zero_stage": 3}, "train.zero_stage: 3"),
         ({"zero_stage": 4}, "train.zero_stage: 4"),
+        ({"offload_optimizer": True}, "train.offload_optimizer: true with train.zero_stage 0"),
         ({"precision": "fp16"}, "train.precision: 'fp16'"),
         ({"num_steps": 0}, "train.num_steps: 0"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints: 0"),

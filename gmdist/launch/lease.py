@@ -1,0 +1,154 @@
+"""One live run a folder: a file that its command renews, and that others read before they begin."""
+
+import getpass
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gmdist import storage
+from gmdist.errors import ConfigError, StorageError
+
+LEASE_NAME = "lease.json"
+_RENEWED_S = 5.0
+_EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machines are not asked
+
+
+@contextmanager
+def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None]) -> Iterator[None]:
+    """Have a run's folder alone.
+
+    Args:
+        run_dir: of the run.
+        on_message: called with a line that the user should read.
+        on_lost: called when somebody else has taken the lease, because this process did not get to renew it.
+
+    Raises:
+        ConfigError: another live run has it.
+    """
+    location = storage.join(run_dir, LEASE_NAME)
+    _wait_until_free(location, on_message)
+    lease = _Lease(location, on_lost)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+class _Lease:
+    def __init__(self, location: str, on_lost: Callable[[], None]) -> None:
+        self._location, self._on_lost = location, on_lost
+        self._own = {
+            "id": uuid.uuid4().hex,
+            "user": getpass.getuser(),
+            "host": socket.gethostname(),
+            "namespace": _namespace(),
+            "pid": os.getpid(),
+            "process": _process_key(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        self._beats = 0
+        self._released = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        self._beats += 1
+        storage.write(self._location, json.dumps(self._own | {"beats": self._beats}).encode())
+
+    def _renew(self) -> None:
+        while not self._released.wait(_RENEWED_S):
+            with suppress(StorageError):  # the run itself says what is wrong with the storage
+                found = _read(self._location)
+                if found is not None and found.get("id") != self._own["id"]:
+                    self._on_lost()
+                    return
+                self._write()
+
+    def release(self) -> None:
+        self._released.set()
+        self._thread.join()
+        with suppress(StorageError):
+            found = _read(self._location)
+            if found is not None and found.get("id") == self._own["id"]:
+                storage.delete(self._location)
+
+
+def _wait_until_free(location: str, on_message: Callable[[str], None]) -> None:
+    found = _read(location)
+    if found is None or _is_dead(found):
+        return
+    if _is_here(found):
+        raise _in_use(location, found)
+    on_message(
+        f"{location}: left by a run on {found.get('host')}; waiting {_EXPIRES_S:.0f} s to see whether it still runs"
+    )
+    deadline_s = time.monotonic() + _EXPIRES_S
+    while time.monotonic() < deadline_s:
+        time.sleep(0.5)
+        now = _read(location)
+        if now is None:
+            return
+        if now != found:
+            raise _in_use(location, now)
+
+
+def _in_use(location: str, found: dict[str, Any]) -> ConfigError:
+    holder = f"process {found.get('pid')} of {found.get('user')} on {found.get('host')}, since {found.get('since')}"
+    run_dir = location.removesuffix(f"/{LEASE_NAME}")
+    return ConfigError(f"run.dir: {run_dir}; in use by another run ({holder}); wait for it, or choose another folder")
+
+
+def _read(location: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(storage.read(location))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # nobody writes such a thing
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_here(found: dict[str, Any]) -> bool:
+    is_here = (found.get("host"), found.get("namespace")) == (socket.gethostname(), _namespace())
+    return is_here and isinstance(found.get("pid"), int)
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    return not found or (_is_here(found) and found.get("process") != _process_key(found["pid"]))
+
+
+def _namespace() -> str:
+    """Tells the process numbers of containers apart."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _process_key(pid: int) -> str | None:
+    """Tells a process from others of the same number; None if there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None if Path("/proc/self").exists() else _key_without_proc(pid)
+    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
+
+
+def _key_without_proc(pid: int) -> str | None:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return str(pid)

@@ -1,0 +1,122 @@
+"""What each Ray worker runs: its share of a run, with a watchdog beside it and word from the driver."""
+
+import logging
+import os
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError
+
+from gmdist import runs, storage
+from gmdist.config import Config, from_yaml
+from gmdist.errors import ConfigError, GmdistError
+from gmdist.launch.lease import LEASE_NAME
+from gmdist.launch.mailbox import Failure, News, Wishes
+from gmdist.launch.watchdog import Watchdog
+from gmdist.train.hooks import Hooks, Outcome, Progress
+
+_POLL_S = 0.25
+_STUCK_AFTER = 1.25  # times cluster.timeout_s: a collective that waits for a stuck worker gives up before, and says why
+
+
+def work(settings: dict[str, Any]) -> Outcome:
+    """What each Ray worker runs."""
+    mailbox = settings["mailbox"]
+    rank = dist.get_rank()
+    _quiet()
+    if os.path.isdir(settings["folder"]):
+        os.chdir(settings["folder"])  # relative paths mean what they mean to the user
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    config = from_yaml(settings["config"], "config")
+    watchdog = Watchdog(config.cluster.timeout_s * _STUCK_AFTER)
+    try:
+        check_reach(config)
+        with _correspondence(mailbox if rank == 0 else None) as hooks:
+            return runs.train_worker(config, device, replace(hooks, beat=watchdog.beat))
+    except BaseException as error:
+        message = str(error) if isinstance(error, GmdistError) else (str(error).splitlines() or [""])[0]
+        failure = Failure(type(error).__name__, message, traceback.format_exc())
+        ray.get(mailbox.fail.remote(failure))
+        raise
+    finally:
+        watchdog.close()
+
+
+def _quiet() -> None:
+    """Leave libraries' chatter out of a worker's output."""
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+@contextmanager
+def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
+    """Rank 0's connection to the mailbox: a thread that exchanges news, so that no step waits for it."""
+    if mailbox is None:
+        yield Hooks()
+        return
+    stop, save, done, lock = threading.Event(), threading.Event(), threading.Event(), threading.Lock()
+    news = News()
+    num_saves = 0  # asked for until now
+
+    def on_progress(progress: Progress) -> None:
+        with lock:
+            news.progress = progress
+
+    def on_message(message: str) -> None:
+        with lock:
+            news.messages.append(message)
+
+    def exchange() -> None:
+        nonlocal num_saves
+        with lock:
+            progress, messages = news.progress, news.messages
+            news.progress, news.messages = None, []
+        wishes: Wishes = ray.get(mailbox.exchange.remote(progress, messages))
+        if wishes.stop:
+            stop.set()
+        if wishes.num_saves > num_saves:
+            num_saves = wishes.num_saves
+            save.set()
+
+    def save_requested() -> bool:
+        if not save.is_set():
+            return False
+        save.clear()
+        return True
+
+    def run() -> None:
+        try:
+            while not done.wait(_POLL_S):
+                exchange()
+        except RayActorError:
+            stop.set()  # the driver is gone: save and return
+
+    thread = threading.Thread(target=run, name="mailbox", daemon=True)
+    thread.start()
+    try:
+        yield Hooks(on_progress, on_message, stop.is_set, save_requested)
+    finally:
+        done.set()
+        thread.join()
+        exchange()
+
+
+def check_reach(config: Config) -> None:
+    """ConfigError if the run's folder is one of the driver's machine, and this is another."""
+    runs.use_storage(config)
+    if not storage.exists(storage.join(config.run.dir, LEASE_NAME)):
+        raise ConfigError(
+            f"run.dir: {config.run.dir}; a worker on {os.uname().nodename} does not see what is in it: on several "
+            "machines, use a shared folder or s3://"
+        )

@@ -1,0 +1,68 @@
+"""How a network's blocks compute: compiled, kept or computed again in the backward, in which layout."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmdist.families.family import Family, Phase
+from gmdist.train.config import TrainConfig
+
+
+def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
+    """Let the trained children compute as the config says; before their units are made."""
+    for name in trained:
+        child = getattr(family, name)
+        if config.channels_last:
+            child.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
+        for block in (part for part in child.modules() if isinstance(part, family.blocks)):
+            if config.activation_checkpointing:
+                block.forward = functools.partial(_recomputed, block.forward)
+            if config.compile:
+                block.compile()
+
+
+def _to_channels_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def convert(value: Any) -> Any:
+        is_image = isinstance(value, Tensor) and value.ndim == 4
+        return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+    return tuple(map(convert, args)), {key: convert(value) for key, value in kwargs.items()}
+
+
+_is_first_order = True  # the loss that is computed now
+is_recomputing = False  # what was computed before, for a backward
+
+
+@contextmanager
+def of_order(phase: Phase) -> Iterator[None]:
+    """Compute a phase's loss without what a derivative of a derivative cannot go through."""
+    global _is_first_order
+    if not phase.higher_order:
+        yield
+        return
+    _is_first_order = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _is_first_order = True
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or not _is_first_order:
+        return forward(*args, **kwargs)
+    return checkpoint(functools.partial(_telling, forward), *args, use_reentrant=False, **kwargs)
+
+
+def _telling(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global is_recomputing
+    is_recomputing = torch._C._current_graph_task_id() != -1
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        is_recomputing = False

@@ -1,0 +1,121 @@
+"""What a step costs: the model's FLOPs, the machine's peak, memory, and a trace of where the time goes."""
+
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from gmdist import storage
+from gmdist.families.family import Phase
+from gmdist.train import blocks
+
+# FLOP/s of dense products, in bf16 and in fp32: the makers' data sheets.
+_PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "A10": (125e12, 31.2e12),
+    "V100": (125e12, 15.7e12),
+}
+_PROFILE_AFTER = 5  # steps: the first ones allocate and compile
+
+
+class FlopCount:
+    """The FLOPs of the model in a step, counted on the first micro-batch of each phase."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}  # of a micro-batch, over the steps between two of the phase
+
+    @contextmanager
+    def counting(self, phase: Phase) -> Iterator[None]:
+        """Count what is computed meanwhile, the first time that a phase comes."""
+        if phase.name in self._counts:
+            yield
+            return
+        with _Counter() as counter, torch.compiler.set_stance("force_eager"):
+            yield
+        self._counts[phase.name] = counter.flops / phase.every
+
+    def a_step(self, num_micro_batches: int) -> float:
+        """On this worker, in the mean."""
+        return sum(self._counts.values()) * num_micro_batches
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the FLOPs of products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None and not blocks.is_recomputing:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of a device at its best; None for one that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks[precision == "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this worker has had: the device's, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Profile:
+    """A Chrome trace of a few steps of one worker, in the run's folder. A context manager, told of each step."""
+
+    def __init__(self, run_dir: str, num_steps: int | None) -> None:
+        self._run_dir = run_dir
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = None
+        if num_steps is not None:
+            schedule = torch.profiler.schedule(wait=_PROFILE_AFTER - 1, warmup=1, active=num_steps, repeat=1)
+            self._profiler = torch.profiler.profile(
+                activities=activities, schedule=schedule, on_trace_ready=self._write
+            )
+
+    def _write(self, profiler: Any) -> None:
+        with tempfile.TemporaryDirectory(prefix="gmdist-profile-") as folder:
+            path = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(path))
+            storage.copy_from_local(str(path), storage.join(self._run_dir, "trace.json"))
+
+    def __enter__(self) -> "Profile":
+        if self._profiler is not None:
+            self._profiler.start()
+        return self
+
+    def step(self) -> None:
+        """A step was made."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()

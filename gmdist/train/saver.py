@@ -1,0 +1,210 @@
+"""Writing checkpoints in the background: a step waits for the copy to host memory, and for nothing else."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gmdist import storage
+from gmdist.checksum import crc32
+from gmdist.errors import CheckpointError, GmdistError, StorageError
+from gmdist.train.checkpoint import FORMAT_VERSION, META_NAME, folder_name, read_meta, step_of
+
+# The names of safetensors (its format is described at https://huggingface.co/docs/safetensors).
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNED_BYTES = 8
+
+
+class Staging:
+    """Host memory that is laid out as a safetensors file, so that tensors are copied once, to where they are written.
+
+    It is used again for each save: fresh memory costs as much time as the copy.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.layout = layout(tensors)
+        head: dict[str, Any] = {}
+        size = 0
+        # Those of large elements first, so that all are aligned.
+        for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+            tensor = tensors[key]
+            stop = size + tensor.numel() * tensor.element_size()
+            head[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, stop]}
+            size = stop
+        text = json.dumps(head, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNED_BYTES)
+        start = 8 + len(text)
+        on_device = any(tensor.is_cuda for tensor in tensors.values())
+        self._memory = torch.zeros(start + size, dtype=torch.uint8, pin_memory=on_device)
+        self._memory[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+        self._places = {
+            key: self._memory[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+            .view(tensors[key].dtype)
+            .view(tensors[key].shape)
+            for key, entry in head.items()
+        }
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors of the same layout."""
+        for key, place in self._places.items():
+            place.copy_(tensors[key], non_blocking=True)
+        if self._memory.is_pinned():
+            torch.cuda.synchronize()
+
+    def content(self) -> memoryview:
+        """The file."""
+        return self._memory.numpy().data
+
+
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """What the places of tensors in a file depend on."""
+    return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+
+
+class Saver:
+    """Writes checkpoints; every worker calls it at the same steps."""
+
+    def __init__(self, run_dir: str, keep: int | None, best_metric: str | None = None, largest: bool = False) -> None:
+        """Prepare to save.
+
+        Args:
+            run_dir: the run's folder.
+            keep: how many of the newest checkpoints stay; None keeps all.
+            best_metric: of the evaluation; the checkpoint with its best value stays too.
+            largest: whether the best value is the largest.
+        """
+        self._folder = storage.join(run_dir, "checkpoints")
+        self._keep, self._best_metric, self._largest = keep, best_metric, largest
+        self._values: dict[int, float] = {}  # of the metric, by step
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._staging: Future[Staging] | None = None
+        self._pending: Future[None] | None = None
+        # The thread needs its own group: collectives of the step go on while it writes.
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._rank = dist.get_rank() if distributed else 0
+        self._world_size = dist.get_world_size() if distributed else 1
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Get the memory for such tensors in the background, before the first save."""
+        self._staging = self._thread.submit(Staging, dict(tensors))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        """Copy the tensors to host memory and write them in the background.
+
+        Args:
+            step: names the checkpoint.
+            tensors: this worker's, 1-D, by `tensor_key`.
+            meta: what meta.json says beside the shards; rank 0's counts.
+
+        Raises:
+            CheckpointError: the previous save failed.
+        """
+        self.wait()
+        if self._staging is None or self._staging.result().layout != layout(tensors):
+            self.prepare(tensors)
+        assert self._staging is not None
+        staging = self._staging.result()
+        staging.fill(tensors)
+        self._pending = self._thread.submit(self._write, step, staging.content(), meta)
+
+    def failed(self) -> bool:
+        """Whether the save that is under way is known to have failed."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the save that is under way; CheckpointError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, content: memoryview, meta: dict[str, Any]) -> None:
+        location = storage.join(self._folder, folder_name(step))
+        name = f"shard-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
+
+        def write_shard() -> dict[str, Any]:
+            storage.write(storage.join(location, name), content)
+            return {"name": name, "bytes": len(content), "crc32": crc32(content)}
+
+        def complete(shards: list[dict[str, Any]]) -> None:
+            whole = {"format": FORMAT_VERSION, "step": step, **meta, "shards": shards}
+            storage.write_json(storage.join(location, META_NAME), whole)
+
+        # What is left of an earlier, interrupted save of this step goes first.
+        self._agree(lambda: self._delete(step) if self._rank == 0 else None, step)
+        shards = self._agree(write_shard, step)
+        self._agree(lambda: complete(shards) if self._rank == 0 else None, step)
+        if self._rank == 0 and self._keep is not None:
+            self._prune(step, self._keep)
+
+    def _agree(self, action: Callable[[], Any], step: int) -> list[Any]:
+        """Do something on every worker and gather the results; where one fails, all raise, and no part stays."""
+        outcome: tuple[Any, str | None]
+        try:
+            outcome = action(), None
+        except (OSError, GmdistError) as error:
+            outcome = None, str(error)
+        outcomes = [outcome]
+        if self._group is not None:
+            outcomes = [outcome] * self._world_size
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+        problems = [problem for _, problem in outcomes if problem is not None]
+        if problems:
+            if self._rank == 0:
+                with suppress(StorageError):  # the storage is what failed; an incomplete checkpoint is skipped
+                    self._delete(step)
+            raise CheckpointError(f"cannot save a checkpoint: {problems[0]}; earlier checkpoints are as they were")
+        return [result for result, _ in outcomes]
+
+    def _delete(self, step: int) -> None:
+        """Delete a checkpoint; one that is deleted in part is incomplete, not damaged."""
+        location = storage.join(self._folder, folder_name(step))
+        storage.delete(storage.join(location, META_NAME))
+        storage.delete_tree(location)
+
+    def _prune(self, newest: int, keep: int) -> None:
+        steps = [step_of(name) for name in storage.list_names(self._folder)]
+        old = sorted(step for step in steps if step is not None and step <= newest)
+        best = self._best(old)
+        for step in old[:-keep]:
+            if step != best:
+                self._delete(step)
+
+    def _best(self, steps: list[int]) -> int | None:
+        """The step with the best value of the metric; the newest of equals."""
+        if self._best_metric is None:
+            return None
+        for step in steps:
+            if step not in self._values:
+                try:
+                    found = read_meta(storage.join(self._folder, folder_name(step)))["evaluation"]
+                except CheckpointError:
+                    found = {}
+                self._values[step] = found.get(self._best_metric, math.nan)
+        sign = 1.0 if self._largest else -1.0
+        known = [(sign * self._values[step], step) for step in steps if math.isfinite(self._values[step])]
+        return max(known)[1] if known else None
