@@ -22,10 +22,10 @@ from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
-from gmdist.train.engine import rank, world_size
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
 from gmdist.train.trainer import Trainer, trained_children
+from gmdist.train.workers import rank, world_size
 
 CONFIG_NAME = "config.yaml"
 # All that a run writes into its folder.

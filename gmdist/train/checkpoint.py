@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmdist import storage
 from gmdist.errors import CheckpointError
+from gmdist.train.workers import rank, world_size
 
 FORMAT_VERSION = 2
 META_NAME = "meta.json"
@@ -90,6 +92,21 @@ def find_newest(
             "or set run.overwrite=true to start anew"
         )
     return None, warnings
+
+
+def find_together(
+    run_dir: str, on_warning: Callable[[str], None], is_good: Callable[[dict[str, Any]], bool] = lambda meta: True
+) -> Found | None:
+    """`find_newest` by rank 0 for all workers, which all call it; `on_warning` is called with each line."""
+    choice: list[Any] = [None]
+    if rank() == 0:
+        found, warnings = find_newest(run_dir, is_good)
+        for warning in warnings:
+            on_warning(warning)
+        choice = [found]
+    if world_size() > 1:
+        dist.broadcast_object_list(choice, src=0)
+    return choice[0]
 
 
 def read_meta(location: str) -> dict[str, Any]:

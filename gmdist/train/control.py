@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gmdist.train.workers import world_size
+
 
 class Clock:
     """The time that steps take, without the pauses between them."""
@@ -53,8 +55,7 @@ class Control:
     _FLAGS = 3
 
     def __init__(self) -> None:
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._flags = torch.zeros(self._FLAGS, dtype=torch.int32)
         self._work: Any = None
 

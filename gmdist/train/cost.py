@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gmdist import storage
+from gmdist.errors import MemoryExceededError
 from gmdist.families.family import Phase
 from gmdist.train import blocks
+from gmdist.train.workers import rank
 
 # FLOP/s of dense products, in bf16 and in fp32: the makers' data sheets.
 _PEAKS = {
@@ -83,6 +85,24 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def explaining_memory(step: int, micro_batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory into a MemoryExceededError that says what to set."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        if micro_batch_size > 1:
+            advice = f"set train.micro_batch_size={micro_batch_size // 2}"
+        else:
+            advice = "set train.activation_checkpointing=true or train.zero_stage=3, or take more workers"
+        raise MemoryExceededError(
+            f"out of memory on worker {rank()}, step {step}, with micro-batches of {micro_batch_size} samples; {advice}"
+        ) from error
 
 
 class Profile:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmdist.families.family import Batch, Family, Metrics, Phase
@@ -18,16 +17,6 @@ from gmdist.train.optim import OptimConfig, num_updates, set_num_updates
 from gmdist.train.shards import Fragment
 
 Loss = Callable[[Batch, int], tuple[Tensor, Metrics]]
-
-
-def world_size() -> int:
-    """Workers of the job; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This worker's number; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def computing(precision: str, device: torch.device) -> AbstractContextManager[None]:

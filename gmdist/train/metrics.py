@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gmdist import storage
 from gmdist.families.family import Metrics
+from gmdist.train.workers import world_size
 
 FILE_NAME = "metrics.jsonl"
 
@@ -36,17 +37,16 @@ class Averages:
 
         NaN where nothing that was added is finite.
         """
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
         everyone = [sorted(self._sums)]
-        if distributed:
-            everyone = [[] for _ in range(dist.get_world_size())]
+        if world_size() > 1:
+            everyone = [[] for _ in range(world_size())]
             dist.all_gather_object(everyone, sorted(self._sums))
         names = sorted(set().union(*everyone))
         if not names:
             return {}
         zero = torch.zeros(2, dtype=self._dtype, device=self._device)
         both = torch.stack([self._sums.get(name, zero) for name in names])
-        if distributed:
+        if world_size() > 1:
             dist.all_reduce(both)
         self._sums = {}
         return dict(zip(names, (both[:, 0] / both[:, 1]).tolist(), strict=True))
@@ -124,9 +124,9 @@ class Quarantine:
     def gather(self) -> list[dict[str, Any]]:
         """The lines of all workers since the last call, by sample number. Every worker calls it."""
         lines, self._lines = self._lines, []
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if world_size() == 1:
             return lines
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(world_size())]
         dist.all_gather_object(parts, lines)
         return sorted((line for part in parts for line in part), key=lambda line: line["number"])
 

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from gmdist.families.family import Batch, Family, Metrics, Phase
 from gmdist.train import optim
-from gmdist.train.engine import Root, Unit, rank, scaled, world_size
+from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import FlatParameters, Fragment, elementwise_state
+from gmdist.train.workers import rank, world_size
 
 
 class ReplicatedUnit(Unit):

@@ -15,6 +15,7 @@ from gmdist import storage
 from gmdist.checksum import crc32
 from gmdist.errors import CheckpointError, GmdistError, StorageError
 from gmdist.train.checkpoint import FORMAT_VERSION, META_NAME, folder_name, read_meta, step_of
+from gmdist.train.workers import rank, world_size
 
 # The names of safetensors (its format is described at https://huggingface.co/docs/safetensors).
 _DTYPES = {
@@ -97,10 +98,7 @@ class Saver:
         self._staging: Future[Staging] | None = None
         self._pending: Future[None] | None = None
         # The thread needs its own group: collectives of the step go on while it writes.
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if distributed else None
-        self._rank = dist.get_rank() if distributed else 0
-        self._world_size = dist.get_world_size() if distributed else 1
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> None:
         """Get the memory for such tensors in the background, before the first save."""
@@ -144,7 +142,7 @@ class Saver:
 
     def _write(self, step: int, content: memoryview, meta: dict[str, Any]) -> None:
         location = storage.join(self._folder, folder_name(step))
-        name = f"shard-{self._rank:05d}-of-{self._world_size:05d}.safetensors"
+        name = f"shard-{rank():05d}-of-{world_size():05d}.safetensors"
 
         def write_shard() -> dict[str, Any]:
             storage.write(storage.join(location, name), content)
@@ -155,10 +153,10 @@ class Saver:
             storage.write_json(storage.join(location, META_NAME), whole)
 
         # What is left of an earlier, interrupted save of this step goes first.
-        self._agree(lambda: self._delete(step) if self._rank == 0 else None, step)
+        self._agree(lambda: self._delete(step) if rank() == 0 else None, step)
         shards = self._agree(write_shard, step)
-        self._agree(lambda: complete(shards) if self._rank == 0 else None, step)
-        if self._rank == 0 and self._keep is not None:
+        self._agree(lambda: complete(shards) if rank() == 0 else None, step)
+        if rank() == 0 and self._keep is not None:
             self._prune(step, self._keep)
 
     def _agree(self, action: Callable[[], Any], step: int) -> list[Any]:
@@ -170,11 +168,11 @@ class Saver:
             outcome = None, str(error)
         outcomes = [outcome]
         if self._group is not None:
-            outcomes = [outcome] * self._world_size
+            outcomes = [outcome] * world_size()
             dist.all_gather_object(outcomes, outcome, group=self._group)
         problems = [problem for _, problem in outcomes if problem is not None]
         if problems:
-            if self._rank == 0:
+            if rank() == 0:
                 with suppress(StorageError):  # the storage is what failed; an incomplete checkpoint is skipped
                     self._delete(step)
             raise CheckpointError(f"cannot save a checkpoint: {problems[0]}; earlier checkpoints are as they were")

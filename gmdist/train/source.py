@@ -42,3 +42,9 @@ class Source(Protocol):
 
     def notes(self) -> list[str]:
         """Lines that the user should read; each is given once."""
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Cut a batch into micro-batches of `size` samples."""
+    count = len(batch["key"])
+    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, count, size)]

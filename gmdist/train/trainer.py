@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,23 +10,24 @@ import torch
 import torch.distributed as dist
 
 from gmdist import images, storage
-from gmdist.errors import ConfigError, DivergedError, MemoryExceededError
-from gmdist.families.family import Batch, Family, Metrics
+from gmdist.errors import ConfigError, DivergedError
+from gmdist.families.family import Family, Metrics
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.blocks import prepare
 from gmdist.train.checkpoint import Reader
 from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.control import Clock, Control, Skips
-from gmdist.train.cost import FlopCount, Profile, peak_flops, peak_memory_gib
+from gmdist.train.cost import FlopCount, Profile, explaining_memory, peak_flops, peak_memory_gib
 from gmdist.train.ema import EMA
-from gmdist.train.engine import Unit, computing, make_unit, rank, world_size
+from gmdist.train.engine import Unit, computing, make_unit
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, learning_rate
 from gmdist.train.saver import Saver
-from gmdist.train.source import Loaded, Source
+from gmdist.train.source import Loaded, Source, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
+from gmdist.train.workers import rank, world_size
 
 _INITIALIZE_SAMPLES = 256
 _MASK64 = (1 << 64) - 1
@@ -64,7 +65,7 @@ class Trainer:
         self._left_out: list[tuple[int, int]] = []  # numbers of samples: first, last + 1
         self._skips = Skips(self.device)
 
-        found = self._find_checkpoint()
+        found = checkpoint.find_together(run_dir, self.hooks.on_message)
         if found is not None:
             check_identity(found, identity, config.seed, fingerprint)
 
@@ -154,7 +155,7 @@ class Trainer:
                 asked_s = time.monotonic()
                 loaded = next(batches)
                 self._waited_s += time.monotonic() - asked_s
-                with self._explaining_memory():
+                with explaining_memory(self.step, self.micro_batch_size):
                     self.train_step(loaded)
                 self.hooks.beat()
                 profile.step()
@@ -206,7 +207,9 @@ class Trainer:
         problem = f"the gradients of {self._skips.in_a_row} steps in a row, up to step {self.step}, were not finite"
         advice = "lower the learning rate, or set optim.*.clip_norm or a longer optim.*.warmup_steps"
         self._saver.wait()
-        found = self._find_checkpoint(is_good=lambda meta: meta["skips"]["in_a_row"] == 0)
+        found = checkpoint.find_together(
+            self.run_dir, self.hooks.on_message, is_good=lambda meta: meta["skips"]["in_a_row"] == 0
+        )
         if found is None:
             raise DivergedError(f"{self.run_dir}: {problem}, and there is no checkpoint to go back to; {advice}")
         before = [(first, stop) for first, stop in self._left_out if first >= found.meta["cursor"]]
@@ -227,24 +230,6 @@ class Trainer:
             f"{problem}: back to the checkpoint of step {self.step}; the samples {window[0]} to {window[1] - 1} are "
             "left out"
         )
-
-    @contextmanager
-    def _explaining_memory(self) -> Iterator[None]:
-        """Turn a lack of memory into a MemoryExceededError."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            on_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-            if not on_host and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            if self.micro_batch_size > 1:
-                advice = f"set train.micro_batch_size={self.micro_batch_size // 2}"
-            else:
-                advice = "set train.activation_checkpointing=true or train.zero_stage=3, or take more workers"
-            raise MemoryExceededError(
-                f"out of memory on worker {rank()}, step {self.step}, with micro-batches of {self.micro_batch_size} "
-                f"samples; {advice}"
-            ) from error
 
     def close(self) -> None:
         """End threads, files and engines."""
@@ -366,20 +351,6 @@ class Trainer:
         if self._log is not None:
             self._log.flush()
 
-    def _find_checkpoint(
-        self, is_good: Callable[[dict[str, Any]], bool] = lambda meta: True
-    ) -> checkpoint.Found | None:
-        """The newest sound checkpoint with such a meta.json, chosen by rank 0 for all."""
-        choice: list[Any] = [None]
-        if rank() == 0:
-            found, warnings = checkpoint.find_newest(self.run_dir, is_good)
-            for warning in warnings:
-                self.hooks.on_message(warning)
-            choice = [found]
-        if world_size() > 1:
-            dist.broadcast_object_list(choice, src=0)
-        return choice[0]
-
     def _load(self, found: checkpoint.Found) -> None:
         meta = found.meta
         checkpoint.check_shapes(found.location, meta, self._shapes)
@@ -417,9 +388,3 @@ def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]
             raise ConfigError(f"optim.{name}: no such child; the family trains {', '.join(names)}")
     assert set(family.averaged) <= set(names), "only trained children are averaged"
     return names
-
-
-def split(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into micro-batches of `size` samples."""
-    count = len(batch["key"])
-    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, count, size)]

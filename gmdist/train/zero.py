@@ -15,9 +15,10 @@ from torch import Tensor
 from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Family, Metrics, Phase
 from gmdist.train import optim
-from gmdist.train.engine import Root, Unit, rank, scaled, world_size
+from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import Fragment, elementwise_state
+from gmdist.train.workers import rank, world_size
 
 _BUCKET_ELEMENTS = 20_000_000  # each engine has its own buckets; DeepSpeed's default of 5e8 is 2 GB in fp32
 _WHOLE_ELEMENTS = (
