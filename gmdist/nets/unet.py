@@ -27,7 +27,7 @@ class UNetConfig:
     num_res_blocks: int = 2  # a level on the way down; one more on the way up
     attention_levels: tuple[int, ...] = (1,)  # levels with self-attention after each residual block
     num_heads: int = 1
-    dropout: float = 0.1
+    dropout: float = 0.0  # above 0, its masks depend on the number of workers
 
     @property
     def downsampling(self) -> int:

@@ -1,6 +1,7 @@
 """What the trainer knows of data: batches, in an order, from any place of it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,45 @@ class Source(Protocol):
 
     def notes(self) -> list[str]:
         """Lines that the user should read; each is given once."""
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A part of a batch on its way to a GPU."""
+
+    loaded: Loaded
+    batch: Batch
+    arrival: torch.cuda.Event
+
+    def batch_on(self, device: torch.device) -> Batch:
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self.arrival)
+        for tensor in self.batch.values():
+            tensor.record_stream(stream)  # or its memory would be given away before the step is done with it
+        return self.batch
+
+    @property
+    def digest(self) -> int:
+        return self.loaded.digest
+
+    @property
+    def quarantined(self) -> list[dict[str, Any]]:
+        return self.loaded.quarantined
+
+
+def moved_ahead(parts: Iterator[Loaded], device: torch.device) -> Iterator[Loaded]:
+    """The same, each on its way to the GPU while the step before it computes. There is no end to `parts`."""
+    if device.type != "cuda":
+        yield from parts
+        return
+    stream = torch.cuda.Stream(device)
+    before: _Moved | None = None
+    for loaded in parts:
+        with torch.cuda.stream(stream):
+            moved = _Moved(loaded, loaded.batch_on(device), stream.record_event())
+        if before is not None:
+            yield before
+        before = moved
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -25,7 +25,7 @@ from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, learning_rate
 from gmdist.train.saver import Saver
-from gmdist.train.source import Loaded, Source, split
+from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 from gmdist.train.workers import rank, world_size
 
@@ -128,7 +128,7 @@ class Trainer:
         self._skips.note(norms, self._cursor)
         self.step += 1
         self.seen += self.batch_size
-        self._cursor += self.batch_size
+        self._cursor = self._past_left_out(self._cursor + self.batch_size)
         self._digest += loaded.digest
         self._quarantine.add(loaded.quarantined)
 
@@ -147,7 +147,7 @@ class Trainer:
             self._write_preview()
         clock = Clock(self.step)
         profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
-        batches = self._batches()
+        batches = moved_ahead(self._batches(), self.device)
         stopping = False
         saved_step = self.step
         with profile:
@@ -163,7 +163,7 @@ class Trainer:
                 if self._skips.in_a_row >= config.rollback_after:
                     with clock.paused():
                         self._go_back()
-                        batches = self._batches()
+                        batches = moved_ahead(self._batches(), self.device)
                     clock.rewind(self.step)
                     continue
                 if self.step % config.log_every == 0 or last:
@@ -194,12 +194,17 @@ class Trainer:
         position = self._cursor
         batches = self.data.batches(position)
         while True:
-            for first, stop in self._left_out:
-                if position == first:
-                    position = self._cursor = stop
-                    batches = self.data.batches(position)
             yield next(batches)
-            position += self.batch_size
+            following = self._past_left_out(position + self.batch_size)
+            if following != position + self.batch_size:
+                batches = self.data.batches(following)
+            position = following
+
+    def _past_left_out(self, position: int) -> int:
+        """The next sample that is not left out."""
+        for first, stop in self._left_out:
+            position = stop if position == first else position
+        return position
 
     def _go_back(self) -> None:
         """Load the last checkpoint, and from then on leave the samples out whose updates were left out."""
@@ -221,6 +226,7 @@ class Trainer:
         left_out = sorted([*self._left_out, window])
         self._load(found)
         self._left_out = left_out
+        self._cursor = self._past_left_out(self._cursor)
         self._quarantine.clear()
         self._averages = Averages(self.device)
         if self._log is not None:
@@ -252,17 +258,20 @@ class Trainer:
         line["order_digest"] = self._total_digest()
         line["skipped_steps"] = self._skips.total
         line |= self._speed(*clock.lap(self.step))
-        replaced = self._quarantine.gather()
+        self._write_quarantine()
         if self._log is None:
             return
         self._log.write(line)
-        if replaced:
-            self.hooks.on_message(self._quarantine.write(replaced))
         for note in self.data.notes():
             self.hooks.on_message(note)
         loss = next((value for name, value in line.items() if name.endswith("/loss")), float("nan"))
         left = (self.config.num_steps - self.step) * clock.seconds_a_step(self.step)
         self.hooks.on_progress(Progress(self.step, self.config.num_steps, line["images_per_s"], loss, left))
+
+    def _write_quarantine(self) -> None:
+        replaced = self._quarantine.gather()
+        if replaced and rank() == 0:
+            self.hooks.on_message(self._quarantine.write(replaced))
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         """What the steps since the last line made of the machines."""
@@ -347,6 +356,7 @@ class Trainer:
             "shapes": self._shapes,
             "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
         }
+        self._write_quarantine()  # what comes before a checkpoint is not read again
         self._saver.save(self.step, state_tensors(self.family, self.units, self.ema), meta)
         if self._log is not None:
             self._log.flush()
