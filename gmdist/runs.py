@@ -23,8 +23,9 @@ from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
 from gmdist.train.hooks import Hooks, Outcome
+from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
-from gmdist.train.trainer import Trainer, trained_children
+from gmdist.train.trainer import Trainer
 from gmdist.train.workers import rank, world_size
 
 CONFIG_NAME = "config.yaml"

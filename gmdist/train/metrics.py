@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmdist import storage
 from gmdist.families.family import Metrics
-from gmdist.train.workers import world_size
+from gmdist.train.workers import rank, world_size
 
 FILE_NAME = "metrics.jsonl"
 
@@ -32,8 +32,24 @@ class Averages:
             sums = torch.stack([value.nan_to_num(0.0, 0.0, 0.0) * weight, counts])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-    def reduce(self) -> dict[str, float]:
-        """The means over all workers that added something; and begin anew. Every worker calls it, with any names.
+    def gather(self) -> list[dict[str, list[float]]]:
+        """What each worker has added, for a run that goes on from here: sum and weight by name. All workers call it."""
+        own = {name: sums.tolist() for name, sums in sorted(self._sums.items())}
+        everyone = [own] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(everyone, own)
+        return everyone
+
+    def restore(self, everyone: list[dict[str, list[float]]]) -> None:
+        """Begin with what was gathered, by as many workers or by others."""
+        shares = [everyone[rank()]] if len(everyone) == world_size() else everyone if rank() == 0 else []
+        self._sums = {}
+        for name, sums in [item for share in shares for item in share.items()]:
+            added = torch.tensor(sums, dtype=self._dtype, device=self._device)
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+
+    def reduce(self, *, begin_anew: bool = True) -> dict[str, float]:
+        """The means over all workers that added something. Every worker calls it, with any names.
 
         NaN where nothing that was added is finite.
         """
@@ -48,7 +64,8 @@ class Averages:
         both = torch.stack([self._sums.get(name, zero) for name in names])
         if world_size() > 1:
             dist.all_reduce(both)
-        self._sums = {}
+        if begin_anew:
+            self._sums = {}
         return dict(zip(names, (both[:, 0] / both[:, 1]).tolist(), strict=True))
 
 

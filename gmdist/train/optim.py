@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
+from gmdist.families.family import Family
 
 OPTIMIZERS = ("adamw", "adam", "adamax", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
@@ -59,6 +60,20 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
     return config.final_lr + (config.lr - config.final_lr) * remaining
+
+
+def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]:
+    """The children that the phases train, each of which must have an optimizer, and no other may."""
+    assert not list(family.parameters(recurse=False)), "a family's parameters live in its children"
+    names = list(dict.fromkeys(phase.trains for phase in family.phases()))
+    for name in names:
+        if name not in optim:
+            raise ConfigError(f"optim.{name}: missing; the family trains {', '.join(names)}")
+    for name in optim:
+        if name not in names:
+            raise ConfigError(f"optim.{name}: no such child; the family trains {', '.join(names)}")
+    assert set(family.averaged) <= set(names), "only trained children are averaged"
+    return names
 
 
 class Group(NamedTuple):

@@ -23,7 +23,7 @@ from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
-from gmdist.train.optim import OptimConfig, learning_rate
+from gmdist.train.optim import OptimConfig, learning_rate, trained_children
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
@@ -90,9 +90,9 @@ class Trainer:
             for name in self._trained
         }
         self.ema = EMA([self.units[name] for name in family.averaged], config.ema_halflife_kimg, config.ema_ramp)
+        self._averages = Averages(self.device)
         if found is not None:
             self._load(found)
-        self._averages = Averages(self.device)
         self._saver = Saver(run_dir, config.keep_checkpoints, config.best_metric, largest=config.best_order == "max")
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
@@ -228,7 +228,6 @@ class Trainer:
         self._left_out = left_out
         self._cursor = self._past_left_out(self._cursor)
         self._quarantine.clear()
-        self._averages = Averages(self.device)
         if self._log is not None:
             self._log.close()
             self._log = MetricsLog(self.run_dir, self.step)
@@ -251,8 +250,11 @@ class Trainer:
     # What is written
 
     def _write_metrics(self, clock: Clock) -> None:
-        self._averages.add(self._data_metrics())
-        line: dict[str, Any] = {"step": self.step, "images": self.seen, **self._averages.reduce()}
+        # A last line that comes early leaves the sums to a run that goes on.
+        means = self._averages.reduce(begin_anew=self.step % self.config.log_every == 0)
+        reading = Averages(self.device)
+        reading.add(self._data_metrics())
+        line: dict[str, Any] = {"step": self.step, "images": self.seen, **means, **reading.reduce()}
         for name, optim in self.optim.items():
             line[f"lr/{name}"] = learning_rate(optim, self.step - 1, self.config.num_steps)
         line["order_digest"] = self._total_digest()
@@ -323,7 +325,8 @@ class Trainer:
         best = self.config.best_metric
         if best is not None and best not in line:
             raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(line) or 'no metric'}")
-        self._evaluated = self.step, {name: value for name, value in line.items() if math.isfinite(value)}
+        if self.step % (self.config.evaluate_every or 1) == 0:
+            self._evaluated = self.step, {name: value for name, value in line.items() if math.isfinite(value)}
         if self._log is not None and line:
             self._log.write({"step": self.step, **line})
 
@@ -346,6 +349,7 @@ class Trainer:
             "cursor": self._cursor,
             "left_out": self._left_out,
             "skips": self._skips.state(),
+            "averages": self._averages.gather(),
             "batch_size": self.batch_size,
             "order_digest": self._total_digest(),
             "evaluation": self._evaluated[1] if self._evaluated[0] == self.step else {},
@@ -369,6 +373,7 @@ class Trainer:
         self.step, self.seen, self._cursor = meta["step"], meta["images"], meta["cursor"]
         self._left_out = [(first, stop) for first, stop in meta["left_out"]]
         self._skips.load(meta["skips"])
+        self._averages.restore(meta["averages"])
         # The digest is a sum over workers: one of them carries what was there before.
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
 
@@ -384,17 +389,3 @@ class Trainer:
         """Trained children train; frozen ones never do."""
         for name, child in self.family.named_children():
             child.train(training and name in self._trained)
-
-
-def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]:
-    """The children that the phases train, each of which must have an optimizer, and no other may."""
-    assert not list(family.parameters(recurse=False)), "a family's parameters live in its children"
-    names = list(dict.fromkeys(phase.trains for phase in family.phases()))
-    for name in names:
-        if name not in optim:
-            raise ConfigError(f"optim.{name}: missing; the family trains {', '.join(names)}")
-    for name in optim:
-        if name not in names:
-            raise ConfigError(f"optim.{name}: no such child; the family trains {', '.join(names)}")
-    assert set(family.averaged) <= set(names), "only trained children are averaged"
-    return names

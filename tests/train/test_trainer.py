@@ -245,7 +245,7 @@ def test_settings_that_cannot_be_are_named(changes, words) -> None:
 def test_optimizers_fit_the_family(tmp_path: Path) -> None:
     trainer_of = lambda optim: make_trainer(Linear(), tmp_path, optim=optim)
     trainer_of(ADAM).close()
-    from gmdist.train.trainer import trained_children
+    from gmdist.train.optim import trained_children
 
     with pytest.raises(ConfigError, match=r"optim\.network: missing; the family trains network"):
         trained_children(Linear(), {})
@@ -301,3 +301,15 @@ def test_a_run_in_object_storage_is_the_same_run(bucket: str, tmp_path: Path) ->
     steps = [json.loads(line)["step"] for line in storage.read(f"{bucket}/a/metrics.jsonl").decode().splitlines()]
     assert steps == [2, 3, 4, 6]
     assert any(name.startswith("events.out.tfevents") for name in storage.list_names(f"{bucket}/a"))
+
+
+def test_a_line_that_a_stop_cuts_in_two_is_the_same_line(tmp_path: Path) -> None:
+    settings = {"log_every": 4, "checkpoint_every": 3, "num_steps": 8}
+    fit(Linear(), tmp_path / "whole", **settings)
+    fit(Linear(), tmp_path / "parts", **settings | {"num_steps": 3})
+    (tmp_path / "parts/metrics.jsonl").unlink()  # the last step of a run has a line; a run that is killed has none
+    fit(Linear(), tmp_path / "parts", **settings)
+    names = ("step", "net/loss", "net/grad_norm", "order_digest")
+    ours, whole = ([[line[name] for name in names] for line in lines(tmp_path / run)] for run in ("parts", "whole"))
+    assert ours[1:] == whole[1:]
+    assert ours[0][1] == pytest.approx(whole[0][1], rel=1e-12)
