@@ -45,8 +45,8 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
             )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be above 0")
+        if not 1.0 <= self.timeout_s < math.inf:
+            raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be a number of at least 1")
         if not 0.0 <= self.backoff_s < math.inf:
             raise ConfigError(f"cluster.backoff_s: {self.backoff_s}; must be a number of at least 0")
         if self.max_failures < 0:

@@ -21,6 +21,7 @@ from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
 from gmdist.train import checkpoint
+from gmdist.train.blocks import check_precision
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
@@ -152,6 +153,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
     with torch.device("meta"):
         family = build_family(config)
+    check_precision(family, trained_children(family, config.optim), config.train.precision)
     if config.run.overwrite:
         return None, []
     found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))

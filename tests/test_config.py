@@ -88,7 +88,7 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("train.seed=99999999999999999999999", "train.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.seed=99999999999999999999999", "data.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.image_size=100000", "data.image_size: 100000; must be at most"),
-        ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be above 0"),
+        ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be a number of at least 1"),
         ("run.dir=''", "run.dir: ''; must be a folder"),
     ],
 )

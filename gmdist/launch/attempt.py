@@ -64,13 +64,14 @@ def attempt(
                 # The error itself would keep the controller alive, and that what is left of the workers.
                 ended.append(_explain(error))
 
-        def look() -> None:
+        def look() -> bool:
             news: News = ray.get(mailbox.collect.remote())
             for message in news.messages:
                 on_message(message)
             if news.progress is not None:
                 on_progress(news.progress)
             failures.extend(news.failures)
+            return news.progress is not None
 
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         stopper.mailbox = mailbox
@@ -78,11 +79,11 @@ def attempt(
         thread.start()
         _check_answers(mailbox)
         try:
-            surroundings = Surroundings(config, size, mailbox, on_message)
+            surroundings, have_begun = Surroundings(config, size, mailbox, on_message), False
             while thread.is_alive():
                 thread.join(_POLL_S)
-                look()
-                surroundings.look()
+                have_begun = look() or have_begun
+                surroundings.look(have_begun)
             look()
         except RayError as error:
             thread.join(_LOST_S)  # without a mailbox, workers save and return

@@ -142,14 +142,25 @@ def check_resources(config: ClusterConfig) -> None:
 
 def room(config: ClusterConfig) -> int:
     """Workers that the machines that stay have room for, if nothing else runs there."""
-    fitting, lost = 0, leaving()
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in lost:
-            has = node["Resources"]
-            fits = int(has.get("CPU", 0)) // config.cpus_per_worker
-            if config.gpus_per_worker:
-                fits = min(fits, int(has.get("GPU", 0)) // config.gpus_per_worker)
-            fitting += fits
+    return sum(_fitting(config, node["Resources"]) for node in _staying())
+
+
+def free_room(config: ClusterConfig) -> int:
+    """Workers that there is room for beside what runs now."""
+    free = ray._private.state.available_resources_per_node()
+    return sum(_fitting(config, free.get(node["NodeID"], {})) for node in _staying())
+
+
+def _staying() -> list[dict[str, Any]]:
+    lost = leaving()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in lost]
+
+
+def _fitting(config: ClusterConfig, resources: dict[str, float]) -> int:
+    """Workers that fit into a node's resources."""
+    fitting = int(resources.get("CPU", 0)) // config.cpus_per_worker
+    if config.gpus_per_worker:
+        fitting = min(fitting, int(resources.get("GPU", 0)) // config.gpus_per_worker)
     return fitting
 
 

@@ -17,6 +17,7 @@ from gmdist.errors import ConfigError, StorageError
 
 LEASE_NAME = "lease.json"
 _RENEWED_S = 5.0
+_SETTLES_S = 0.5  # longer than it takes from looking at a lease to having written one
 _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machines are not asked
 
 
@@ -36,6 +37,7 @@ def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], 
     _wait_until_free(location, on_message)
     lease = _Lease(location, on_lost)
     try:
+        lease.confirm()
         yield
     finally:
         lease.release()
@@ -62,6 +64,13 @@ class _Lease:
     def _write(self) -> None:
         self._beats += 1
         storage.write(self._location, json.dumps(self._own | {"beats": self._beats}).encode())
+
+    def confirm(self) -> None:
+        """ConfigError if another command took the lease at the same moment: the one that wrote last has it."""
+        time.sleep(_SETTLES_S)
+        found = _read(self._location)
+        if found is not None and found.get("id") != self._own["id"]:
+            raise _in_use(self._location, found)
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_S):

@@ -2,7 +2,6 @@
 
 import importlib
 import threading
-import time
 from collections.abc import Callable
 
 from gmdist import runs, storage
@@ -65,18 +64,21 @@ def _with_restarts(
         step = progress.step
         on_progress(progress)
 
-    size = None
+    size = refused = None
     while True:
-        size = choose_size(config, size, on_message, stopper)
+        size = choose_size(config, size, refused, on_message, stopper)
         try:
             outcome = attempt(config, size, follow, on_message, stopper)
+            refused = None
             if outcome.finished or stopper.asked:
                 storage.delete(storage.join(config.run.dir, _TRACE_NAME))  # of a failure that was overcome
                 return outcome
         except WorkersFailedError as error:
             if error.failure.kind == NO_ROOM:  # a machine was lost, or others are at work on them
-                on_message(error.failure.message)
+                on_message(f"no room for {size} workers: other jobs may have it")
+                refused = size
                 continue
+            refused = None
             failures = 1 if step > best_step else failures + 1
             best_step = max(step, best_step)
             _write_trace(config, error.failure)
@@ -91,7 +93,7 @@ def _with_restarts(
                 raise RunFailedError(f"{config.run.dir}: {reason}; the traceback is in {trace}") from error
             stopper.check()
             on_message(f"a worker failed ({reason}); restart {failures} of {config.cluster.max_failures}")
-            time.sleep(min(config.cluster.backoff_s * 2 ** (failures - 1), _MOST_BACKOFF_S))
+            stopper.wait(min(config.cluster.backoff_s * 2 ** (failures - 1), _MOST_BACKOFF_S))
 
 
 def _write_trace(config: Config, failure: Failure) -> None:

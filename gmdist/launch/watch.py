@@ -1,6 +1,8 @@
 """What the driver looks out for while workers run: signals, and machines that come and go."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from gmdist.config import Config
-from gmdist.launch.cluster import leaving, room
+from gmdist.launch.cluster import free_room, leaving, room
 
 _POLL_S = 0.25
+_EXIT_STOPPED = 130
 _WATCHED_S = 2.0  # how often the cluster is looked at
 
 
@@ -22,7 +25,7 @@ class Stopper:
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
         self.mailbox: Any = None  # of the workers that are running, if any
-        self.asked = False
+        self._asked = threading.Event()
         self._on_message = on_message
 
     @contextmanager
@@ -40,15 +43,28 @@ class Stopper:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            # Ray is in the middle of something, and would end with a complaint of its own.
+            sys.stderr.write("gmdist: stopped\n")
+            sys.stderr.flush()
+            os._exit(_EXIT_STOPPED)
         self.ask()
+
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._asked.is_set()
 
     def ask(self) -> None:
         """Ask the workers to stop."""
-        self.asked = True
+        self._asked.set()
         self._on_message("stopping: running workers save a checkpoint first; once more to stop at once")
         if self.mailbox is not None:
             self.mailbox.request_stop.remote()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, but not when a stop is asked for: KeyboardInterrupt then."""
+        self._asked.wait(seconds)
+        self.check()
 
     def check(self) -> None:
         """KeyboardInterrupt if a stop was asked for while no worker ran."""
@@ -65,8 +81,12 @@ class Surroundings:
         self._next_look_s = 0.0
         self._has_asked = False
 
-    def look(self) -> None:
-        """Every now and then, ask the workers to save before a machine leaves, and to stop where more could run."""
+    def look(self, have_begun: bool) -> None:
+        """Every now and then, ask the workers to save before a machine leaves, and to stop where more could run.
+
+        Args:
+            have_begun: whether the workers have taken their own room.
+        """
         if time.monotonic() < self._next_look_s:
             return
         self._next_look_s = time.monotonic() + _WATCHED_S
@@ -75,17 +95,30 @@ class Surroundings:
             self._on_message("a machine will be taken away: saving a checkpoint")
             self._mailbox.request_save.remote()
         self._leaving |= now
-        sizes = self._config.cluster.sizes(self._config.data.batch_size)
-        there = room(self._config.cluster)
-        if not self._has_asked and any(self._size < size <= there for size in sizes):
+        larger = [size for size in self._config.cluster.sizes(self._config.data.batch_size) if size > self._size]
+        if self._has_asked or not larger or not have_begun:
+            return
+        there = min(room(self._config.cluster), self._size + free_room(self._config.cluster))
+        if there >= larger[0]:
             self._has_asked = True
             self._on_message(f"the cluster has room for {there} workers: saving a checkpoint, to go on with more")
             self._mailbox.request_stop.remote()
 
 
-def choose_size(config: Config, before: int | None, on_message: Callable[[str], None], stopper: Stopper) -> int:
-    """How many workers to start: the most that the cluster has room for; waits until there is room for the least."""
+def choose_size(
+    config: Config, before: int | None, refused: int | None, on_message: Callable[[str], None], stopper: Stopper
+) -> int:
+    """How many workers to start: the most that the cluster has room for; waits until there is room for the least.
+
+    Args:
+        config: of the run.
+        before: how many there were.
+        refused: how many there was no room for, since other jobs have it; None: not known.
+        on_message: called with a line that the user should read.
+        stopper: ends the waiting.
+    """
     sizes = config.cluster.sizes(config.data.batch_size)
+    sizes = [size for size in sizes if refused is None or size < refused] or sizes
     has_told = False
     while True:
         stopper.check()
@@ -98,4 +131,4 @@ def choose_size(config: Config, before: int | None, on_message: Callable[[str], 
         if not has_told:
             on_message(f"waiting: the run needs {sizes[0]} workers, and the cluster has room for {there}")
             has_told = True
-        time.sleep(_POLL_S)
+        stopper.wait(_POLL_S)

@@ -9,12 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gmdist.errors import ConfigError
 from gmdist.families.family import Family, Phase
 from gmdist.train.config import TrainConfig
 
 
+def check_precision(family: Family, trained: list[str], precision: str) -> None:
+    """ConfigError for a precision that a trained child cannot take."""
+    for name in trained:
+        for key, part in getattr(family, name).named_modules():
+            if precision == "bf16" and isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
+                raise ConfigError(
+                    f"train.precision: bf16; the statistics of {name}.{key} stay fp32 and meet bf16 weights there: "
+                    "take autocast"
+                )
+
+
 def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
     """Let the trained children compute as the config says; before their units are made."""
+    check_precision(family, trained, config.precision)
     for name in trained:
         child = getattr(family, name)
         if config.channels_last:

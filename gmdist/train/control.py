@@ -76,6 +76,11 @@ class Control:
             self._work.wait()
 
 
+def is_sound(meta: dict[str, Any]) -> bool:
+    """Whether a checkpoint was not made in the middle of updates that were left out: one to go back to."""
+    return meta["skips"]["in_a_row"] == 0
+
+
 class Skips:
     """Updates that were left out because a gradient was not finite: how many in a row, and since which sample.
 
@@ -100,16 +105,21 @@ class Skips:
         self.since = state["since"]  # number of the first sample of the first step in the row
         self._noted: int | None = None  # the first sample of the step that was not looked at yet
 
-    def note(self, norms: list[Tensor], first: int) -> None:
-        """Take in a step's gradient norms, and the number of its first sample."""
+    def note(self, norms: list[Tensor], first: int) -> Tensor:
+        """Take in a step's gradient norms, and the number of its first sample.
+
+        Returns:
+            Whether any norm is not finite: a bool on the device.
+        """
         self.look()
+        is_bad = torch.zeros((), dtype=torch.bool, device=self._device)
         if norms:
-            self._flag.copy_(
-                ~torch.stack([norm.to(self._device) for norm in norms]).isfinite().all(), non_blocking=True
-            )
+            is_bad = ~torch.stack([norm.to(self._device) for norm in norms]).isfinite().all()
+            self._flag.copy_(is_bad, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
             self._noted = first
+        return is_bad
 
     def look(self) -> int:
         """How many in a row, up to the last step."""

@@ -96,6 +96,8 @@ def parameter_groups(module: nn.Module, prefix: str) -> list[Group]:
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     groups = [Group(True, []), Group(False, [])]
     for name, parameter in module.named_parameters():
+        if parameter.numel() == 0:
+            raise ConfigError(f"family: its parameter {prefix}.{name} has no elements")
         is_embedding = id(parameter) in embeddings or "embed" in name.rpartition(".")[2]
         groups[parameter.ndim < 2 or is_embedding].named.append((f"{prefix}.{name}", parameter))
     return [group for group in groups if group.named]

@@ -82,18 +82,27 @@ def layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.
 class Saver:
     """Writes checkpoints; every worker calls it at the same steps."""
 
-    def __init__(self, run_dir: str, keep: int | None, best_metric: str | None = None, largest: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        keep: int | None,
+        is_sound: Callable[[dict[str, Any]], bool] = lambda meta: True,
+        best_metric: str | None = None,
+        *,
+        largest: bool = False,
+    ) -> None:
         """Prepare to save.
 
         Args:
             run_dir: the run's folder.
             keep: how many of the newest checkpoints stay; None keeps all.
+            is_sound: whether a run could go back to one with such a meta.json; the newest such one stays too.
             best_metric: of the evaluation; the checkpoint with its best value stays too.
             largest: whether the best value is the largest.
         """
         self._folder = storage.join(run_dir, "checkpoints")
-        self._keep, self._best_metric, self._largest = keep, best_metric, largest
-        self._values: dict[int, float] = {}  # of the metric, by step
+        self._keep, self._is_sound, self._best_metric, self._largest = keep, is_sound, best_metric, largest
+        self._complete: dict[int, tuple[bool, float]] = {}  # by step: whether it is sound, and the metric's value
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._staging: Future[Staging] | None = None
         self._pending: Future[None] | None = None
@@ -184,25 +193,41 @@ class Saver:
         storage.delete(storage.join(location, META_NAME))
         storage.delete_tree(location)
 
-    def _prune(self, newest: int, keep: int) -> None:
-        steps = [step_of(name) for name in storage.list_names(self._folder)]
-        old = sorted(step for step in steps if step is not None and step <= newest)
-        best = self._best(old)
-        for step in old[:-keep]:
-            if step != best:
-                self._delete(step)
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps; while nothing is being saved."""
+        assert self._pending is None
+        if rank() == 0:
+            for later in self._steps():
+                if later > step:
+                    self._complete.pop(later, None)
+                    self._delete(later)
 
-    def _best(self, steps: list[int]) -> int | None:
-        """The step with the best value of the metric; the newest of equals."""
-        if self._best_metric is None:
-            return None
-        for step in steps:
-            if step not in self._values:
-                try:
-                    found = read_meta(storage.join(self._folder, folder_name(step)))["evaluation"]
-                except CheckpointError:
-                    found = {}
-                self._values[step] = found.get(self._best_metric, math.nan)
+    def _steps(self) -> list[int]:
+        steps = [step_of(name) for name in storage.list_names(self._folder)]
+        return sorted(step for step in steps if step is not None)
+
+    def _prune(self, newest: int, keep: int) -> None:
+        complete: dict[int, tuple[bool, float]] = {}
+        for step in [step for step in self._steps() if step <= newest]:
+            found = self._complete.get(step) or self._look_at(step)
+            if found is None:
+                self._delete(step)  # left by a save that was interrupted
+            else:
+                complete[step] = found
+        kept = set(sorted(complete)[-keep:])
+        kept |= set([step for step, (sound, _) in sorted(complete.items()) if sound][-1:])
         sign = 1.0 if self._largest else -1.0
-        known = [(sign * self._values[step], step) for step in steps if math.isfinite(self._values[step])]
-        return max(known)[1] if known else None
+        judged = [(sign * value, step) for step, (_, value) in complete.items() if math.isfinite(value)]
+        kept |= {max(judged)[1]} if judged else set()
+        for step in complete.keys() - kept:
+            self._delete(step)
+        self._complete = {step: complete[step] for step in kept}
+
+    def _look_at(self, step: int) -> tuple[bool, float] | None:
+        """What is to be known of a checkpoint; None if it is incomplete."""
+        try:
+            meta = read_meta(storage.join(self._folder, folder_name(step)))
+        except CheckpointError:
+            return None
+        value = math.nan if self._best_metric is None else meta["evaluation"].get(self._best_metric, math.nan)
+        return self._is_sound(meta), value

@@ -17,7 +17,7 @@ from gmdist.train import checkpoint
 from gmdist.train.blocks import prepare
 from gmdist.train.checkpoint import Reader
 from gmdist.train.config import TrainConfig, micro_batch_size
-from gmdist.train.control import Clock, Control, Skips
+from gmdist.train.control import Clock, Control, Skips, is_sound
 from gmdist.train.cost import FlopCount, Profile, explaining_memory, peak_flops, peak_memory_gib
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
@@ -93,7 +93,9 @@ class Trainer:
         self._averages = Averages(self.device)
         if found is not None:
             self._load(found)
-        self._saver = Saver(run_dir, config.keep_checkpoints, config.best_metric, largest=config.best_order == "max")
+        self._saver = Saver(
+            run_dir, config.keep_checkpoints, is_sound, config.best_metric, largest=config.best_order == "max"
+        )
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
@@ -108,6 +110,7 @@ class Trainer:
     def train_step(self, loaded: Loaded) -> None:
         """One optimizer step on this worker's part of a batch."""
         batch = loaded.batch_on(self.device)
+        before = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
         micro_batches = split(batch, self.micro_batch_size)
         norms = []
         for number, phase in enumerate(self.phases):
@@ -125,7 +128,9 @@ class Trainer:
             norms.append(norm)
         self.family.after_step(self.seen)
         self.ema.update(self.batch_size, self.seen)
-        self._skips.note(norms, self._cursor)
+        is_bad = self._skips.note(norms, self._cursor)
+        for name, buffer in self.family.named_buffers():  # what made the gradients NaN is in statistics too
+            buffer.copy_(torch.where(is_bad, before[name], buffer))
         self.step += 1
         self.seen += self.batch_size
         self._cursor = self._past_left_out(self._cursor + self.batch_size)
@@ -212,9 +217,7 @@ class Trainer:
         problem = f"the gradients of {self._skips.in_a_row} steps in a row, up to step {self.step}, were not finite"
         advice = "lower the learning rate, or set optim.*.clip_norm or a longer optim.*.warmup_steps"
         self._saver.wait()
-        found = checkpoint.find_together(
-            self.run_dir, self.hooks.on_message, is_good=lambda meta: meta["skips"]["in_a_row"] == 0
-        )
+        found = checkpoint.find_together(self.run_dir, self.hooks.on_message, is_sound)
         if found is None:
             raise DivergedError(f"{self.run_dir}: {problem}, and there is no checkpoint to go back to; {advice}")
         before = [(first, stop) for first, stop in self._left_out if first >= found.meta["cursor"]]
@@ -225,6 +228,7 @@ class Trainer:
             )
         left_out = sorted([*self._left_out, window])
         self._load(found)
+        self._saver.delete_after(self.step)  # they belong to what did not go well
         self._left_out = left_out
         self._cursor = self._past_left_out(self._cursor)
         self._quarantine.clear()

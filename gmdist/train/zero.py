@@ -45,6 +45,11 @@ class ZeroUnit(Unit):
         deepspeed = import_deepspeed(device)
         child = getattr(family, name)
         child.requires_grad_(True)  # hooks attach to what requires a gradient now
+        for parameter in child.parameters():
+            parameter.data = parameter.data.contiguous()
+            if world_size() > 1:
+                dist.broadcast(parameter.data, src=0)
+        self._is_offloaded = offload
         groups = optim.parameter_groups(child, name)
         buffers = {key: buffer.clone() for key, buffer in child.named_buffers()}
         weights = {key: parameter.data for key, parameter in child.named_parameters()} if precision == "bf16" else {}
@@ -57,7 +62,7 @@ class ZeroUnit(Unit):
         }
         if offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
-        with redirect_stdout(io.StringIO()):  # it prints how much memory there is
+        with redirect_stdout(io.StringIO()), _without_broadcast():  # it prints how much memory there is
             self.engine, _, _, _ = deepspeed.initialize(
                 model=Root(child, precision, device),
                 optimizer=optim.make_optimizer(
@@ -129,7 +134,20 @@ class ZeroUnit(Unit):
             group["lr"] = lr
         self.engine.step()
         norm = float("nan") if self._zero.overflow else self._zero._global_grad_norm
+        if self._is_offloaded:
+            self._forget_gradients()
         return torch.as_tensor(norm, dtype=torch.float32)
+
+    def _forget_gradients(self) -> None:
+        """Delete what DeepSpeed keeps on the host: what the next step does not reach would find it there."""
+        for partition in self._partitions():
+            if partition.grad is not None:
+                partition.grad.zero_()
+        for gradient in getattr(self._zero, "accumulated_grads_in_cpu", {}).values():
+            gradient.zero_()
+        self._zero.norm_for_param_grads.clear()
+        for parameter in self._parameters.values():
+            parameter.grad_accum = None
 
     def held(self) -> list[Fragment]:
         fragments = []
@@ -146,6 +164,8 @@ class ZeroUnit(Unit):
 
     def _partitions(self) -> list[Tensor]:
         """The master weights that this worker holds, flat, a group of the optimizer each."""
+        if hasattr(self._zero, "fp32_partitioned_groups_flat"):  # stage 3
+            return self._zero.fp32_partitioned_groups_flat
         if hasattr(self._zero, "fp32_groups_flat_partition"):  # with bf16, stage 1 is another class of DeepSpeed's
             return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
@@ -262,6 +282,11 @@ def make_zero_unit(
     family: Family, name: str, config: OptimConfig, precision: str, device: torch.device, stage: int, *, offload: bool
 ) -> Unit:
     """The unit of stage 1, 2 or 3; arguments as of `make_unit`."""
+    scalars = [key for key, parameter in getattr(family, name).named_parameters() if parameter.ndim == 0]
+    if stage == 3 and scalars:
+        raise ConfigError(
+            f"train.zero_stage: 3; it cannot share out the scalar parameter {name}.{scalars[0]}; take stage 0, 1 or 2"
+        )
     kind = ShardedUnit if stage == 3 else ZeroUnit
     return kind(family, name, config, precision, device, stage, offload=offload)
 
@@ -284,6 +309,19 @@ def import_deepspeed(device: torch.device) -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _without_broadcast() -> Iterator[None]:
+    """Leave out that DeepSpeed sends the weights to all workers: done before, and it cannot send scalars."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    original = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda engine: None
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = original
 
 
 def _skip_compiler() -> None:

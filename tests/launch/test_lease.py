@@ -28,6 +28,7 @@ with held(sys.argv[1], print, print):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_RENEWED_S", 0.05)
     monkeypatch.setattr(lease, "_EXPIRES_S", 1.0)
+    monkeypatch.setattr(lease, "_SETTLES_S", 0.0)
 
 
 def ignore(*_: object) -> None:
@@ -108,3 +109,26 @@ def test_a_damaged_one_does_no_harm(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LEASE_NAME).write_bytes(content)
     with held(str(tmp_path), ignore, ignore):
         pass
+
+
+def test_of_commands_that_come_at_the_same_moment_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_SETTLES_S", 0.3)
+    monkeypatch.setattr(lease, "_is_here", lambda found: False)  # threads of one process are not told apart otherwise
+    together, inside, refused = threading.Barrier(4), [], []
+
+    def command() -> None:
+        together.wait()
+        try:
+            with held(str(tmp_path), ignore, ignore):
+                inside.append(1)
+                time.sleep(0.5)
+        except ConfigError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=command) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(inside) == 1
+    assert len(refused) == 3

@@ -212,6 +212,36 @@ class Parts(Family):
         return loss, {"loss": loss.detach()}
 
 
+class Poisoned(Parts):
+    """A sample of the second step makes its loss NaN."""
+
+    def a_loss(self, batch, seen):
+        loss, metrics = super().a_loss(batch, seen)
+        return torch.where((batch["key"] == BATCH + 1).any(), torch.nan, loss), metrics
+
+
+class Scalar(Family):
+    """A child with a scalar and a matrix that is not contiguous."""
+
+    averaged = ("network",)
+    local = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.network = nn.Linear(256, 4)
+        self.network.scale = nn.Parameter(torch.tensor(1.3))
+        self.network.mixing = nn.Parameter(torch.randn(4, 6).t())
+
+    def phases(self) -> list[Phase]:
+        return [Phase("net", "network", self.loss)]
+
+    def loss(self, batch, seen):
+        out = (self.network(flat(batch)) * self.network.scale.exp()) @ self.network.mixing.t()
+        loss = (out - flat(batch)[:, :6]).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
 class Normed(Family):
     """A child with batch norm: each worker norms with its own samples."""
 
@@ -258,4 +288,4 @@ class Branching(Family):
         return loss, {"loss": loss.detach()}
 
 
-FAMILIES = [TwoNetworks, PathLength, AdaptiveWeight, Cycle, Energy, Parts, Normed]
+FAMILIES = [TwoNetworks, PathLength, AdaptiveWeight, Cycle, Energy, Parts, Scalar, Normed]

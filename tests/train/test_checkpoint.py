@@ -147,6 +147,14 @@ def test_ranges_are_read_across_shards(tmp_path: Path) -> None:
             reader.read("param", "a|b", 0, torch.zeros(2, dtype=torch.int64))
 
 
+def test_what_interrupted_saves_left_does_not_count_as_kept(tmp_path: Path) -> None:
+    fit(Linear(), tmp_path, num_steps=4, checkpoint_every=2)
+    (tmp_path / "checkpoints/step-00000005").mkdir()
+    (tmp_path / "checkpoints/step-00000005/shard-00000-of-00001.safetensors").write_bytes(b"half")
+    fit(Linear(), tmp_path, num_steps=6, checkpoint_every=2, keep_checkpoints=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
 def test_another_optimizer_is_named(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no 'exp_inf' of network.*set optim\.network\.name as it was"):
         fit(Linear(), run, num_steps=9, optim=OptimConfig(name="adamax"))

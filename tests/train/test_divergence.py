@@ -124,3 +124,37 @@ def test_a_lack_of_memory_names_what_to_set(tmp_path: Path, error: Exception, mi
         MemoryExceededError, match=f"out of memory on worker 0, step 0, .*of {micro} samples; .*{advice}"
     ):
         fit(Large(), tmp_path, micro_batch_size=micro)
+
+
+def test_a_stop_among_them_leaves_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    poisoned = set(range(32, 40))
+    settings = {"num_steps": 9, "log_every": 1, "checkpoint_every": 1, "rollback_after": 1, "keep_checkpoints": 1}
+    outcome = fit(Poisoned(poisoned), tmp_path / "whole", **settings)
+    for step in (5, 6, 7):
+        at: list[int] = []
+        stopping = Hooks(on_progress=lambda p, at=at: at.append(p.step), stop_requested=lambda: at[-1:] == [step])  # noqa: B023
+        fit(Poisoned(poisoned), tmp_path / "parts", hooks=stopping, **settings)
+    assert fit(Poisoned(poisoned), tmp_path / "parts", **settings) == outcome
+    assert tree_bytes(tmp_path / "parts/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
+
+
+def test_a_step_that_is_left_out_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+    class Normed(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network.insert(1, torch.nn.BatchNorm1d(8))
+
+        def loss(self, batch, seen):
+            batch["image"][batch["key"] == 9] = torch.nan
+            return super().loss(batch, seen)
+
+    trainer = make_trainer(Normed(), tmp_path, log_every=1)
+    batches = trainer.data.batches(0)
+    trainer.train_step(next(batches))
+    before = {name: buffer.clone() for name, buffer in trainer.family.named_buffers()}
+    trainer.train_step(next(batches))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in trainer.family.named_buffers())
+    trainer.train_step(next(batches))
+    assert trainer.family.network[1].num_batches_tracked == 2
+    assert all(buffer.isfinite().all() for buffer in trainer.family.buffers())
+    trainer.close()

@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from gmdist.errors import ConfigError
 from gmdist.families.family import Family, Phase
+from gmdist.train.blocks import check_precision
+from gmdist.train.engine import make_unit
 from gmdist.train.trainer import Trainer
 from tests.support import run_workers
 from tests.train import parity
 from tests.train.parity import SGD, WORLD
-from tests.train.patterns import FAMILIES, AdaptiveWeight, Branching, Cycle, Energy, PathLength
+from tests.train.patterns import FAMILIES, AdaptiveWeight, Branching, Cycle, Energy, Normed, PathLength, Scalar
 
 STAGES = (0, 1, 2, 3)
 FAILING = [PathLength, AdaptiveWeight, Cycle, Energy]
 PATTERNS = [(family, stage, micro) for family in FAMILIES for stage in STAGES for micro in (4, 2)]
+PATTERNS = [(family, stage, micro) for family, stage, micro in PATTERNS if (family, stage) != (Scalar, 3)]
 # At 4, each worker has samples of one kind only.
 BRANCHES = [(Branching, stage, micro) for stage in (0, 1, 2) for micro in (4, 2)]
 FAILURES = [(family, stage, 2) for family in FAILING for stage in STAGES]
@@ -98,3 +102,15 @@ def refused(rank: int, world: int, folder: str) -> None:
 def test_stage_3_refuses_a_graph_that_differs_between_workers(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     run_workers(refused, WORLD, str(tmp_path))
+
+
+def test_what_a_stage_or_a_precision_cannot_take_is_named() -> None:
+    settings = {"precision": "fp32", "device": torch.device("cpu")}
+    with pytest.raises(ConfigError, match=r"train\.zero_stage: 3; it cannot .* scalar parameter network\.scale; take"):
+        make_unit(Scalar(), "network", SGD, stage=3, **settings)
+    with pytest.raises(ConfigError, match=r"train\.precision: bf16; the statistics of network\.1 .* take autocast"):
+        check_precision(Normed(), ["network"], "bf16")
+    empty = Scalar()
+    empty.network.bias = torch.nn.Parameter(torch.zeros(0))
+    with pytest.raises(ConfigError, match=r"its parameter network\.bias has no elements"):
+        make_unit(empty, "network", SGD, stage=0, **settings)

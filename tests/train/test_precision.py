@@ -14,7 +14,7 @@ from gmdist.train.trainer import Trainer
 from tests.support import run_workers
 from tests.train import parity
 from tests.train.parity import SGD, WORLD
-from tests.train.patterns import BATCH, AdaptiveWeight, Cycle, PathLength
+from tests.train.patterns import BATCH, AdaptiveWeight, Cycle, Parts, PathLength, Poisoned, TwoNetworks
 
 STAGES = (0, 1, 2, 3)
 HALFLIFE_KIMG = 0.05
@@ -32,6 +32,12 @@ KINDS = {
     "sgd": OptimConfig("sgd", lr=0.05, momentum=0.5, weight_decay=0.1),
 }
 OPTIMIZED = [(name, stage) for name in KINDS for stage in STAGES]
+# In the first two, steps do not reach all parameters; in the third, one step's gradients are not finite.
+OFFLOADED = [
+    (family, precision, name)
+    for family, precision in ((TwoNetworks, "fp32"), (Parts, "bf16"), (Poisoned, "fp32"), (Poisoned, "bf16"))
+    for name in ("sgd", "adamw")
+]
 SLOW = OptimConfig("sgd", lr=1e-5, momentum=0.0)  # its steps are below what bf16 resolves
 MANY = 12
 
@@ -53,8 +59,11 @@ def train_all(rank: int, world: int, folder: str) -> None:
     for name, stage in OPTIMIZED:
         train(f"{name}-{stage}", Cycle, zero_stage=stage, optim=KINDS[name])
     for stage in STAGES[1:]:
-        for name in ("sgd", "adamw"):
-            train(f"offload-{name}-{stage}", Cycle, zero_stage=stage, optim=KINDS[name], offload_optimizer=True)
+        for family, precision, name in OFFLOADED:
+            settings = {"zero_stage": stage, "optim": KINDS[name], "precision": precision}
+            for is_offloaded in (False, True):
+                case = f"{family.__name__}-{precision}-{name}-{stage}-{is_offloaded}"
+                train(case, family, offload_optimizer=is_offloaded, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +105,10 @@ def test_optimizers(trained: Path, name: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_offloading_changes_nothing(trained: Path, name: str, stage: int) -> None:
-    offloaded, expected = parity.load(trained, f"offload-{name}-{stage}"), parity.load(trained, f"{name}-{stage}")
+@pytest.mark.parametrize(("family", "precision", "name"), OFFLOADED)
+def test_offloading_changes_nothing(trained: Path, family: type[Family], precision: str, name: str, stage: int) -> None:
+    case = f"{family.__name__}-{precision}-{name}-{stage}"
+    offloaded, expected = parity.load(trained, f"{case}-True"), parity.load(trained, f"{case}-False")
     for key, value in expected.items():
         torch.testing.assert_close(offloaded[key], value, rtol=1e-6, atol=1e-7, msg=key)
 
