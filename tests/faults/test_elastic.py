@@ -15,7 +15,7 @@ from tests.faults.test_cli_runs import read_lines, run_to_end
 
 pytestmark = pytest.mark.faults
 
-DEADLINE_S = 200
+DEADLINE_S = 100
 WINDOW = 50  # steps after each change
 # Nothing in it makes much of a rounding: neither a loss with a kink, nor dropout, whose masks depend on the worker.
 CONFIG = """
@@ -49,11 +49,18 @@ class Watched:
         deadline = time.monotonic() + DEADLINE_S
         while not ready():
             assert self.process.poll() is None, self.lines
-            assert time.monotonic() < deadline, (what, self.lines)
+            assert time.monotonic() < deadline, f"{what}\n{self.lines}"
             time.sleep(0.05)
 
     def wait_for_lines(self, words: str, count: int = 1) -> None:
         self.wait_for(lambda: sum(words in line for line in self.lines) >= count, words)
+
+
+def num_workers(run: Path) -> int:
+    """How many made the newest line."""
+    path = run / "metrics.jsonl"
+    lines = read_lines(path) if path.exists() else []
+    return round(lines[-1]["images_per_s"] / lines[-1]["images_per_s_worker"]) if lines else 0
 
 
 def newest_step(run: Path) -> int:
@@ -75,6 +82,7 @@ def test_nodes_come_and_go(digits: Path, tmp_path: Path) -> None:
             step = newest_step(run)
             watched.wait_for(lambda: newest_step(run) >= step + WINDOW, f"{WINDOW} steps after {step}")
 
+        watched.wait_for(lambda: num_workers(run) == 2, "two workers")  # a node may be there before its processors
         go_on()
         nodes.kill(-1)
         watched.wait_for_lines("going on with 1 workers instead of 2")
