@@ -45,6 +45,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def _connect(config: ClusterConfig) -> None:
+    # Ray has a paragraph for stdout about every process that died, whatever it is told of logs; the command says it.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if config.address == "local":
         # Ray's servers listen on every interface and run whatever they are sent: only who has the token may ask.
         # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
