@@ -108,7 +108,8 @@ def test_whoever_loses_it_is_told_and_leaves_it(tmp_path: Path) -> None:
 def test_a_damaged_one_does_no_harm(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LEASE_NAME).write_bytes(content)
     with held(str(tmp_path), ignore, ignore):
-        pass
+        assert json.loads((tmp_path / LEASE_NAME).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LEASE_NAME).exists()
 
 
 def test_of_commands_that_come_at_the_same_moment_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

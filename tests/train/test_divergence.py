@@ -132,7 +132,8 @@ def test_a_stop_among_them_leaves_a_checkpoint_to_go_back_to(tmp_path: Path) -> 
     outcome = fit(Poisoned(poisoned), tmp_path / "whole", **settings)
     for step in (5, 6, 7):
         at: list[int] = []
-        stopping = Hooks(on_progress=lambda p, at=at: at.append(p.step), stop_requested=lambda: at[-1:] == [step])  # noqa: B023
+        append, reached = (lambda p, at=at: at.append(p.step)), (lambda at=at, step=step: at[-1:] == [step])
+        stopping = Hooks(on_progress=append, stop_requested=reached)
         fit(Poisoned(poisoned), tmp_path / "parts", hooks=stopping, **settings)
     assert fit(Poisoned(poisoned), tmp_path / "parts", **settings) == outcome
     assert tree_bytes(tmp_path / "parts/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
