@@ -10,23 +10,28 @@ cache for both. Medians of some rounds, of the slower worker.
 import argparse
 import os
 import shutil
-import socket
 import statistics
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pair
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
 
-WORLD, ROUNDS, WIDTH = 2, 3, 2048
+from gmdist.train import checkpoint
+from gmdist.train.checkpoint import Reader
+from gmdist.train.ema import EMA
+from gmdist.train.engine import make_unit
+from gmdist.train.optim import OptimConfig
+from gmdist.train.saver import Saver
+from gmdist.train.state import load_state, shapes_of, state_tensors
+
+ROUNDS = 3
 MILLIONS = (10, 50, 200, 400)
 PEER_UP_TO = 200  # millions: what it reads beside does not fit into 24 GiB after that
 ASKED_AT, WAIT_S, LOAD_RATIO = 200, 0.4, 0.5
@@ -37,35 +42,9 @@ def num_bytes(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def work(rank: int, port: int, millions: int, folder: str, queue: Any) -> None:
-    """One worker: the times of every round."""
-    warnings.filterwarnings("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    from gmdist.families.family import Family, Phase
-    from gmdist.train import checkpoint
-    from gmdist.train.checkpoint import Reader
-    from gmdist.train.ema import EMA
-    from gmdist.train.engine import make_unit
-    from gmdist.train.optim import OptimConfig
-    from gmdist.train.saver import Saver
-    from gmdist.train.state import load_state, shapes_of, state_tensors
-
-    class Model(Family):
-        """Square layers."""
-
-        averaged = ("network",)
-
-        def __init__(self) -> None:
-            super().__init__()
-            count = max(1, round(millions * 1e6 / WIDTH**2))
-            self.network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(count)))
-
-        def phases(self) -> list[Phase]:
-            return []
-
-    family = Model()
+def work(rank: int, millions: int, folder: str) -> dict[str, float]:
+    """One worker: the medians over the rounds."""
+    family = pair.Square(millions)
     shapes = shapes_of(family)
     unit = make_unit(family, "network", OptimConfig(), stage=2, precision="bf16", device=torch.device("cpu"))
     units = {"network": unit}
@@ -85,7 +64,7 @@ def work(rank: int, port: int, millions: int, folder: str, queue: Any) -> None:
 
     for number in range(1, ROUNDS + 1):
         meta = {
-            "world_size": WORLD,
+            "world_size": pair.WORLD,
             "updates": {"network": 0},
             "shapes": shapes,
             "worker_shapes": {},
@@ -114,23 +93,13 @@ def work(rank: int, port: int, millions: int, folder: str, queue: Any) -> None:
             shutil.rmtree(own)
     saver.close()
     unit.close()
-    if rank == 0:
-        queue.put({name: statistics.median(values) for name, values in times.items()})
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(millions: int, scratch: str) -> dict[str, float]:
     """The medians for a model of so many million parameters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        queue = mp.get_context("spawn").Queue()
-        context = mp.spawn(work, (port, millions, folder, queue), nprocs=WORLD, join=False)
-        found = queue.get()
-        context.join()
-    return found
+        return pair.run(work, millions, folder)
 
 
 def row(found: dict[str, float], whose: str) -> list[str]:
