@@ -70,7 +70,7 @@ def measure(arguments: list[str], run: Path) -> tuple[dict[str, float], dict[str
         assert process.stdout is not None
         process.stdout.readline()  # "starting"
         at = {"Python, config": time.perf_counter() - start_s}
-        at["Ray starts"] = wait_for((run / "lease.json").exists, start_s)
+        at["Ray starts"] = wait_for(lambda: bool(children(b"ray::Mailbox")), start_s)
         at["Ray Train starts two workers"] = wait_for(lambda: len(children(b"watchdog.py")) == 2, start_s)
         at["imports, engines, data"] = wait_for((run / "config.yaml").exists, start_s)
         at["first step"] = wait_for(lambda: newest_step(run) >= 1, start_s)

@@ -22,8 +22,8 @@ _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machi
 
 
 @contextmanager
-def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None]) -> Iterator[None]:
-    """Have a run's folder alone.
+def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None]) -> Iterator["Lease"]:
+    """Have a run's folder alone, once the lease that this gives is confirmed.
 
     Args:
         run_dir: of the run.
@@ -35,15 +35,16 @@ def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], 
     """
     location = storage.join(run_dir, LEASE_NAME)
     _wait_until_free(location, on_message)
-    lease = _Lease(location, on_lost)
+    lease = Lease(location, on_lost)
     try:
-        lease.confirm()
-        yield
+        yield lease
     finally:
         lease.release()
 
 
-class _Lease:
+class Lease:
+    """A file in a run's folder that says who is at work there, written anew every few seconds."""
+
     def __init__(self, location: str, on_lost: Callable[[], None]) -> None:
         self._location, self._on_lost = location, on_lost
         self._own = {
@@ -58,6 +59,7 @@ class _Lease:
         self._beats = 0
         self._released = threading.Event()
         self._write()
+        self._written_s = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -67,7 +69,7 @@ class _Lease:
 
     def confirm(self) -> None:
         """ConfigError if another command took the lease at the same moment: the one that wrote last has it."""
-        time.sleep(_SETTLES_S)
+        time.sleep(max(0.0, self._written_s + _SETTLES_S - time.monotonic()))
         found = _read(self._location)
         if found is not None and found.get("id") != self._own["id"]:
             raise _in_use(self._location, found)
@@ -82,6 +84,7 @@ class _Lease:
                 self._write()
 
     def release(self) -> None:
+        """Give it back, unless another command has it."""
         self._released.set()
         self._thread.join()
         with suppress(StorageError):

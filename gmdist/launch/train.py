@@ -42,13 +42,17 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
     # Ray Train takes a second to import: that is done while Ray starts.
     threading.Thread(target=importlib.import_module, args=("gmdist.launch.attempt",), daemon=True).start()
     stopper = Stopper(on_message)
-    # Ray takes SIGTERM for itself when it starts: the handlers are set again after it.
-    with stopper.installed(), connected(config.cluster), stopper.installed():
+    with (
+        stopper.installed(),
+        held(config.run.dir, on_message, stopper.ask) as lease,
+        connected(config.cluster),
+        stopper.installed(),  # again: Ray takes SIGTERM for itself when it starts
+    ):
+        lease.confirm()  # after Ray's start: another command has had the time to write its own
         stopper.check()
-        with held(config.run.dir, on_message, stopper.ask):
-            if config.run.overwrite:  # all that can be refused before the start has been
-                runs.clear(storage.absolute(config.run.dir))
-            return _with_restarts(config, on_progress, on_message, stopper)
+        if config.run.overwrite:  # all that can be refused before the start has been
+            runs.clear(storage.absolute(config.run.dir))
+        return _with_restarts(config, on_progress, on_message, stopper)
 
 
 def _with_restarts(

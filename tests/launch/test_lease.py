@@ -120,7 +120,8 @@ def test_of_commands_that_come_at_the_same_moment_one_gets_it(tmp_path: Path, mo
     def command() -> None:
         together.wait()
         try:
-            with held(str(tmp_path), ignore, ignore):
+            with held(str(tmp_path), ignore, ignore) as own:
+                own.confirm()
                 inside.append(1)
                 time.sleep(0.5)
         except ConfigError as error:
