@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -28,6 +29,7 @@ from gmdist.config import Config
 from gmdist.errors import RunFailedError
 from gmdist.launch.cluster import START_TIMEOUT_S
 from gmdist.launch.mailbox import Failure, Mailbox, News, WorkersFailedError
+from gmdist.launch.placement import PlacementCallback, remove_placement
 from gmdist.launch.watch import Stopper, Surroundings
 from gmdist.launch.worker import work
 from gmdist.train.hooks import Outcome, Progress
@@ -95,8 +97,10 @@ def attempt(
             raise WorkersFailedError(Failure(LOST, lost, traceback.format_exc())) from error
         finally:
             stopper.mailbox = None
-    ray.kill(mailbox)
     (result,) = ended
+    if isinstance(result, Failure):
+        remove_placement(mailbox)
+    ray.kill(mailbox)
     if isinstance(result, Failure):
         raise WorkersFailedError(_cause(failures, result))
     return result
@@ -118,12 +122,11 @@ def _check_answers(mailbox: Any) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, without its data sets: the actor for them takes two seconds of every start."""
+    """Ray's, without two actors that take seconds of every start: for data sets, and for placement groups."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
-        ]
+        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left_out)]
 
 
 def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> _Trainer:
@@ -147,6 +150,7 @@ def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> _Trai
         run_config=RunConfig(
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
+            callbacks=[PlacementCallback(mailbox)],
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig("CRITICAL"),
             worker_runtime_env={"env_vars": environment},

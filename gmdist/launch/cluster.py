@@ -55,8 +55,7 @@ def _connect(config: ClusterConfig) -> None:
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, config.worker_range[1] * config.cpus_per_worker),
-                include_dashboard=True,  # without it Train leaks placement groups when its controller dies
-                dashboard_host="127.0.0.1",
+                include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 logging_level="ERROR",
                 log_to_driver=False,

@@ -4,6 +4,7 @@ The actor's process imports this file and what it sends: without torch it is the
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gmdist import errors
 from gmdist.train.hooks import Progress
@@ -54,6 +55,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._news = News()
         self._wishes = Wishes()
+        self._placement: Any = None
 
     def exchange(self, progress: Progress | None, messages: list[str]) -> Wishes:
         """A worker's news; answers what the driver wants of it."""
@@ -64,6 +66,14 @@ class Mailbox:
     def fail(self, failure: Failure) -> None:
         """A worker's last words."""
         self._news.failures.append(failure)
+
+    def keep_placement(self, placement_group: Any) -> None:
+        """Ray Train's controller tells where its workers are."""
+        self._placement = placement_group
+
+    def placement(self) -> Any:
+        """The placement group of the workers; None if they have none yet."""
+        return self._placement
 
     def collect(self) -> News:
         """The driver takes what has come."""
