@@ -2,7 +2,9 @@
 
 import base64
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ _MAX_GRIDS = 5
 _MAX_REFERENCE_VALUES = 1 << 27  # of training images that generated ones are compared with: 1 GiB as float64
 
 _MAX_HELD_OUT = 2000
+_NOISE_LEVEL = re.compile(r"_noise_\d+$")  # of the loss at some noise levels, as families evaluate it
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -132,27 +135,54 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
-    """One SVG for each metric with more than one value."""
-    from matplotlib.figure import Figure
-
+    """One SVG for each metric with more than one value, and one for the loss by noise level."""
     names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-    drawn = []
+    drawn = _noise_curves(lines, names)
     for name in names:
         points = [(line["step"], line[name]) for line in lines if name in line]
-        if name in ("step", "images") or len(points) < 2:
+        if name in ("step", "images") or _NOISE_LEVEL.search(name) or len(points) < 2:
             continue
-        figure = Figure(figsize=(4, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(*zip(*points, strict=True), linewidth=1.2)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if name.endswith("loss") and min(value for _, value in points) > 0:
-            axes.set_yscale("log")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        drawn.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+        with _axes(name, "step") as (axes, figures):
+            axes.plot(*zip(*points, strict=True), linewidth=1.2)
+            if name.endswith("loss") and min(value for _, value in points) > 0:
+                axes.set_yscale("log")
+        drawn += figures
     return drawn
+
+
+def _noise_curves(lines: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """The validation loss by noise level: a line for each of a few evaluations."""
+    by_level = sorted((name for name in names if _NOISE_LEVEL.search(name)), key=lambda name: int(name.split("_")[-1]))
+    evaluations = [line for line in lines if by_level and all(name in line for name in by_level)]
+    if not evaluations:
+        return []
+    chosen = dict.fromkeys(round(i * (len(evaluations) - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS))
+    with _axes("validation loss by noise level", "an eighth of the noise levels each, the least noisy first") as (
+        axes,
+        figures,
+    ):
+        for i in chosen:
+            values = [evaluations[i][name] for name in by_level]
+            axes.plot(range(len(values)), values, marker="o", linewidth=1.2, label=f"step {evaluations[i]['step']}")
+        axes.set_yscale("log")
+        axes.legend(fontsize=7)
+    return figures
+
+
+@contextmanager
+def _axes(title: str, below: str) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on, and a list that holds them as an SVG afterwards."""
+    from matplotlib.figure import Figure
+
+    figure, drawn = Figure(figsize=(4, 2.6), layout="constrained"), list[str]()
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(below, fontsize=8)
+    axes.grid(alpha=0.3)
+    yield axes, drawn
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 def _compare(config: Config, generated: Tensor) -> _Comparison:

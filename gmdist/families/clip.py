@@ -1,0 +1,66 @@
+"""CLIP's text encoder through transformers, frozen: captions become the context that a denoiser attends to."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmdist.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+class ClipText(nn.Module):
+    """The text half of CLIP (Radford 2021) with its tokenizer."""
+
+    def __init__(self, path: str) -> None:
+        """Load both.
+
+        Args:
+            path: a folder with config.json, model.safetensors and the tokenizer's files, or a name on the hub.
+
+        Raises:
+            ConfigError: transformers is not installed, or there is no such encoder.
+        """
+        super().__init__()
+        transformers = _import_transformers()
+        try:
+            with torch.device("cpu"):  # its own weights, also where families are built without any
+                self._tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
+                # Safetensors only: other files are pickles.
+                self.model = transformers.CLIPTextModel.from_pretrained(
+                    path, use_safetensors=True, torch_dtype=torch.float32, attn_implementation="sdpa"
+                )
+        except (OSError, ValueError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(
+                f"family.conditioning.text.path: '{path}'; no CLIP text encoder can be read there ({reason}); give a "
+                "folder with config.json, model.safetensors and the tokenizer's files, or a name on the hub"
+            ) from error
+        self.width: int = self.model.config.hidden_size
+        self.max_length: int = self.model.config.max_position_embeddings
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token numbers int64 [N, L] on the host. Texts that are too long are cut, with a warning."""
+        rows = self._tokenizer(texts, padding="max_length", max_length=self.max_length, truncation=False)["input_ids"]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > self.max_length:
+                _log.warning("a caption of %d tokens is cut to %d: %.60s", len(row), self.max_length, text)
+                row[self.max_length - 1] = row[-1]  # the end token, whose place CLIP looks for
+        return torch.tensor([row[: self.max_length] for row in rows])
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [N, L] -> the last hidden states [N, L, D], which Stable Diffusion 1 attends to."""
+        return self.model(input_ids=tokens).last_hidden_state.float()
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "family.conditioning.text.name: 'clip'; it needs transformers (pip install transformers); or take 'bytes'"
+        ) from error
+    return transformers
