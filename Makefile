@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server lint lint-oldest bench bench-loader
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -77,6 +77,15 @@ bench: setup
 	$(BIN)/python benchmarks/ema.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine.py
+
+# diffusers, transformers and lpips from pip: what they compute, ours computes.
+.parity/installed: requirements-parity.txt .venv/installed
+	rm -rf .parity
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .parity -r requirements-parity.txt
+	@touch $@
+
+parity: setup .parity/installed
+	PYTHONPATH=.parity $(BIN)/python -m pytest -m parity tests/parity
 
 # The peers of benchmarks/loader.py in an environment of their own.
 .peers/installed: requirements-peers.txt

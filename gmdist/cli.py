@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
+    sample.add_argument("--prompt", help="what all images show, of a run with captions")
     sample.add_argument("--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image")
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
@@ -138,7 +139,9 @@ def _sample(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
     check_out(options.out, options.num_images)
-    request = SampleRequest(options.num_images, options.label, options.seed, options.steps, options.guidance)
+    request = SampleRequest(
+        options.num_images, options.label, options.prompt, options.seed, options.steps, options.guidance
+    )
     print(save(draw(options.run, request), options.out))
     return EXIT_DONE
 

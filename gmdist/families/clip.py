@@ -30,7 +30,7 @@ class ClipText(nn.Module):
                 self._tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
                 # Safetensors only: other files are pickles.
                 self.model = transformers.CLIPTextModel.from_pretrained(
-                    path, use_safetensors=True, torch_dtype=torch.float32, attn_implementation="sdpa"
+                    path, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
                 )
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]

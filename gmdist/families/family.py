@@ -29,6 +29,7 @@ class Condition:
     """What samples are asked to show; None leaves it to the family."""
 
     label: Tensor | None = None  # int64 [N]
+    prompts: tuple[str, ...] | None = None  # N texts
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class SampleRequest:
 
     num_images: int
     label: int | None = None  # class of all images; None: all classes in turn
+    prompt: str | None = None  # what all images show, of a run with captions; None: nothing in particular
     seed: int = 0  # another seed, other images
     num_steps: int | None = None  # of the sampler; None: the run's own setting
     guidance: float | None = None  # strength of the guidance; None: the run's own setting
@@ -54,21 +55,27 @@ def draw(run: str, request: SampleRequest) -> Tensor:
     if request.label is not None and not 0 <= request.label < classes:
         valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
         raise ConfigError(f"--label: {request.label}; {valid}")
+    if request.prompt is not None and config.data.caption is None:
+        raise ConfigError(f"--prompt: '{request.prompt}'; the run was trained without captions")
     _, family = runs.open_run(run, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = family.to(device)
     parts = []
     for start in range(0, request.num_images, _AT_ONCE):
         numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
-        condition = None
-        if classes:
-            label = (
-                torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
-            )
-            condition = Condition(label)
         with torch.inference_mode():
-            parts.append(images.to_uint8(family.sample(numbers + (request.seed << 32), condition)))
+            parts.append(
+                images.to_uint8(family.sample(numbers + (request.seed << 32), _asked(request, numbers, classes)))
+            )
     return torch.cat(parts)
+
+
+def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
+    """What the images of these numbers [N] are to show."""
+    label = None
+    if classes:
+        label = torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
+    return Condition(label, None if request.prompt is None else (request.prompt,) * len(numbers))
 
 
 def check_out(out: str, num_images: int) -> None:
