@@ -54,8 +54,14 @@ class Loaded:
     quarantined: list[QuarantineLine]
 
     def batch_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The batch as families take it, image: float32 [N, C, H, W] in [-1, 1]; bytes travel to the device."""
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        """The batch as families take it, image: float32 [N, C, H, W] in [-1, 1]; bytes travel to the device.
+
+        Captions stay on the host, where they are read.
+        """
+        batch = {
+            name: tensor if name == "caption" else tensor.to(device, non_blocking=True)
+            for name, tensor in self.tensors.items()
+        }
         if self.pixels is not None:
             pixels = self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
             batch["image"] = pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 127.5).sub_(1.0)

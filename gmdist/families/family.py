@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # image: float32 [N, C, H, W] in [-1, 1]; label: int64 [N]; key: int64 [N], sample numbers; caption: uint8 [N, L], which
-# `captions` reads; and the arrays that data.arrays asks for, [N, ...].
+# `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...].
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
 
@@ -98,7 +98,7 @@ def all_mean(value: Tensor) -> Tensor:
 
 def captions(batch: Batch) -> list[str]:
     """The captions of a batch, N texts: UTF-8 that is padded with zeros."""
-    return [row.tobytes().rstrip(b"\0").decode() for row in batch["caption"].cpu().numpy()]
+    return [row.tobytes().rstrip(b"\0").decode() for row in batch["caption"].numpy()]
 
 
 def conditioned_labels(keys: Tensor, condition: Condition | None, num_classes: int) -> Tensor | None:

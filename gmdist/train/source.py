@@ -57,7 +57,8 @@ class _Moved:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(self.arrival)
         for tensor in self.batch.values():
-            tensor.record_stream(stream)  # or its memory would be given away before the step is done with it
+            if tensor.is_cuda:
+                tensor.record_stream(stream)  # or its memory would be given away before the step is done with it
         return self.batch
 
     @property

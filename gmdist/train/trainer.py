@@ -305,7 +305,7 @@ class Trainer:
         count = len(batch["key"])
         each = -(-count // world_size())
         places = torch.arange(rank() * each, (rank() + 1) * each, device=self.device).clamp(max=count - 1)
-        part = {name: tensor[places] for name, tensor in batch.items()}
+        part = {name: tensor[places.to(tensor.device)] for name, tensor in batch.items()}
         with self._averaged_weights():
             pictures = images.to_uint8(self.family.preview(part))
         if world_size() > 1:
