@@ -75,6 +75,11 @@ class SamplerConfig:
             if diffusion.schedule != "flow":
                 others.remove("flow_euler")
             return f"name: '{self.name}'; cannot start where alpha is 0; must be one of {', '.join(others)}"
+        if self.name == "heun" and diffusion.schedule == "cosine" and spacing != "leading":
+            # From sigma / alpha = 20,000 down to 30: the slopes at both ends say little of what is between.
+            return (
+                "name: 'heun'; with schedule 'cosine' it needs spacing 'leading': the first step is too long otherwise"
+            )
         most = timesteps if diffusion.is_discrete else _MAX_TIMESTEPS
         if not 1 <= self.num_steps <= most:
             return f"num_steps: {self.num_steps}; must be between 1 and {most}"
