@@ -81,8 +81,8 @@ def _quantiles(seed: int, purpose: str, keys: Tensor) -> Tensor:
 
 def _errors(predict: Predict, diffusion: Diffusion, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
     """The unweighted squared error of the output, a mean over each sample's elements. [N]."""
-    x, target = diffusion.noised(x0, eps, times)
-    return (predict(*diffusion.inputs(x, times)) - target).square().flatten(1).mean(dim=1)
+    noised = diffusion.noised(x0, eps, times)
+    return (predict(noised.seen, noised.told) - noised.target).square().flatten(1).mean(dim=1)
 
 
 def label_predictors(network: nn.Module, label: Tensor | None, num_classes: int) -> tuple[Predict, PredictBoth | None]:

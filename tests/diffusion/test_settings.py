@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
+from gmdist.config import from_yaml, load
 from gmdist.diffusion.config import DISCRETE, SAMPLERS, DiffusionConfig, SamplerConfig
 from gmdist.diffusion.noising import EDMNoise, FlowNoise
+from gmdist.errors import ConfigError
 
 
 def sampled(schedule: str = "linear", prediction: str = "eps", **sampler) -> DiffusionConfig:
@@ -100,6 +103,41 @@ def test_every_sampler_has_schedules(name: str) -> None:
             **{key: {*DISCRETE, "flow", "edm"} for key in ("ddim", "ddpm", "dpmpp_2m")},
         }[name]
     )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "schedule=flow",
+            "prediction=flow",
+            "flow.shift=3",
+            "flow.times=uniform",
+            "sampler.guidance_interval=[0,.inf]",
+        ],
+        ["schedule=edm", "prediction=edm", "edm.p_mean=-0.4", "edm.p_std=1", "sampler.guidance_interval=[0.28,5.42]"],
+        [
+            "schedule=scaled_linear",
+            "betas=[0.0015,0.0195]",
+            "weight=min_snr",
+            "weight_gamma=2",
+            "sampler.name=dpmpp_2m",
+        ],
+        ["zero_terminal_snr=true", "sampler.spacing=linspace", "weight=p2"],
+        ["sampler.spacing=leading", "sampler.ends_clean=false"],
+    ],
+)
+def test_settings_from_a_config_file(overrides: list[str]) -> None:
+    path = Path(__file__).parents[2] / "configs/digits/ddpm.yaml"
+    config = load(str(path), [f"family.diffusion.{override}" for override in overrides])
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert config.family.diffusion != load(str(path)).family.diffusion
+
+
+def test_a_config_file_is_refused_with_the_whole_key() -> None:
+    path = Path(__file__).parents[2] / "configs/digits/ddpm.yaml"
+    with pytest.raises(ConfigError, match=r"^family\.diffusion\.sampler\.guidance: -1\.0; must be"):
+        load(str(path), ["family.diffusion.sampler.guidance=-1"])
 
 
 def test_continuous_times_allow_any_number_of_steps() -> None:
