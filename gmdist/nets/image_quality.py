@@ -26,7 +26,8 @@ def psnr(image: Tensor, original: Tensor) -> Tensor:
 def ssim(image: Tensor, original: Tensor) -> Tensor:
     """Structural similarity (Wang 2004, Eq. 13), a mean over all places of the window and all channels.
 
-    The window is Gaussian, 11 pixels a side with sigma 1.5; in smaller images the largest odd size that fits.
+    The window is Gaussian, 11 pixels a side with sigma 1.5; in smaller images the largest odd size that fits. Intensities
+    count from black, as the index compares their means: it is that of the same images in [0, 255].
 
     Args:
         image, original: [N, C, H, W] in [-1, 1], fp32 or wider.
@@ -36,6 +37,7 @@ def ssim(image: Tensor, original: Tensor) -> Tensor:
     """
     window = min(_WINDOW, *image.shape[2:])
     weights = _gaussian(window - 1 + window % 2)
+    image, original = image + 1.0, original + 1.0
     mean_x, mean_y = _smoothed(image, weights), _smoothed(original, weights)
     variance_x = _smoothed(image.square(), weights) - mean_x.square()
     variance_y = _smoothed(original.square(), weights) - mean_y.square()
