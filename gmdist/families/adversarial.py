@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmdist.families.family import all_mean
 from gmdist.nets.blocks import at_least_fp32
@@ -18,7 +18,7 @@ _MAX_WEIGHT = 1e4
 
 @dataclass
 class DiscriminatorConfig:
-    """A discriminator of patches and its part in the loss; the defaults are those of latent diffusion's first stages."""
+    """A discriminator of patches and its part in the loss; the defaults are those of Rombach 2022."""
 
     channels: int = 64  # width after the first layer
     num_layers: int = 3  # that halve the image; each adds to the patch that a logit judges: 16, 34, 70, 142 pixels
@@ -58,11 +58,11 @@ def discriminator_loss(real: Tensor, fake: Tensor, name: str) -> Tensor:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """The factor that makes the adversarial loss's gradient as long as the other's (Esser 2021, Eq. 7).
 
-    The gradients are means over all workers. So the factor is that of the whole batch where it passes at once, on any
-    number of workers, and that of a micro-batch of all workers otherwise; alone it makes a loss depend on other samples.
+    The gradients are means over all workers: where a worker's part passes at once, the factor is that of the whole batch,
+    whatever the number of workers; otherwise it is that of the workers' micro-batches, and depends on their size.
 
     Args:
         nll, adversarial: losses, scalars, whose graphs stay.

@@ -22,7 +22,9 @@ class AutoencoderKLConfig:
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     kl_weight: float = 1e-6  # of the KL term in nats a sample, against errors that are summed over pixels and channels
-    learned_logvar: bool = True  # the scale of the error is learned; false: it stays 1
+    # Of the errors' log-scale s, which weighs them against the rest by exp(-s). false: s stays 0, as in the published
+    # models, whose optimizers left it out by mistake.
+    learned_logvar: bool = True
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig | None = None  # None: no adversarial loss
 
@@ -50,9 +52,9 @@ class AutoencoderKL(Family):
         D (|x - x'| + w d(x, x')) / exp(s) + D s  +  kl_weight KL(q(z|x) || N(0, 1))  -  lambda judged(x')
 
     where D is the number of pixels times channels, |x - x'| their mean absolute error, d the perceptual distance with
-    its weight w, and s = logvar a learned scalar: apart from a constant the first part is, without d, the negative log
-    likelihood of a Laplace distribution of scale exp(s). Error and KL are sums over a sample and means over the batch, so
-    published weights have their published meaning. lambda is 0 until `discriminator.start_images`.
+    its weight w, and s = logvar a learned scalar: without d and apart from a constant, the first part is the negative
+    log likelihood of a Laplace distribution of scale exp(s). Error and KL are sums over a sample and means over the
+    batch, so published weights have their published meaning. lambda is 0 until `discriminator.start_images`.
     """
 
     averaged = ("autoencoder",)

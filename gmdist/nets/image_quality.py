@@ -26,8 +26,8 @@ def psnr(image: Tensor, original: Tensor) -> Tensor:
 def ssim(image: Tensor, original: Tensor) -> Tensor:
     """Structural similarity (Wang 2004, Eq. 13), a mean over all places of the window and all channels.
 
-    The window is Gaussian, 11 pixels a side with sigma 1.5; in smaller images the largest odd size that fits. Intensities
-    count from black, as the index compares their means: it is that of the same images in [0, 255].
+    The window is Gaussian, 11 pixels a side with sigma 1.5; in smaller images the largest odd size that fits. The index
+    compares means, so intensities count from black: it is that of the same images in [0, 255].
 
     Args:
         image, original: [N, C, H, W] in [-1, 1], fp32 or wider.

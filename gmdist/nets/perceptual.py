@@ -61,7 +61,7 @@ class GradientFrequency(nn.Module):
     - the mean absolute difference of the real and imaginary parts of the spectra (Cho 2021, Eq. 4): natural images have
       little power in high frequencies, and in this sum each frequency counts alike.
 
-    Both have the scale of the error of a pixel: the transform keeps sums of squares. The result is the mean of the levels.
+    Both have the scale of the error of a pixel: the transform keeps sums of squares. The result is the levels' mean.
     """
 
     def forward(self, image: Tensor, original: Tensor) -> Tensor:
@@ -133,9 +133,9 @@ class LPIPS(nn.Module):
 
     @torch.no_grad()
     def load(self, path: str) -> None:
-        """Read the weights from a file or from the files of a folder: .safetensors, or .pt and .pth without pickled code.
+        """Read the weights from a file or from the files of a folder: .safetensors, or .pt and .pth that hold tensors only.
 
-        They may be named as torchvision's vgg16 and the lpips package's vgg.pth name them, or as the state of the lpips
+        These may be named as torchvision's vgg16 and the lpips package's vgg.pth name them, or as the state of the lpips
         package's whole network.
 
         Raises:
@@ -168,7 +168,9 @@ def _read_all(path: str) -> dict[str, Tensor]:
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".pt", ".pth"))
     if not files or not place.exists():
-        raise ConfigError(f"perceptual.path: '{path}'; there is no such file, or no weights in the folder: {_HOW_TO_GET}")
+        raise ConfigError(
+            f"perceptual.path: '{path}'; there is no such file, or no weights in the folder: {_HOW_TO_GET}"
+        )
     found: dict[str, Tensor] = {}
     for file in files:
         found |= _renamed(_read(file))

@@ -18,7 +18,7 @@ from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.perceptual import PerceptualConfig
 from gmdist.train.engine import freeze_all_but
 from gmdist.train.optim import OptimConfig
-from tests.nets.test_perceptual import WIDTHS, linear_state, vgg_state
+from tests.nets.vgg import WIDTHS, linear_state, vgg_state
 from tests.support import CHANNELS, SIZE, MemorySource, fit, make_trainer, run_workers, small_family, tree_bytes
 from tests.train import parity
 from tests.train.parity import WORLD
@@ -193,12 +193,15 @@ def test_the_perceptual_distance_trains_encoder_and_decoder(
     families = [family_with(None, perceptual=PerceptualConfig(name, weight, config.path)) for weight in (1.0, 0.0)]
     for family in families:
         family.initialize(batch_of())
-    with_it, without = (gradients(family.loss(batch_of(), 0)[0], family) for family in families)
+    batch = batch_of()
+    with_it, without = (gradients(family.loss(batch, 0)[0], family) for family in families)
     names = [name for name, _ in families[0].autoencoder.named_parameters()]
-    by_hand = gradients(reference_terms(families[0], batch_of())[0] - reference_terms(families[1], batch_of())[0], families[0])
-    for key, a, b, part in zip(names, with_it, without, by_hand, strict=True):
-        assert not torch.allclose(a, b, rtol=1e-3, atol=0), key
-    assert len(by_hand) == len(names)
+    nlls = [reference_terms(family, batch)[0] for family in families]
+    by_hand = [gradients(nll, family) for nll, family in zip(nlls, families, strict=True)]
+    for key, *found in zip(names, with_it, without, *by_hand, strict=True):
+        torch.testing.assert_close(found[0] - found[1], found[2] - found[3], rtol=1e-7, atol=1e-9)
+        if key in ("encoder.conv_in.weight", "decoder.conv_out.weight"):
+            assert (found[0] - found[1]).norm() > 0.01 * found[0].norm()
 
 
 def test_lpips_is_read_once_and_kept_in_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +235,9 @@ SGD = OptimConfig(name="sgd", lr=1e-4, momentum=0.9)  # for sums over the pixels
 
 
 def two_networks() -> AutoencoderKL:
-    family = small_family("autoencoder_kl", kl_weight=0.02, discriminator=JUDGED)
+    # Not hinge: while all logits are within its margin, the gradient of the last bias is zero but for rounding.
+    judged = DiscriminatorConfig(8, 1, loss="vanilla", start_images=START)
+    family = small_family("autoencoder_kl", kl_weight=0.02, discriminator=judged)
     family.local = False  # with the means over workers, all see the adaptive weight of the whole batch
     return family
 
@@ -253,15 +258,15 @@ def test_two_engines_agree_with_torch_at_every_stage(tmp_path: Path) -> None:
 
 def test_evaluates_reconstructions_from_the_mean() -> None:
     family, batch = family_with().eval(), batch_of()
-    with torch.inference_mode():
+    with torch.no_grad():
         image = family.reconstruct(batch)
         metrics = family.evaluate(batch)
         assert torch.equal(family.preview(batch)[..., SIZE:], image)
         assert small_family("ddpm").reconstruct(batch) is None
         mean, logvar = family.autoencoder.encode(batch["image"])
+        torch.testing.assert_close(image, family.autoencoder.decode(mean).clamp(-1, 1))
     assert image.shape == (8, CHANNELS, SIZE, SIZE)
     assert image.abs().max() <= 1.0
-    torch.testing.assert_close(image, family.autoencoder.decode(mean).clamp(-1, 1))
     error = image - batch["image"]
     assert set(metrics) == {"psnr_db", "ssim", "l1", "kl_nats", "perceptual"}
     psnr_db = torch.stack([10 * (4 / e.square().mean()).log10() for e in error]).mean()

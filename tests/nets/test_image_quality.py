@@ -32,7 +32,8 @@ def reference_ssim(x: np.ndarray, y: np.ndarray, size: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("channels", "height", "width", "window"), [(1, 32, 32, 11), (3, 24, 17, 11), (1, 8, 20, 7), (3, 9, 9, 9), (1, 1, 1, 1)]
+    ("channels", "height", "width", "window"),
+    [(1, 32, 32, 11), (3, 24, 17, 11), (1, 8, 20, 7), (3, 9, 9, 9), (1, 1, 1, 1)],
 )
 def test_ssim_against_float64(channels: int, height: int, width: int, window: int) -> None:
     image, original = pair(channels, height, width)

@@ -14,8 +14,7 @@ from torch import Tensor
 from gmdist.errors import ConfigError
 from gmdist.nets import perceptual
 from gmdist.nets.perceptual import LPIPS, GradientFrequency, PerceptualConfig, make_perceptual
-
-WIDTHS = ((4, 4), (6, 6), (8, 8, 8), (10, 10, 10), (12, 12, 12))
+from tests.nets.vgg import WIDTHS, linear_state, vgg_state
 
 
 @pytest.fixture
@@ -23,28 +22,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """VGG16 with few channels."""
     monkeypatch.setattr(perceptual, "_VGG16", WIDTHS)
     monkeypatch.setitem(sys.modules, "lpips", None)
-
-
-def vgg_state(seed: int = 0) -> dict[str, Tensor]:
-    """As torchvision saves VGG16: convolutions numbered among their activations and pools, then a classifier."""
-    generator = torch.Generator().manual_seed(seed)
-    state, number, width = {}, 0, 3
-    for widths in WIDTHS:
-        for out in widths:
-            state[f"features.{number}.weight"] = 0.4 * torch.randn(out, width, 3, 3, generator=generator)
-            state[f"features.{number}.bias"] = 0.1 * torch.randn(out, generator=generator)
-            number, width = number + 2, out
-        number += 1
-    return state | {"classifier.0.weight": torch.randn(2, 3)}
-
-
-def linear_state(prefix: str = "lin") -> dict[str, Tensor]:
-    """As the lpips package saves its linear layers."""
-    generator = torch.Generator().manual_seed(7)
-    sizes = [widths[-1] for widths in WIDTHS]
-    return {
-        f"{prefix}{i}.model.1.weight": torch.rand(1, size, 1, 1, generator=generator) for i, size in enumerate(sizes)
-    }
 
 
 def loaded(folder: Path) -> LPIPS:
