@@ -281,8 +281,11 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
         for place, item in named.items():
             inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of "X | None"
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(item, dict):
-                _refuse_unknown_fields(inner, item, place)
+            if not isinstance(inner, type) or not dataclasses.is_dataclass(inner) or item is None:
+                continue
+            if not isinstance(item, dict):
+                raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
+            _refuse_unknown_fields(inner, item, place)
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

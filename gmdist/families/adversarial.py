@@ -61,8 +61,8 @@ def discriminator_loss(real: Tensor, fake: Tensor, name: str) -> Tensor:
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """The factor that makes the adversarial loss's gradient as long as the other's (Esser 2021, Eq. 7).
 
-    The gradients are means over all workers: where a worker's part passes at once, the factor is that of the whole batch,
-    whatever the number of workers; otherwise it is that of the workers' micro-batches, and depends on their size.
+    The gradients are means over all workers: where a worker's part passes at once, the factor is that of the whole
+    batch, whatever the number of workers; otherwise it is that of the micro-batches, and depends on their size.
 
     Args:
         nll, adversarial: losses, scalars, whose graphs stay.

@@ -11,8 +11,8 @@ class PatchDiscriminator(nn.Module):
     """Image to a map of logits, each of which judges one patch; 70 pixels a side at three strided layers.
 
     The published network has batch norm: there a sample's loss depends on the samples that its worker happens to hold
-    beside it, and running statistics do not go with bf16. Here the norms are GroupNorm, of one sample each. The number of
-    parameters is the same (2,765,633 for RGB at the defaults).
+    beside it, and running statistics do not go with bf16. Here the norms are GroupNorm, of one sample each. The number
+    of parameters is the same (2,765,633 for RGB at the defaults).
     """
 
     def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 3) -> None:

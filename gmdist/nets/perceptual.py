@@ -133,10 +133,10 @@ class LPIPS(nn.Module):
 
     @torch.no_grad()
     def load(self, path: str) -> None:
-        """Read the weights from a file or from the files of a folder: .safetensors, or .pt and .pth that hold tensors only.
+        """Read the weights from a file or a folder's files: .safetensors, or .pt and .pth that hold tensors only.
 
-        These may be named as torchvision's vgg16 and the lpips package's vgg.pth name them, or as the state of the lpips
-        package's whole network.
+        They may be named as torchvision's vgg16 and the lpips package's vgg.pth name them, or as the state of the whole
+        network of the lpips package.
 
         Raises:
             ConfigError: a tensor is missing or has another shape, or a file cannot be read.

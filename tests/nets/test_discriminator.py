@@ -8,8 +8,8 @@ from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
 
 
 def test_has_the_published_size() -> None:
-    # pix2pix's "n_layers" discriminator with batch norm on RGB, counted from its layers: 4x4 kernels between 3, 64, 128,
-    # 256, 512 and 1 channels, with biases in the first and last, and two parameters a channel for each of three norms.
+    # pix2pix's "n_layers" discriminator with batch norm on RGB, counted from its layers: kernels of 4x4 between 3, 64,
+    # 128, 256, 512 and 1 channels, biases in the first and last, and two parameters a channel for each of three norms.
     net = PatchDiscriminator(3)
     expected = (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) * 16 + 64 + 1 + 2 * (128 + 256 + 512)
     assert sum(p.numel() for p in net.parameters()) == expected == 2_765_633
