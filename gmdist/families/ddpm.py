@@ -4,8 +4,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gmdist.diffusion.process import Diffusion, DiffusionConfig
-from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
+from gmdist.diffusion.config import DiffusionConfig
+from gmdist.diffusion.process import Diffusion
+from gmdist.families.denoising import (
+    denoiser_problem,
+    denoising_loss,
+    drop_labels,
+    label_predictors,
+    noise_level_losses,
+    sample_denoiser,
+)
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.nets.blocks import ResBlock, SelfAttention2d
 from gmdist.nets.unet import UNet, UNetConfig
@@ -48,25 +56,22 @@ class DDPM(Family):
         return [Phase("denoiser", "denoiser", self.loss)]
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """Mean squared error of the prediction."""
+        """The weighted squared error of the prediction."""
         label = None
         if self.num_classes:
             label = drop_labels(batch["label"], batch["key"], self.num_classes, self.config.label_dropout, self.seed)
-        return self._mse(batch, label)
+        predict, _ = label_predictors(self.denoiser, label, self.num_classes)
+        loss = denoising_loss(predict, self.diffusion, batch["image"], batch["key"], self.seed).mean()
+        return loss, {"loss": loss.detach()}
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images [N, C, H, W] for keys [N]."""
         label = conditioned_labels(keys, condition, self.num_classes)
-        images = sample_denoiser(
-            self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed, clip=1.0
-        )
-        return images.clamp(-1.0, 1.0)
+        predictors = label_predictors(self.denoiser, label, self.num_classes)
+        return sample_denoiser(*predictors, self.diffusion, keys, self.shape, self.seed, clip=1.0).clamp(-1.0, 1.0)
 
     def evaluate(self, batch: Batch) -> Metrics:
-        """The training loss with every label given."""
-        return self._mse(batch, batch.get("label"))[1]
-
-    def _mse(self, batch: Batch, label: Tensor | None) -> tuple[Tensor, Metrics]:
-        errors = denoising_loss(self.denoiser, self.diffusion, batch["image"], label, batch["key"], self.seed)
-        loss = errors.mean()
-        return loss, {"loss": loss.detach()}
+        """The training loss with every label given, and the unweighted loss by noise level."""
+        label = batch["label"] if self.num_classes else None
+        predict, _ = label_predictors(self.denoiser, label, self.num_classes)
+        return noise_level_losses(predict, self.diffusion, batch["image"], batch["key"], self.seed)

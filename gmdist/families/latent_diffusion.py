@@ -9,7 +9,14 @@ from gmdist import rng
 from gmdist.diffusion.process import Diffusion, DiffusionConfig, SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
-from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
+from gmdist.families.denoising import (
+    denoiser_problem,
+    denoising_loss,
+    drop_labels,
+    label_predictors,
+    noise_level_losses,
+    sample_denoiser,
+)
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.nets.blocks import ResBlock, SelfAttention2d
 from gmdist.nets.unet import UNet, UNetConfig
@@ -78,26 +85,28 @@ class LatentDiffusion(Family):
         return [Phase("denoiser", "denoiser", self.loss)]
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """Mean squared error of the prediction on scaled latents."""
+        """The weighted squared error of the prediction on scaled latents."""
         label = None
         if self.num_classes:
             label = drop_labels(batch["label"], batch["key"], self.num_classes, self.config.label_dropout, self.seed)
-        return self._mse(batch, label)
+        predict, _ = label_predictors(self.denoiser, label, self.num_classes)
+        x0 = self._latents(batch["image"], batch["key"]) * self.latent_scale
+        loss = denoising_loss(predict, self.diffusion, x0, batch["key"], self.seed).mean()
+        return loss, {"loss": loss.detach()}
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images [N, C, H, W] for keys [N]."""
         label = conditioned_labels(keys, condition, self.num_classes)
-        latents = sample_denoiser(self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed)
+        predictors = label_predictors(self.denoiser, label, self.num_classes)
+        latents = sample_denoiser(*predictors, self.diffusion, keys, self.shape, self.seed)
         return self.first_stage.decode(latents / self.latent_scale).float().clamp(-1.0, 1.0)
 
     def evaluate(self, batch: Batch) -> Metrics:
-        """The training loss with every label given."""
-        return self._mse(batch, batch.get("label"))[1]
-
-    def _mse(self, batch: Batch, label: Tensor | None) -> tuple[Tensor, Metrics]:
+        """The training loss with every label given, and the unweighted loss by noise level."""
+        label = batch["label"] if self.num_classes else None
+        predict, _ = label_predictors(self.denoiser, label, self.num_classes)
         x0 = self._latents(batch["image"], batch["key"]) * self.latent_scale
-        loss = denoising_loss(self.denoiser, self.diffusion, x0, label, batch["key"], self.seed).mean()
-        return loss, {"loss": loss.detach()}
+        return noise_level_losses(predict, self.diffusion, x0, batch["key"], self.seed)
 
     @torch.no_grad()
     def _latents(self, image: Tensor, keys: Tensor) -> Tensor:
