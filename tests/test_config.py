@@ -83,7 +83,10 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("family.perceptual.name=vgg", "family.perceptual.name: 'vgg'; must be one of none, gradient_frequency, lpips"),
         ("family.perceptual.name=lpips", "family.perceptual.path: missing; must be a folder or a file for lpips"),
         ("family.discriminator.chanels=8", "family.discriminator.chanels: no such key; did you mean 'channels'?"),
-        ("family.discriminator.num_layers=9", "family.discriminator.num_layers: 9; must be at least 1, and image sides"),
+        (
+            "family.discriminator.num_layers=9",
+            "family.discriminator.num_layers: 9; must be at least 1, and image sides",
+        ),
         ("family.discriminator=3", "family.discriminator: 3; must be a mapping of keys to values"),
         ("optim.autoencoder.betas=[0.9,1.5]", "optim.autoencoder.betas: (0.9, 1.5); must be at least 0 and below 1"),
         ("optim.autoencoder.lr=.inf", "optim.autoencoder.lr: inf; must be a number above 0"),

@@ -256,6 +256,25 @@ def test_two_engines_agree_with_torch_at_every_stage(tmp_path: Path) -> None:
         assert parity.worst(found, expected, two_networks().state_dict()) < 1e-5, stage
 
 
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+def test_half_precision_keeps_to_the_losses_of_full(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lpips_config(monkeypatch, tmp_path)
+    judged = DiscriminatorConfig(8, 1, start_images=0)
+    lines = {}
+    for name in ("fp32", precision):
+        family = small_family("autoencoder_kl", perceptual=config, discriminator=judged)
+        settings = {"num_steps": 3, "log_every": 1, "evaluate_every": 3, "precision": name}
+        fit(family, tmp_path / name, optim=OptimConfig(lr=1e-4), **settings)
+        written = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines[name] = written[0] | written[-1]
+    keys = [f"autoencoder/{key}" for key in ("l1", "perceptual", "kl_nats", "adversarial_weight", "grad_norm")]
+    keys += ["discriminator/loss", "test/psnr_db", "test/ssim", "test/perceptual"]
+    for key in keys:
+        assert lines[precision][key] == pytest.approx(lines["fp32"][key], rel=0.1), key
+
+
 def test_evaluates_reconstructions_from_the_mean() -> None:
     family, batch = family_with().eval(), batch_of()
     with torch.no_grad():
