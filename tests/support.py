@@ -19,6 +19,7 @@ from gmdist import rng
 from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
+from gmdist.families.adversarial import DiscriminatorConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
@@ -37,16 +38,21 @@ ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))
 _UNET = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, dropout=0.1)
 _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerConfig(num_steps=4, guidance=2.0))
 
-# One small config for each family of the catalogue.
+_AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
+
+# One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
-    "autoencoder_kl": AutoencoderKLConfig(AutoencoderConfig(8, (1, 2), 1, 2)),
+    "autoencoder_kl": AutoencoderKLConfig(_AUTOENCODER),
+    "autoencoder_kl/discriminator": AutoencoderKLConfig(
+        _AUTOENCODER, discriminator=DiscriminatorConfig(8, 1, adaptive=False, start_images=0)
+    ),
     "ddpm": DDPMConfig(_UNET, _DIFFUSION),
     "latent_diffusion": LatentDiffusionConfig("first", _UNET, _DIFFUSION),
 }
 
 
 def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
-    """A small instance of a family of the catalogue, the same for the same seed; `changes` are of its config."""
+    """A small instance of SMALL, the same for the same seed; `changes` are of its config."""
 
     def first_stage(_: str) -> Family:
         first = small_family("autoencoder_kl", seed + 1).eval()
@@ -56,7 +62,7 @@ def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
 
     surroundings = Surroundings(SIZE, CHANNELS, CLASSES, seed, first_stage)
     torch.manual_seed(seed)
-    return CATALOGUE[name][0](dataclasses.replace(SMALL[name], **changes), surroundings)
+    return CATALOGUE[name.partition("/")[0]][0](dataclasses.replace(SMALL[name], **changes), surroundings)
 
 
 def optimizers(family: Family, config: OptimConfig = ADAM) -> dict[str, OptimConfig]:

@@ -33,6 +33,11 @@ def widths_problem(channels: int, multipliers: tuple[int, ...], num_res_blocks: 
     return None
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """A tensor in fp32, or as it is in float64: norms and sums of bf16 would be rounded."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def zero_init(module: Layer) -> Layer:
     """Zero the weights of a residual branch's last layer, so that the branch starts as the identity."""
     nn.init.zeros_(module.weight)

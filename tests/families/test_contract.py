@@ -11,7 +11,7 @@ from gmdist.families.family import Batch, Condition, Family, conditioned_labels
 from gmdist.train.engine import freeze_all_but
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, fit, make_trainer, small_family, tree_bytes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", sorted(CATALOGUE))]
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", sorted(SMALL))]
 
 
 def batch_on(device: torch.device, count: int = 8) -> Batch:
@@ -37,8 +37,8 @@ def hashes(family: Family) -> dict[str, str]:
 
 
 def test_is_tested_in_small(name: str) -> None:
-    assert name in SMALL
-    assert type(SMALL[name]) is CATALOGUE[name][1]
+    assert set(CATALOGUE) <= set(SMALL)
+    assert type(SMALL[name]) is CATALOGUE[name.partition("/")[0]][1]
 
 
 def test_losses_are_finite_and_reach_what_they_train(name: str, device: torch.device) -> None:
@@ -104,7 +104,7 @@ def test_samples_follow_their_label(name: str, device: torch.device) -> None:
         torch.testing.assert_close(
             family.sample(keys), family.sample(keys, Condition(conditioned_labels(keys, None, CLASSES)))
         )
-    assert torch.allclose(first, second) == (name == "autoencoder_kl")  # the one family without a condition
+    assert torch.allclose(first, second) == name.startswith("autoencoder_kl")  # the one family without a condition
 
 
 def test_preview_and_evaluate(name: str, device: torch.device) -> None:
@@ -129,7 +129,7 @@ def test_resumes_bit_exactly(name: str, device: torch.device, tmp_path: Path) ->
 
 def test_overfits_eight_images(name: str, device: torch.device, tmp_path: Path) -> None:
     trainer = make_trainer(
-        small_family(name, **({"label_dropout": 0.0} if name != "autoencoder_kl" else {})),
+        small_family(name, **({"label_dropout": 0.0} if not name.startswith("autoencoder_kl") else {})),
         tmp_path,
         device=device,
         num_samples=8,
