@@ -68,6 +68,10 @@ class AutoencoderKL(Family):
         """Originals beside their reconstructions [N, C, H, 2 W]."""
         return torch.cat([batch["image"], self._reconstruct(batch["image"])], dim=3)
 
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """The posterior: means, then log-variances [N, 2 Z, h, w]."""
+        return {"moments": torch.cat(self.autoencoder.encode(image), dim=1)}
+
     def evaluate(self, batch: Batch) -> Metrics:
         """Peak signal-to-noise ratio in dB, a mean over images, and mean absolute error."""
         image = self._reconstruct(batch["image"])
