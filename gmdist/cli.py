@@ -94,6 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
     check.add_argument("--fraction", type=float, default=1.0, help="of the shards to read; default: all")
 
+    encode = _command(actions, "encode", _data_encode, "encode images by a first stage; the same command goes on")
+    encode.add_argument(
+        "run", type=_location, metavar="RUN", help="a first stage: its folder, or one of its checkpoints"
+    )
+    encode.add_argument("source", type=_location, metavar="SRC", help="shards, in a folder or s3://bucket/prefix")
+    encode.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
+    encode.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="of RUN's config, such as cluster.address=auto"
+    )
+    encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
+    encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
+
     _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
     return parser
 
@@ -217,6 +229,28 @@ def _data_check(options: argparse.Namespace) -> int:
     if not problems:
         print(f"{options.location}: sound" + ("" if options.fraction == 1 else ", as far as it was read"))
     return _tell(problems)
+
+
+def _data_encode(options: argparse.Namespace) -> int:
+    from gmdist.data.progress import Meter
+    from gmdist.launch.encode import encode
+
+    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
+    with Meter(options.destination) as meter:
+        encoded = encode(
+            options.run,
+            options.source,
+            options.destination,
+            overrides,
+            flip=options.flip,
+            on_progress=meter.update,
+            on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
+        )
+    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in encoded.record.arrays.items())
+    manifest = encoded.manifest
+    what = f"{manifest.num_samples} samples in {len(manifest.shards)} shards, {arrays}"
+    print(f"{options.destination}: {what}{'; it was encoded before' if encoded.was_there else ''}")
+    return EXIT_DONE
 
 
 def _tell(problems: list[str]) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -122,9 +123,12 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
     return from_tree(tree)
 
 
-def from_yaml(text: str, location: str) -> Config:
-    """A config from the text of a resolved config.yaml; `location` is for errors."""
-    return from_tree(_parse(text, location))
+def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config:
+    """A config from the text of a resolved config.yaml, with `key=value` overrides; `location` is for errors."""
+    tree = _parse(text, location)
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:

@@ -27,7 +27,7 @@ ALLOWED = {
     "config": {"families", "data", "train", "storage"},
     "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
     "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
-    "launch": {"runs", "config", "families", "train", "evaluation", "report", "storage", "images"},
+    "launch": {"runs", "config", "data", "families", "train", "evaluation", "report", "storage", "images"},
     "doctor": set(),
     "cli": {"launch", "config", "data", "report", "doctor"},
 }

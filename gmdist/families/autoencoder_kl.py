@@ -145,6 +145,10 @@ class AutoencoderKL(Family):
         mean, _ = self.autoencoder.encode(batch["image"])
         return self.autoencoder.decode(mean).clamp(-1.0, 1.0)
 
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """The posterior: means, then log-variances [N, 2 Z, h, w]."""
+        return {"moments": torch.cat(self.autoencoder.encode(image), dim=1)}
+
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions from the posterior's mean against images: means over images; the KL term in nats a sample."""
         image = batch["image"]

@@ -45,6 +45,7 @@ class LatentDiffusion(Family):
 
     averaged = ("denoiser",)
     blocks = (ResBlock, SelfAttention2d)
+    cached = ("moments",)
     latent_scale: Tensor
 
     def __init__(self, config: LatentDiffusionConfig, surroundings: Surroundings) -> None:
@@ -76,8 +77,11 @@ class LatentDiffusion(Family):
 
     def initialize(self, batch: Batch) -> None:
         """Measure the scale that gives latents unit variance (Rombach 2022, App. G)."""
-        parts = zip(batch["image"].split(_ENCODED_AT_ONCE), batch["key"].split(_ENCODED_AT_ONCE), strict=True)
-        latents = torch.cat([self._latents(image, key) for image, key in parts])
+        parts: list[Batch] = [
+            {name: batch[name][i : i + _ENCODED_AT_ONCE] for name in ("image", "moments", "key") if name in batch}
+            for i in range(0, len(batch["key"]), _ENCODED_AT_ONCE)
+        ]
+        latents = torch.cat([self._latents(part) for part in parts])
         self.latent_scale.copy_(1.0 / latents.double().std())
 
     def phases(self) -> list[Phase]:
@@ -90,7 +94,7 @@ class LatentDiffusion(Family):
         if self.num_classes:
             label = drop_labels(batch["label"], batch["key"], self.num_classes, self.config.label_dropout, self.seed)
         predict, _ = label_predictors(self.denoiser, label, self.num_classes)
-        x0 = self._latents(batch["image"], batch["key"]) * self.latent_scale
+        x0 = self._latents(batch) * self.latent_scale
         loss = denoising_loss(predict, self.diffusion, x0, batch["key"], self.seed).mean()
         return loss, {"loss": loss.detach()}
 
@@ -105,11 +109,20 @@ class LatentDiffusion(Family):
         """The training loss with every label given, and the unweighted loss by noise level."""
         label = batch["label"] if self.num_classes else None
         predict, _ = label_predictors(self.denoiser, label, self.num_classes)
-        x0 = self._latents(batch["image"], batch["key"]) * self.latent_scale
+        x0 = self._latents(batch) * self.latent_scale
         return noise_level_losses(predict, self.diffusion, x0, batch["key"], self.seed)
 
     @torch.no_grad()
-    def _latents(self, image: Tensor, keys: Tensor) -> Tensor:
-        """A sample of each image's posterior, unscaled [N, Z, h, w]."""
-        mean, logvar = self.first_stage.encode(image)
-        return mean + torch.exp(0.5 * logvar) * rng.normal(self.seed, "posterior", keys, self.shape)
+    def _latents(self, batch: Batch) -> Tensor:
+        """A sample of each image's posterior, unscaled [N, Z, h, w]; the batch may have its moments [N, 2 Z, h, w]."""
+        if "moments" in batch:
+            channels, *sides = self.shape
+            if batch["moments"].shape[1:] != (2 * channels, *sides):
+                raise ConfigError(
+                    f"data.arrays: 'moments.npy'; they are {list(batch['moments'].shape[1:])}, and those of "
+                    f"{self.config.first_stage} are {[2 * channels, *sides]}: encode the data set with it"
+                )
+            mean, logvar = batch["moments"].float().chunk(2, dim=1)
+        else:
+            mean, logvar = self.first_stage.encode(batch["image"])
+        return mean + torch.exp(0.5 * logvar) * rng.normal(self.seed, "posterior", batch["key"], self.shape)
