@@ -47,12 +47,6 @@ def use_storage(config: Config) -> None:
 def build_family(config: Config) -> Family:
     """The family of a config with freshly drawn weights: the same on every worker."""
     kind, _ = CATALOGUE[config.family_name]
-    for name in kind.inputs:
-        if name not in config.data.batch_keys:
-            raise ConfigError(
-                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(config.data.batch_keys)}: set data.image, data.caption or data.arrays"
-            )
     surroundings = Surroundings(
         image_size=config.data.image_size,
         image_channels=config.data.channels,
@@ -62,6 +56,12 @@ def build_family(config: Config) -> Family:
     )
     torch.manual_seed(derive(config.train.seed, "weights", 0))
     family = kind(config.family, surroundings)
+    for name in family.inputs:
+        if name not in config.data.batch_keys:
+            raise ConfigError(
+                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
+                f"{', '.join(config.data.batch_keys)}: set data.image, data.num_classes, data.caption or data.arrays"
+            )
     trained_children(family, config.optim)
     return family
 

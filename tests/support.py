@@ -40,8 +40,8 @@ _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerC
 # One small config for each family of the catalogue.
 SMALL: dict[str, Any] = {
     "autoencoder_kl": AutoencoderKLConfig(AutoencoderConfig(8, (1, 2), 1, 2)),
-    "ddpm": DDPMConfig(_UNET, _DIFFUSION),
-    "latent_diffusion": LatentDiffusionConfig("first", _UNET, _DIFFUSION),
+    "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
+    "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
 }
 
 

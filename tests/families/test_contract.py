@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gmdist.families import CATALOGUE
+from gmdist.families.conditioning import ConditioningConfig
 from gmdist.families.family import Batch, Condition, Family, conditioned_labels
 from gmdist.train.engine import freeze_all_but
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, fit, make_trainer, small_family, tree_bytes
@@ -129,7 +130,7 @@ def test_resumes_bit_exactly(name: str, device: torch.device, tmp_path: Path) ->
 
 def test_overfits_eight_images(name: str, device: torch.device, tmp_path: Path) -> None:
     trainer = make_trainer(
-        small_family(name, **({"label_dropout": 0.0} if name != "autoencoder_kl" else {})),
+        small_family(name, **({"conditioning": ConditioningConfig(dropout=0.0)} if name != "autoencoder_kl" else {})),
         tmp_path,
         device=device,
         num_samples=8,
