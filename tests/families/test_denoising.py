@@ -4,18 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.diffusion.process import Diffusion
-from gmdist.families.denoising import (
-    NOISE_BINS,
-    denoising_loss,
-    drop_labels,
-    label_predictors,
-    noise_level_losses,
-    sample_denoiser,
-)
+from gmdist.families.denoising import NOISE_BINS, denoising_loss, noise_level_losses, sample_denoiser
 from tests.support import MemorySource, small_family
 
 CONFIGS = [
@@ -99,31 +92,24 @@ def test_the_validation_loss_estimates_the_training_loss() -> None:
     assert validation["loss"] < 0.9 * torch.stack([validation[f"loss_noise_{part}"] for part in range(8)]).mean()
 
 
-class Labelled(nn.Module):
-    """A network whose output is its label."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def forward(self, x: Tensor, conditioning: Tensor, label: Tensor | None) -> Tensor:
-        self.sizes.append(len(x))
-        assert len(conditioning) == len(x)
-        return torch.zeros_like(x) + (0.0 if label is None else 0.1 * label.view(-1, 1, 1, 1))
-
-
-def test_guidance_by_labels_takes_one_pass_of_both() -> None:
-    network, label = Labelled(), torch.tensor([1, 2, 3])
+def test_guidance_goes_from_the_free_prediction_through_the_conditional_one() -> None:
     settings = SamplerConfig("ddim", 1, guidance=2.0)
     diffusion = Diffusion(DiffusionConfig("cosine", prediction="x0", sampler=settings))
+    asked = torch.tensor([0.1, 0.2, 0.3])
+
+    def predict(x: Tensor, conditioning: Tensor) -> Tensor:
+        return torch.zeros_like(x) + asked.view(-1, 1, 1, 1)
+
+    def predict_both(x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        return predict(x, conditioning), torch.full_like(x, 0.4)
+
     keys = torch.arange(3)
-    x = sample_denoiser(*label_predictors(network, label, 4), diffusion, keys, (1, 2, 2), 0)
-    assert network.sizes == [6]
-    torch.testing.assert_close(x[:, 0, 0, 0], 0.4 + 2.0 * (0.1 * label - 0.4))  # "no class" is 4
-    clipped = sample_denoiser(*label_predictors(network, label, 4), diffusion, keys, (1, 2, 2), 0, clip=0.1)
+    x = sample_denoiser(predict, predict_both, diffusion, keys, (1, 2, 2), 0)
+    torch.testing.assert_close(x[:, 0, 0, 0], 0.4 + 2.0 * (asked - 0.4))
+    clipped = sample_denoiser(predict, predict_both, diffusion, keys, (1, 2, 2), 0, clip=0.1)
     assert clipped.abs().max().item() == pytest.approx(0.1)
-    sample_denoiser(*label_predictors(network, None, 0), diffusion, keys, (1, 2, 2), 0)
-    assert network.sizes[-1] == 3
+    free = sample_denoiser(predict, None, diffusion, keys, (1, 2, 2), 0)
+    torch.testing.assert_close(free[:, 0, 0, 0], asked)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -133,13 +119,6 @@ def test_a_sample_depends_on_its_key_alone(sampler: str) -> None:
     torch.testing.assert_close(sample_denoiser(shrinking, None, diffusion, KEYS[7:9], (1, 4, 4), 0), whole[7:9])
     assert not torch.allclose(whole[0], whole[1])
     assert not torch.allclose(sample_denoiser(shrinking, None, diffusion, KEYS, (1, 4, 4), 1), whole)
-
-
-def test_labels_are_dropped_with_their_probability() -> None:
-    keys = torch.arange(10_000)
-    dropped = drop_labels(torch.zeros(10_000, dtype=torch.int64), keys, 7, 0.1, 0)
-    assert set(dropped.tolist()) == {0, 7}
-    assert (dropped == 7).double().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "latent_diffusion"])
