@@ -59,5 +59,8 @@ def _smoothed(x: Tensor, weights: list[float]) -> Tensor:
     # Sums of shifted images: a convolution may round to TF32 or bf16, and variances are differences of near numbers.
     for dim in (2, 3):
         length = x.shape[dim] - len(weights) + 1
-        x = torch.stack([weight * x.narrow(dim, i, length) for i, weight in enumerate(weights)]).sum(0)
+        total = weights[0] * x.narrow(dim, 0, length)
+        for i, weight in enumerate(weights[1:], start=1):
+            total += weight * x.narrow(dim, i, length)
+        x = total
     return x

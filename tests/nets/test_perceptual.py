@@ -179,7 +179,7 @@ class Harm:
 def test_nothing_in_weights_is_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"features.0.weight": Harm()}, tmp_path / "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps(Harm()))
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(Harm(), protocol=2))
     for name in ("a.pth", "b.pth"):
         with pytest.raises(ConfigError, match=f"{name}'; cannot be read as tensors"):
             LPIPS().load(name)
