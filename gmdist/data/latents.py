@@ -6,7 +6,7 @@ from typing import Any
 
 from gmdist import storage
 from gmdist.data.config import DataConfig, batch_key
-from gmdist.data.manifest import ENCODED_NAME
+from gmdist.data.manifest import ENCODED_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
 _FORMAT_VERSION = 1
@@ -63,6 +63,7 @@ class Record:
     source: str  # hash of the data set's manifest, or of the list of its shards
     arrays: dict[str, tuple[list[int], str]]  # by name in a batch: shape of one sample, dtype
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # by shard: images that are not in it, and why
+    sample_bytes: float = 0.0  # of the data set, in the mean; 0: the encoding is not finished
 
     def save(self, folder: str) -> None:
         """Write it: before the first shard."""
@@ -88,6 +89,7 @@ class Record:
                 content["source"],
                 {name: (shape, dtype) for name, (shape, dtype) in content["arrays"].items()},
                 content["unreadable"],
+                content["sample_bytes"],
             )
         except FileNotFoundError:
             return None
@@ -111,6 +113,17 @@ def _settings(record: Record) -> str:
     pairs = asdict(record.transform) | {"flip": record.flip}
     arrays = (f"{name} {dtype} {shape}" for name, (shape, dtype) in record.arrays.items())
     return ", ".join([*(f"{name} {value}" for name, value in pairs.items()), *arrays])
+
+
+def average_sample_bytes(folder: str, manifest: Manifest) -> float:
+    """What decides the order of samples, where data.block does not: of latents, the size that their images had.
+
+    So sample number t of a latent cache is number t of the data set that was encoded.
+    """
+    record = Record.load(folder)
+    if record is not None and record.sample_bytes:
+        return record.sample_bytes
+    return int(manifest.shards.columns["num_bytes"].sum()) / manifest.num_samples
 
 
 def check_latents(config: DataConfig, first_stages: Sequence[FirstStage]) -> None:

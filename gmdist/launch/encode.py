@@ -18,8 +18,8 @@ from gmdist.config import Config
 from gmdist.data.batch import as_floats
 from gmdist.data.latent_shards import EncodedShard, ShardEncoder, SourceShard, as_stored, open_source
 from gmdist.data.latents import Record, Transform
-from gmdist.data.ledger import Ledger, is_unchanged, timeless
-from gmdist.data.manifest import MANIFEST_NAME, Manifest
+from gmdist.data.ledger import LEDGER_NAME, Ledger, is_unchanged, timeless
+from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
 from gmdist.data.parallel import spread
 from gmdist.data.shard import index_name
 from gmdist.errors import ConfigError, DataError, GmdistError, RunFailedError, StorageError
@@ -29,6 +29,7 @@ from gmdist.train.engine import computing
 _SHARDS_AT_ONCE = 2  # of a worker: one is read or written while the other goes through the encoder
 _BATCH_SIZE = 32  # where the run has no micro-batch size
 _OVERRIDDEN = ("cluster", "data", "train")
+_OF_THE_MODEL = ("data.image_size", "data.channels")
 _WRITTEN = re.compile(r".+\.(tar|index\.safetensors)")
 
 
@@ -77,8 +78,12 @@ def encode(
     if source == destination:
         raise ConfigError(f"DEST: {destination}; is SRC: choose another folder")
     for override in overrides:
-        if override.partition("=")[0].partition(".")[0] not in _OVERRIDDEN:
-            raise ConfigError(f"'{override}'; only keys of {', '.join(_OVERRIDDEN)} can be set: the model is the run's")
+        key = override.partition("=")[0]
+        if key.partition(".")[0] not in _OVERRIDDEN or key in _OF_THE_MODEL:
+            raise ConfigError(
+                f"'{override}'; of {', '.join(_OVERRIDDEN)} all can be set but {', '.join(_OF_THE_MODEL)}, and nothing "
+                "else: the model is the run's"
+            )
     config = runs.read_config(run, overrides)
     meta, family = runs.open_run(run, config)
     listing = open_source(source)
@@ -107,7 +112,7 @@ def encode(
     done = total - sum(task.num_bytes for task in tasks)
     work = _Work(config, family, destination, record)
     is_alone = config.cluster.address == "local" and config.cluster.worker_range[1] == 1
-    with ledger, closing(_here(work, tasks) if is_alone else _on_cluster(work, tasks)) as results:
+    with ledger, closing(_here(work, tasks) if is_alone or not tasks else _on_cluster(work, tasks)) as results:
         for result in results:
             if result.unreadable:
                 record.unreadable[result.entry.name] = result.unreadable
@@ -119,8 +124,10 @@ def encode(
             on_progress(done, total)
             if listing.num_samples is not None:
                 _check_budget(config, source, record, listing.num_samples)
+    num_samples = sum(entry.samples for entry in ledger.entries.values())
+    record.sample_bytes = total / max(1, num_samples)
     ledger.save()
-    _check_budget(config, source, record, sum(entry.samples for entry in ledger.entries.values()))
+    _check_budget(config, source, record, num_samples)
     ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
     return Encoded(ledger.finish(listing.classes), record)
 
@@ -141,11 +148,12 @@ def _layouts(run: str, config: Config, family: Family) -> dict[str, tuple[list[i
 def _begin(destination: str, there: Iterable[str], record: Record) -> Record:
     """The record of the destination, which is ours from now on; DataError if it holds anything else."""
     found = Record.load(destination)
-    if found is None:
-        for name in there:
-            raise DataError(f"{destination}: holds something else ({name}, ...); choose another folder or delete it")
+    others = [name for name in there if name not in (ENCODED_NAME, LEDGER_NAME)]
+    if not others:  # a record alone is what a command leaves that has failed at its first shard
         record.save(destination)
         return record
+    if found is None:
+        raise DataError(f"{destination}: holds something else ({others[0]}, ...); choose another folder or delete it")
     difference = record.difference(found)
     if difference is not None:
         raise DataError(f"{destination}: holds latents {difference}; choose another folder or delete it")
