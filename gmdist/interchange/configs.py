@@ -85,7 +85,7 @@ def _write_autoencoder(spec: NetworkSpec, config: AutoencoderConfig) -> dict[str
     return {
         "in_channels": spec.in_channels,
         "out_channels": spec.in_channels,
-        "sample_size": spec.size,
+        "sample_size": spec.size or 32,  # where diffusers may begin to decode in tiles; its own default
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
