@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 _MAX_WIDTH = 1 << 16
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
 
 def group_norm(channels: int, groups: int | None = None, eps: float = 1e-6) -> nn.GroupNorm:

@@ -141,17 +141,14 @@ class DiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patches.weight.flatten(1))  # as the linear layer of a patch's pixels that it is
-        nn.init.zeros_(self.patches.bias)
-        for embedding in (self.time[0], self.time[2], self.label):
-            if embedding is not None:
-                nn.init.normal_(embedding.weight, std=0.02)
-        for last in (self.out, self.modulation_out, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(last.weight)
+        for name, parameter in self.named_parameters():
+            first = name.partition(".")[0]
+            if name.endswith(".bias") or "modulation" in name or first == "out":
+                nn.init.zeros_(parameter)
+            elif first in ("time", "label"):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))  # patches too: a linear layer of their pixels
 
     def forward(self, x: Tensor, timesteps: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict eps, v, or whatever the loss asks for.
