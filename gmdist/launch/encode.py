@@ -77,13 +77,7 @@ def encode(
     source, destination = storage.absolute(source), storage.absolute(destination)
     if source == destination:
         raise ConfigError(f"DEST: {destination}; is SRC: choose another folder")
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key.partition(".")[0] not in _OVERRIDDEN or key in _OF_THE_MODEL:
-            raise ConfigError(
-                f"'{override}'; of {', '.join(_OVERRIDDEN)} all can be set but {', '.join(_OF_THE_MODEL)}, and nothing "
-                "else: the model is the run's"
-            )
+    _check_overrides(overrides)
     config = runs.read_config(run, overrides)
     meta, family = runs.open_run(run, config)
     listing = open_source(source)
@@ -110,9 +104,7 @@ def encode(
     tasks = [shard for shard in listing.shards if shard.name not in ledger.entries]
     total = sum(shard.num_bytes for shard in listing.shards)
     done = total - sum(task.num_bytes for task in tasks)
-    work = _Work(config, family, destination, record)
-    is_alone = config.cluster.address == "local" and config.cluster.worker_range[1] == 1
-    with ledger, closing(_here(work, tasks) if is_alone or not tasks else _on_cluster(work, tasks)) as results:
+    with ledger, closing(_encoded(_Work(config, family, destination, record), tasks)) as results:
         for result in results:
             if result.unreadable:
                 record.unreadable[result.entry.name] = result.unreadable
@@ -130,6 +122,17 @@ def encode(
     _check_budget(config, source, record, num_samples)
     ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
     return Encoded(ledger.finish(listing.classes), record)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """ConfigError for one that would change the model, or what it was trained for."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] not in _OVERRIDDEN or key in _OF_THE_MODEL:
+            raise ConfigError(
+                f"'{override}'; of {', '.join(_OVERRIDDEN)} all can be set but {', '.join(_OF_THE_MODEL)}, and nothing "
+                "else: the model is the run's"
+            )
 
 
 def _layouts(run: str, config: Config, family: Family) -> dict[str, tuple[list[int], str]]:
@@ -212,6 +215,14 @@ def _encoding(family: Family, precision: str, device: torch.device) -> Callable[
             return {name: array.cpu() for name, array in family.encode(as_floats(pixels.to(device))).items()}
 
     return call
+
+
+def _encoded(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
+    """The shards as they are done: without Ray where one worker of this machine is all that the config asks for."""
+    cluster = work.config.cluster
+    if not tasks or (cluster.address == "local" and cluster.worker_range[1] == 1):
+        return _here(work, tasks)
+    return _on_cluster(work, tasks)
 
 
 def _here(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
