@@ -17,6 +17,7 @@ from gmdist.data.dataset import check_labels
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.evaluator import open_evaluator, open_features
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
@@ -154,6 +155,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     with torch.device("meta"):
         family = build_family(config)
     check_precision(family, trained_children(family, config.optim), config.train.precision)
+    if _measures(config):
+        open_features(config)
     if config.run.overwrite:
         return None, []
     found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
@@ -164,6 +167,11 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
     return None, []
+
+
+def _measures(config: Config) -> bool:
+    """Whether generated images are measured during training."""
+    return config.train.evaluate_every is not None and bool(config.evaluation.metrics)
 
 
 def clear(run_dir: str) -> None:
@@ -207,6 +215,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     for key, loader in (("data.train", data), ("data.test", test)):
         if loader is not None:
             _check_agreement(key, loader)
+    measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
     trainer = Trainer(
         build_family(config),
         config.train,
@@ -218,6 +227,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         test,
         device,
         hooks,
+        measure,
     )
     try:
         if rank() == 0:

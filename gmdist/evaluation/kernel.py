@@ -1,6 +1,5 @@
 """The kernel distance of two sets of features: KID (Binkowski 2018)."""
 
-import torch
 from torch import Tensor
 
 from gmdist.evaluation.gather import place, summed

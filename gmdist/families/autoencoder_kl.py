@@ -66,15 +66,16 @@ class AutoencoderKL(Family):
 
     def preview(self, batch: Batch) -> Tensor:
         """Originals beside their reconstructions [N, C, H, 2 W]."""
-        return torch.cat([batch["image"], self._reconstruct(batch["image"])], dim=3)
+        return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Peak signal-to-noise ratio in dB, a mean over images, and mean absolute error."""
-        image = self._reconstruct(batch["image"])
+        image = self.reconstruct(batch)
         mse = (image - batch["image"]).square().mean(dim=(1, 2, 3))
         psnr = 10.0 * (math.log10(4.0) - torch.log10(mse.clamp_min(1e-10)))  # pixels span 2
         return {"psnr_db": psnr.mean(), "l1": (image - batch["image"]).abs().mean()}
 
-    def _reconstruct(self, image: Tensor) -> Tensor:
-        mean, _ = self.autoencoder.encode(image)
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """Each image decoded from the mean of its posterior [N, C, H, W] in [-1, 1]."""
+        mean, _ = self.autoencoder.encode(batch["image"])
         return self.autoencoder.decode(mean).float().clamp(-1.0, 1.0)

@@ -5,8 +5,8 @@ import torch
 
 from gmdist.nets.inception import Inception
 
-# torchvision describes operators of its own, that are not there where its wheel was built for another torch. They are not
-# needed here.
+# torchvision describes operators of its own, which are missing where its wheel was built for another torch. They are
+# not needed here.
 _declared = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, _name):
