@@ -12,6 +12,7 @@ from gmdist.interchange.diffusers import read_folder, read_spec
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET
+from gmdist.nets.dit import DiTConfig
 
 # Keys of config.json whose values a run may choose anew: its weights fit.
 _FREE = {
@@ -56,13 +57,9 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
     """
     folder = _network_folder(path, name)
     there, state = _naming(read_folder, folder)
-    filled_up = there.num_classes == DIT_CLASSES and 0 < spec.num_classes < DIT_CLASSES
-    if filled_up and "label.weight" in state:
-        # As `dit_pipeline` fills up the classes: rows after ours that are all "no class".
-        table = state["label.weight"]
-        if (table[spec.num_classes :] == table[-1]).all():
-            state["label.weight"] = table[: spec.num_classes + 1].clone()
-            there = replace(there, num_classes=spec.num_classes)
+    if _may_be_filled_up(there):
+        state["label.weight"] = table = _without_filling(state["label.weight"])
+        there = replace(there, num_classes=len(table) - 1)
     _compare(folder, there, spec)
     return state
 
@@ -71,10 +68,22 @@ def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
     """Raise what `initial_state` would, as far as that is seen without reading weights."""
     folder = _network_folder(path, name)
     there = _naming(read_spec, folder)
-    if config_json(there)["_class_name"] == DIT and there.num_classes == DIT_CLASSES > spec.num_classes > 0:
-        initial_state(path, name, spec)  # only the table of classes tells how many there are
-        return
-    _compare(folder, there, spec)
+    if _may_be_filled_up(there) and spec.num_classes < DIT_CLASSES:
+        initial_state(path, name, spec)  # the table of classes tells how many there are
+    else:
+        _compare(folder, there, spec)
+
+
+def _may_be_filled_up(spec: NetworkSpec) -> bool:
+    """Whether the table of classes is as long as `dit_pipeline` makes it."""
+    return isinstance(spec.config, DiTConfig) and spec.num_classes == DIT_CLASSES
+
+
+def _without_filling(table: Tensor) -> Tensor:
+    """The table [K + 1, C] of classes and "no class" that `dit_pipeline` made longer by rows like its last."""
+    same = (table == table[-1]).all(dim=1).flip(0).long()
+    filling = int(same.cumprod(0).sum()) - 1
+    return table[: len(table) - filling].clone()
 
 
 def _naming(read: Any, folder: Path) -> Any:

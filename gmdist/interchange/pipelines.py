@@ -39,6 +39,7 @@ class Pipeline:
     others: dict[str, Any] = field(default_factory=dict)  # parts of transformers, by folder
     absent: tuple[str, ...] = ()  # parts that it may do without
     values: dict[str, Any] = field(default_factory=dict)  # of the index, beside the parts
+    call: dict[str, Any] = field(default_factory=dict)  # what it is called with to sample as the run does; not written
 
 
 def stable_diffusion(unet: Network, first_stage: Network, text: dict[str, Any], diffusion: DiffusionConfig) -> Pipeline:
@@ -62,6 +63,7 @@ def stable_diffusion(unet: Network, first_stage: Network, text: dict[str, Any], 
         text,
         absent=("safety_checker", "feature_extractor", "image_encoder"),
         values={"requires_safety_checker": False},
+        call=_call(diffusion),
     )
 
 
@@ -84,7 +86,12 @@ def dit_pipeline(transformer: Network, first_stage: Network, diffusion: Diffusio
         {"transformer": padded, "vae": first_stage},
         scheduler_config(diffusion, scales_start=False),
         values={"id2label": labels},
+        call=_call(diffusion),
     )
+
+
+def _call(diffusion: DiffusionConfig) -> dict[str, Any]:
+    return {"num_inference_steps": diffusion.sampler.num_steps, "guidance_scale": diffusion.sampler.guidance}
 
 
 def write_pipeline(path: str | Path, pipeline: Pipeline) -> None:

@@ -51,7 +51,7 @@ def export(run: str, destination: str, format: str, overrides: Sequence[str] = (
         # The top folder's config comes last, and in each folder it comes after the weights.
         for file in sorted(files, key=lambda path: (str(path) in _LAST, path.suffix == ".json")):
             storage.copy_from_local(str(folder / file), storage.join(destination, *file.parts))
-    return f"{destination}: {what}, step {meta['step']}"
+    return f"{destination}: step {meta['step']} as {what}"
 
 
 def _safetensors(folder: Path, config: Config, family: Family) -> str:
@@ -70,7 +70,8 @@ def _diffusers(folder: Path, config: Config, family: Family) -> str:
             write_folder(folder, model.spec, model.state)
             return f"diffusers' {config_json(model.spec)['_class_name']}"
         write_pipeline(folder, model)
-        return f"diffusers' {model.kind}"
+        call = ", ".join(f"{key}={value}" for key, value in model.call.items())
+        return f"diffusers' {model.kind}, which samples as the run with {call}"
     except ConfigError as error:
         raise ConfigError(f"--format: 'diffusers'; {error}; --format safetensors holds every family") from error
 
