@@ -7,7 +7,7 @@ from torch import Tensor
 from gmdist.errors import ConfigError
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
-from gmdist.interchange.pipelines import Pipeline
+from gmdist.interchange.pipelines import Network, Pipeline, pixel_pipeline
 
 
 @dataclass(kw_only=True)
@@ -33,11 +33,13 @@ class DDPM(DenoiserFamily):
         super().__init__(config, surroundings, (surroundings.image_channels, side, side), "images have")
 
     def for_diffusers(self) -> Pipeline:
-        """Nothing."""
-        raise ConfigError(
-            "family.name: 'ddpm'; diffusers' pipelines of pixels take no classes and no captions, and their DDIM clips "
-            "the image without the noise that belongs to it"
-        )
+        """DDPMPipeline or DDIMPipeline of a UNet that is told nothing."""
+        if self.config.network != "unet" or self.conditioner.kind != "none":
+            raise ConfigError(
+                "a denoiser of pixels; diffusers' pipelines of pixels have a UNet that is told nothing: family.network "
+                "'unet' and family.conditioning.kind 'none'"
+            )
+        return pixel_pipeline(Network(self.spec, self.denoiser.network.state_dict()), self.config.diffusion, self.clip)
 
     def clean(self, batch: Batch) -> Tensor:
         return batch["image"]

@@ -90,6 +90,25 @@ def dit_pipeline(transformer: Network, first_stage: Network, diffusion: Diffusio
     )
 
 
+def pixel_pipeline(unet: Network, diffusion: DiffusionConfig, clip: float) -> Pipeline:
+    """A UNet of pixels that is told nothing; ConfigError where the pipeline would draw otherwise.
+
+    Args:
+        unet: the network.
+        diffusion: the process and its sampler.
+        clip: bound of the images' absolute values.
+    """
+    kinds = {"ddim": "DDIMPipeline", "ddpm": "DDPMPipeline"}
+    name, steps = diffusion.sampler.name, {"num_inference_steps": diffusion.sampler.num_steps}
+    if name not in kinds:
+        raise ConfigError(
+            f"family.diffusion.sampler.name: '{name}'; diffusers' pipelines of pixels have {' and '.join(kinds)}"
+        )
+    # Unless it is told so, their DDIM adds the noise that belongs to the image before it was clipped.
+    call = steps | ({"use_clipped_model_output": True} if name == "ddim" else {})
+    return Pipeline(kinds[name], {"unet": unet}, scheduler_config(diffusion, clip=clip), call=call)
+
+
 def _call(diffusion: DiffusionConfig) -> dict[str, Any]:
     return {"num_inference_steps": diffusion.sampler.num_steps, "guidance_scale": diffusion.sampler.guidance}
 

@@ -21,12 +21,13 @@ _ENDS_AT_TIMESTEP_0 = ("ddim", "dpmpp_2m")
 _BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # ours, where the config has none
 
 
-def scheduler_config(config: DiffusionConfig, scales_start: bool = True) -> dict[str, Any]:
+def scheduler_config(config: DiffusionConfig, scales_start: bool = True, clip: float | None = None) -> dict[str, Any]:
     """The scheduler of a process and its sampler.
 
     Args:
         config: without a problem of its own.
         scales_start: whether the pipeline multiplies the noise that it starts from by what the scheduler asks for.
+        clip: bound of the clean data's absolute values, which DDIM and DDPM have; None for data without bounds.
 
     Raises:
         ConfigError: diffusers draws otherwise; names the key below `family.diffusion` and what could be exported.
@@ -46,7 +47,8 @@ def scheduler_config(config: DiffusionConfig, scales_start: bool = True) -> dict
     if not sampler.ends_clean and sampler.name not in _ENDS_AT_TIMESTEP_0:
         kind = _CLASSES[sampler.name]
         raise _refusal(f"sampler.ends_clean: false; diffusers' {kind} does not end at the noise of timestep 0")
-    return _scheduler(config) | _schedule(config)
+    clips = {} if clip is None else {"clip_sample": True, "clip_sample_range": clip}
+    return _scheduler(config) | _schedule(config) | clips
 
 
 def _refusal(message: str) -> ConfigError:

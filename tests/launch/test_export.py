@@ -152,7 +152,11 @@ def test_what_diffusers_has_no_pipeline_for(
         "told classes": latents,
         "told bytes": [*latents, *bytes_, "data.caption=txt"],
         "told nothing": [*latents, "family.conditioning={kind: none}"],
-        "family.name: 'ddpm'": ["ddpm", UNET],
+        "diffusers' pipelines of pixels have a UNet that is told nothing": ["ddpm", UNET],
+        "'heun'; diffusers' pipelines of pixels have ddim and ddpm": [
+            *("ddpm", UNET, "family.conditioning={kind: none}"),
+            "family.diffusion={schedule: linear, sampler: {name: heun}}",
+        ],
         "0 classes": [*latents, *DIT, "family.conditioning={kind: none}"],
     }
     for number, (reason, (config, *more)) in enumerate(kinds.items()):

@@ -8,7 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.ddim import pipeline_ddim
+from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.pipelines.dit import pipeline_dit
+from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from gmdist import rng
@@ -107,6 +110,32 @@ def test_dit_pipeline_draws_the_same(
     monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda **_: start_of(family))  # it takes no latents
     found = pipeline(list(LABELS), num_inference_steps=steps, guidance_scale=3.0, output_type="np")
     close(found.images, wanted)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_pipelines_of_pixels_draw_the_same(
+    sampler: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [UNET, "family.unet.num_heads=1", "family.conditioning={kind: none}"]
+    more += [f"family.diffusion={{prediction: v, sampler: {{name: {sampler}, num_steps: 10}}}}"]
+    run = train("ddpm", data, tmp_path / "run", *more)
+    line = export(run, str(tmp_path / "out"), "diffusers")
+    assert line.endswith("use_clipped_model_output=True" if sampler == "ddim" else "num_inference_steps=10")
+    kind = {"ddim": diffusers.DDIMPipeline, "ddpm": diffusers.DDPMPipeline}[sampler]
+    pipeline = kind.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    _, family = open_run(run)
+    keys = torch.arange(2)
+    with torch.no_grad():
+        wanted = family.sample(keys)
+    drawn = iter([start_of(family), *(rng.normal(family.seed, f"sample/{i}", keys, family.shape) for i in range(10))])
+    for module in (pipeline_ddim, pipeline_ddpm, scheduling_ddpm):  # the same noise for both
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn))
+    call = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    images = pipeline(batch_size=2, num_inference_steps=10, output_type="np", **call).images
+    found = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    assert (wanted.abs() == 1.0).any()  # where clipping matters
+    assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
 def test_the_autoencoder_of_a_first_stage(stage: str, tmp_path: Path) -> None:
