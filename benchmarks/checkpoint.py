@@ -64,6 +64,17 @@ def work(rank: int, millions: int, folder: str) -> dict[str, float]:
 
     for number in range(1, ROUNDS + 1):
         meta = {
+            "family": "square",
+            "images": 0,
+            "cursor": 0,
+            "left_out": [],
+            "skips": {"total": 0, "in_a_row": 0, "since": 0},
+            "averages": [],
+            "batch_size": 0,
+            "order_digest": "0" * 16,
+            "evaluation": {},
+            "data": {},
+            "train_seed": 0,
             "world_size": pair.WORLD,
             "updates": {"network": 0},
             "shapes": shapes,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gmdist import storage
 from gmdist.errors import CheckpointError
-from gmdist.train import meta as meta_json
+from gmdist.train.meta import problem_with
 from gmdist.train.workers import rank, world_size
 
 META_NAME = "meta.json"
@@ -127,7 +127,7 @@ def read_meta(location: str) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
-    problem = meta_json.problem_of(meta, step_of(location.rpartition("/")[2]))
+    problem = problem_with(meta, step_of(location.rpartition("/")[2]))
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
     return meta

@@ -77,7 +77,7 @@ _FIELDS: dict[str, _Check] = {
 }
 
 
-def problem_of(meta: dict[str, Any], step: int | None) -> str | None:
+def problem_with(meta: dict[str, Any], step: int | None) -> str | None:
     """What is wrong with the meta.json of a step's checkpoint; None if nothing is."""
     if meta.get("format") != FORMAT_VERSION:
         return f"format {meta.get('format')}; this version of gmdist reads {FORMAT_VERSION}"
