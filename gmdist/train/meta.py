@@ -51,9 +51,8 @@ def _shards(value: Any) -> bool:
     """Whether these are the shards of a job, one a worker: no other name is ever opened."""
     if not _list_of(_record({"name": _a(str), "bytes": _count, "crc32": _count}))(value):
         return False
-    return len(value) > 0 and [shard["name"] for shard in value] == [
-        shard_name(i, len(value)) for i in range(len(value))
-    ]
+    names = [shard["name"] for shard in value]
+    return len(names) > 0 and names == [shard_name(i, len(names)) for i in range(len(names))]
 
 
 _FIELDS: dict[str, _Check] = {
