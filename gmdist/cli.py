@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
 
+    evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
+    evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--metrics", help="of fid,kid,pr; default: the run's evaluation.metrics, or all")
+    evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
+    evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
+    evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
+
     report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
     report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
@@ -93,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(actions, "check", _data_check, "read shards and compare them with their index")
     check.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
     check.add_argument("--fraction", type=float, default=1.0, help="of the shards to read; default: all")
+
+    encode = _command(actions, "encode", _data_encode, "encode images by a first stage; the same command goes on")
+    encode.add_argument(
+        "run", type=_location, metavar="RUN", help="a first stage: its folder, or one of its checkpoints"
+    )
+    encode.add_argument("source", type=_location, metavar="SRC", help="shards, in a folder or s3://bucket/prefix")
+    encode.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
+    encode.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="of RUN's config, such as cluster.address=auto"
+    )
+    encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
+    encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
 
     _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
     return parser
@@ -146,6 +165,15 @@ def _sample(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from gmdist.launch.evaluate import EvaluationRequest, evaluate, table
+
+    metrics = None if options.metrics is None else tuple(options.metrics.split(","))
+    request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
+    print(table(evaluate(options.run, request)))
+    return EXIT_DONE
+
+
 def _report(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, draw
     from gmdist.report.page import write
@@ -156,9 +184,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _data_make(options: argparse.Namespace) -> int:
     from gmdist.data.samples import make
+    from gmdist.launch.classifier import ensure_classifier
 
     for split, manifest in make(options.name, options.destination).items():
         print(f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards")
+    print(ensure_classifier(options.name, options.destination))
     return EXIT_DONE
 
 
@@ -217,6 +247,28 @@ def _data_check(options: argparse.Namespace) -> int:
     if not problems:
         print(f"{options.location}: sound" + ("" if options.fraction == 1 else ", as far as it was read"))
     return _tell(problems)
+
+
+def _data_encode(options: argparse.Namespace) -> int:
+    from gmdist.data.progress import Meter
+    from gmdist.launch.encode import encode
+
+    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
+    with Meter(options.destination) as meter:
+        encoded = encode(
+            options.run,
+            options.source,
+            options.destination,
+            overrides,
+            flip=options.flip,
+            on_progress=meter.update,
+            on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
+        )
+    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in encoded.record.arrays.items())
+    manifest = encoded.manifest
+    what = f"{manifest.num_samples} samples in {len(manifest.shards)} shards, {arrays}"
+    print(f"{options.destination}: {what}{'; it was encoded before' if encoded.was_there else ''}")
+    return EXIT_DONE
 
 
 def _tell(problems: list[str]) -> int:

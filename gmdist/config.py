@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gmdist import storage
 from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
+from gmdist.evaluation.config import EvaluationConfig
 from gmdist.families import CATALOGUE
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
@@ -91,6 +93,7 @@ class Config:
     train: TrainConfig
     cluster: ClusterConfig
     run: RunConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_yaml(self) -> str:
         """The config file that repeats this run."""
@@ -100,13 +103,20 @@ class Config:
             "data": _plain(self.data),
             "optim": {child: _plain(optim) for child, optim in self.optim.items()},
             "train": _plain(self.train),
+            "evaluation": _plain(self.evaluation),
             "cluster": _plain(self.cluster),
             "run": {"dir": self.run.dir},
         }
         return yaml.safe_dump(tree, sort_keys=False)
 
 
-_SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig, "cluster": ClusterConfig, "run": RunConfig}
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "cluster": ClusterConfig,
+    "run": RunConfig,
+}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
@@ -122,9 +132,12 @@ def load(path: str, overrides: list[str] | None = None) -> Config:
     return from_tree(tree)
 
 
-def from_yaml(text: str, location: str) -> Config:
-    """A config from the text of a resolved config.yaml; `location` is for errors."""
-    return from_tree(_parse(text, location))
+def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config:
+    """A config from the text of a resolved config.yaml, with `key=value` overrides; `location` is for errors."""
+    tree = _parse(text, location)
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
@@ -153,6 +166,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
         train=_structured(TrainConfig, tree["train"], "train"),
         cluster=_structured(ClusterConfig, tree.get("cluster", {}), "cluster"),
         run=_structured(RunConfig, tree["run"], "run"),
+        evaluation=_structured(EvaluationConfig, tree.get("evaluation", {}), "evaluation"),
     )
     _check(config)
     _make_absolute(config)
@@ -163,12 +177,13 @@ def _check(config: Config) -> None:
     config.data.validate()
     config.train.validate()
     config.cluster.validate()
+    config.evaluation.validate()
     for child, optim in config.optim.items():
         optim.validate(f"optim.{child}")
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
-    if config.train.best_metric is not None and config.data.test is None:
+    if config.train.best_metric is not None and config.data.test is None and not config.evaluation.metrics:
         raise ConfigError("data.test: missing; train.best_metric needs it")
     config.cluster.sizes(config.data.batch_size)
     if not config.run.dir:
@@ -180,9 +195,17 @@ def _make_absolute(config: Config) -> None:
     """Let every process, in whatever folder it runs, find what the user meant from theirs."""
     config.run.dir = storage.absolute(config.run.dir)
     config.data.make_absolute()
-    for f in dataclasses.fields(config.family):
-        if f.metadata.get("location"):
-            setattr(config.family, f.name, storage.absolute(getattr(config.family, f.name)))
+    config.evaluation.make_absolute()
+    _make_locations_absolute(config.family)
+
+
+def _make_locations_absolute(settings: Any) -> None:
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            _make_locations_absolute(value)
+        elif f.metadata.get("location") and value is not None:
+            setattr(settings, f.name, storage.absolute(value))
 
 
 def _name(value: Any) -> str:
@@ -273,8 +296,12 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             inner = get_args(inner)[1]
             named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
         for place, item in named.items():
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(item, dict):
-                _refuse_unknown_fields(inner, item, place)
+            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of "X | None"
+            if not isinstance(inner, type) or not dataclasses.is_dataclass(inner) or item is None:
+                continue
+            if not isinstance(item, dict):
+                raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
+            _refuse_unknown_fields(inner, item, place)
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

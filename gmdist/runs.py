@@ -4,19 +4,24 @@ This is where config, data, families and trainer meet; Ray is not needed for any
 """
 
 import gc
+import hashlib
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from gmdist import s3, storage
 from gmdist.config import Config, from_yaml
 from gmdist.data.dataset import check_labels
+from gmdist.data.latents import FirstStage, check_latents
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.evaluator import open_evaluator, open_features
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
@@ -44,31 +49,40 @@ def use_storage(config: Config) -> None:
     s3.configure(config.data.s3)
 
 
-def build_family(config: Config) -> Family:
-    """The family of a config with freshly drawn weights: the same on every worker."""
+def build_family(config: Config, on_open: Callable[[str, Family, int], None] | None = None) -> Family:
+    """The family of a config with freshly drawn weights: the same on every worker.
+
+    Args:
+        config: of its run.
+        on_open: called with each run that the family opens, that run's family, and its step.
+    """
     kind, _ = CATALOGUE[config.family_name]
-    for name in kind.inputs:
-        if name not in config.data.batch_keys:
-            raise ConfigError(
-                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(config.data.batch_keys)}: set data.image, data.caption or data.arrays"
-            )
+
+    def open_first(run: str) -> Family:
+        with torch.device("cpu"):  # `check_start` builds on the meta device, which holds no weights
+            meta, first = open_run(run)
+        if on_open is not None:
+            on_open(run, first, meta["step"])
+        return first
+
     surroundings = Surroundings(
         image_size=config.data.image_size,
         image_channels=config.data.channels,
         num_classes=config.data.num_classes or 0,
         seed=config.train.seed,
-        open_run=_open_on_host,
+        open_run=open_first,
     )
     torch.manual_seed(derive(config.train.seed, "weights", 0))
     family = kind(config.family, surroundings)
+    keys = config.data.batch_keys
+    for name in family.inputs:
+        if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
+            raise ConfigError(
+                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
+                f"{', '.join(keys)}: set data.image, data.num_classes, data.caption or data.arrays"
+            )
     trained_children(family, config.optim)
     return family
-
-
-def _open_on_host(run: str) -> Family:
-    with torch.device("cpu"):  # `check_start` builds on the meta device, which holds no weights
-        return open_run(run)[1]
 
 
 def split_run(location: str) -> tuple[str, str | None]:
@@ -80,12 +94,12 @@ def split_run(location: str) -> tuple[str, str | None]:
     return location, None
 
 
-def read_config(run: str) -> Config:
-    """The resolved config of a run; ConfigError if there is no run."""
+def read_config(run: str, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a run, with `key=value` overrides; ConfigError if there is no run."""
     run_dir, _ = split_run(run)
     location = storage.join(run_dir, CONFIG_NAME)
     try:
-        return from_yaml(storage.read(location).decode(), location)
+        return from_yaml(storage.read(location).decode(), location, overrides)
     except FileNotFoundError as error:
         raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
 
@@ -151,12 +165,16 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     tests = [config.data.test] if config.data.test is not None else []
     for folder in [data.train for data in config.data.trained_on] + tests:
         check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+    opened: list[tuple[str, Family, int]] = []
     with torch.device("meta"):
-        family = build_family(config)
+        family = build_family(config, lambda *first: opened.append(first))
     check_precision(family, trained_children(family, config.optim), config.train.precision)
-    if config.run.overwrite:
-        return None, []
-    found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
+    if _measures(config):
+        open_features(config)
+    found, warnings = None, list[str]()
+    if not config.run.overwrite:
+        found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
+    check_latents(config.data, [] if config.data.image or found is not None else [identify(*one) for one in opened])
     if found is not None:
         loader = Loader(config.data, config.data.trained_on)
         check_identity(found, _identity(config, loader), config.train.seed, loader.fingerprint)
@@ -164,6 +182,22 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
     return None, []
+
+
+def identify(run: str, family: Family, step: int) -> FirstStage:
+    """What tells an opened run's family, at a step, from any other that would encode otherwise."""
+    run_dir, _ = split_run(run)
+    state = hashlib.sha256()
+    for name, tensor in sorted(family.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    tree = yaml.safe_load(read_config(run_dir).to_yaml())
+    return FirstStage(run_dir, step, tree["family"], state.hexdigest())
+
+
+def _measures(config: Config) -> bool:
+    """Whether generated images are measured during training."""
+    return config.train.evaluate_every is not None and bool(config.evaluation.metrics)
 
 
 def clear(run_dir: str) -> None:
@@ -207,6 +241,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     for key, loader in (("data.train", data), ("data.test", test)):
         if loader is not None:
             _check_agreement(key, loader)
+    measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
     trainer = Trainer(
         build_family(config),
         config.train,
@@ -218,6 +253,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         test,
         device,
         hooks,
+        measure,
     )
     try:
         if rank() == 0:

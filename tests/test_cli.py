@@ -299,6 +299,20 @@ def test_packing_says_what_it_did(tmp_path: Path, capsys) -> None:
     assert "--fraction: 0.0; must be above 0" in refused(capsys, 2, "data", "check", "x", "--fraction", "0")
 
 
+def test_encoding_says_what_it_did(trained: Path, digits: Path, tmp_path: Path, capsys) -> None:
+    command = ["data", "encode", str(trained), f"{digits}/test", f"{tmp_path}/latents"]
+    assert main([*command, "--workers", "1", "--no-flip"]) == 0
+    line = f"{tmp_path}/latents: 296 samples in 4 shards, moments float16 [8, 8, 8]"
+    assert capsys.readouterr().out == f"{line}\n"
+    assert main([*command, "cluster.num_workers=1", "--no-flip"]) == 0
+    assert capsys.readouterr().out == f"{line}; it was encoded before\n"
+    assert main(["data", "check", f"{tmp_path}/latents"]) == 0
+    assert "flip False" in refused(capsys, 1, *command)
+    assert "cluster.num_workers: 0; must be" in refused(capsys, 2, *command, "--workers", "0")
+    assert "DEST: " in refused(capsys, 2, *command[:4], f"{digits}/test")
+    assert "not a run" in refused(capsys, 2, "data", "encode", str(tmp_path), *command[3:])
+
+
 def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
     assert main(["report", str(trained)]) == 0
     page = (trained / "report.html").read_text()

@@ -63,14 +63,19 @@ class Loaded:
             for name, tensor in self.tensors.items()
         }
         if self.pixels is not None:
-            pixels = self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-            batch["image"] = pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 127.5).sub_(1.0)
+            batch["image"] = as_floats(self.pixels.to(device, non_blocking=True))
         return batch
 
     @property
     def batch(self) -> dict[str, Tensor]:
         """The same on the CPU."""
         return self.batch_on(torch.device("cpu"))
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """Bytes [N, H, W, C] as families take images: float32 [N, C, H, W] in [-1, 1]."""
+    moved = pixels.permute(0, 3, 1, 2)
+    return moved.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 127.5).sub_(1.0)
 
 
 class BatchMaker:
@@ -86,15 +91,19 @@ class BatchMaker:
         self._lock = threading.Lock()
 
     def decode(
-        self, sample: "_Sample", members: Members, place: float | None, out: UInt8Array | None
+        self, sample: "_Sample", members: Members, place: float | None, out: UInt8Array | None, *, flipped: bool
     ) -> tuple[Decoded, int, list[QuarantineLine]]:
-        """A sample or its replacement, cut at a place of its longer side; its hash; and what it replaces."""
+        """A sample or its replacement, cut at a place of its longer side; its hash; and what it replaces.
+
+        Images are flipped by the caller. Where there is none, arrays are those of the mirror image.
+        """
+        mirrored = flipped and not self.config.image
         dataset = self.datasets[sample.dataset]
         shard, index = sample.shard, sample.place
         replaced: list[QuarantineLine] = []
         for attempt in range(REPLACEMENT_ATTEMPTS):
             try:
-                decoded = decode_members(self.config, self.layouts, members, place, out)
+                decoded = decode_members(self.config, self.layouts, members, place, out, mirrored=mirrored)
                 return decoded, dataset.shards.hash(shard, index), replaced
             except UndecodableError as error:
                 reason = str(error)
@@ -190,7 +199,7 @@ class Underway:
         for i, sample, members in self._read(first):
             out = None if self._images is None else self._images[i]
             (image, self._labels[i], self._captions[i], arrays), self._hashes[i], lines = self._maker.decode(
-                sample, members, self._places[i], out
+                sample, members, self._places[i], out, flipped=self._flips[i]
             )
             if out is not None and image is not None and (self._flips[i] or image is not out):
                 out[:] = image[:, ::-1] if self._flips[i] else image

@@ -32,7 +32,7 @@ class DataConfig:
     mix: dict[str, MixedConfig] = field(default_factory=dict)  # by names of your own
     test: str | None = None  # shards for evaluation; None: no evaluation
     channels: int = 3  # 1 grey, 3 RGB
-    image: bool = True  # False: none is read, for data sets of latents or tokens
+    image: bool = True  # False: none is read, for data sets of latents; the transform is what those were made with
     resize: str = "none"  # of the shorter side to image_size: "area", "lanczos"; "none": images have that size
     crop: str = "center"  # what is kept of a resized image's longer side; "random": drawn by the sample's number
     flip: bool = False  # every other image is mirrored, drawn by the sample's number
@@ -113,8 +113,6 @@ class DataConfig:
                 raise ConfigError(f"data.{key}: '{getattr(self, key)}'; must be one of {', '.join(valid)}")
         if self.crop == "random" and self.resize == "none":
             raise ConfigError("data.crop: 'random'; must be center where data.resize is none: nothing is cut then")
-        if not self.image and (self.resize != "none" or self.flip):
-            raise ConfigError("data.image: False; must be true with data.resize or data.flip")
         if not self.image and not self.arrays:
             raise ConfigError("data.image: False; must be true, or data.arrays must name what is read instead")
         if self.caption is not None and not re.fullmatch("txt|json:.+", self.caption):

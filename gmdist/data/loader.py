@@ -14,6 +14,7 @@ from gmdist.data.batch import BatchMaker, Loaded, Located, Underway
 from gmdist.data.cache import Cache
 from gmdist.data.config import DataConfig, MixedConfig
 from gmdist.data.dataset import Dataset
+from gmdist.data.latents import average_sample_bytes
 from gmdist.data.manifest import Manifest
 from gmdist.data.mix import Fingerprint, Mix
 from gmdist.data.prefetch import Prefetcher
@@ -43,7 +44,7 @@ class Loader:
         self._mix = Mix([part.weight for part in mixed], seed=config.seed, lanes=config.lanes)
         folders = [storage.absolute(part.train) for part in mixed]
         manifests = [Manifest.load(folder) for folder in folders]
-        block = config.block or _default_block(self._mix, manifests)
+        block = config.block or _default_block(self._mix, folders, manifests)
         self.datasets = [
             Dataset(config, folder, manifest, lanes, block)
             for folder, manifest, lanes in zip(folders, manifests, self._mix.lanes, strict=True)
@@ -84,12 +85,14 @@ class Loader:
             augmented=True,
         )
 
-    def sweep(self, batch_size: int) -> Iterator[Loaded]:
+    def sweep(self, batch_size: int, count: int | None = None) -> Iterator[Loaded]:
         """Every sample once, shared among the workers, `batch_size` at a time; the last part may be smaller.
 
-        Several data sets come one after the other, whatever their weights.
+        Several data sets come one after the other, whatever their weights. With a `count`, so many samples at most,
+        spread evenly over all.
         """
-        numbers = owned(0, self.num_samples, self._rank, self._world_size)
+        count = min(count or self.num_samples, self.num_samples)
+        numbers = owned(0, count, self._rank, self._world_size) * self.num_samples // count
         parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         yield from self._ahead(lambda: iter(parts), self._one_after_the_other)
 
@@ -182,10 +185,10 @@ class Loader:
             yield from map(Located, *(np.split(column, ends) for column in columns))
 
 
-def _default_block(mix: Mix, manifests: list[Manifest]) -> int:
+def _default_block(mix: Mix, folders: list[str], manifests: list[Manifest]) -> int:
     lanes = sum(
         usable_lanes(manifest.shards.columns["samples"], lanes)
         for manifest, lanes in zip(manifests, mix.lanes, strict=True)
     )
-    sizes = [int(manifest.shards.columns["num_bytes"].sum()) / manifest.num_samples for manifest in manifests]
+    sizes = [average_sample_bytes(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
     return default_block(lanes, float(np.average(sizes, weights=mix.weights)))

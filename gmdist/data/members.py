@@ -30,6 +30,8 @@ def decode_members(
     members: Mapping[str, memoryview],
     place: float | None,
     out: UInt8Array | None,
+    *,
+    mirrored: bool = False,
 ) -> Decoded:
     """Decode what the config asks for.
 
@@ -38,21 +40,24 @@ def decode_members(
         layouts: of config.arrays, each.
         members: the sample's bytes by extension.
         place: of the square that is cut from a resized image, along its longer side, from 0 to 1; None: the centre.
-
         out: memory that an image [H, W, C] may be decoded to; None: there is no image.
+        mirrored: whether arrays are those of the mirror image.
 
     Raises:
         UndecodableError: a member is missing or unsound.
         DataError: the image's size or the label is not the config's.
     """
-    image = _image(config, members, place, out) if config.image else None
+    image = image_of(config, members, place, out) if config.image else None
     caption = b"" if config.caption is None else decode_caption(members, config.caption)
-    arrays = _arrays(config, layouts, members) if config.arrays else []
+    arrays = _arrays(config, layouts, members, mirrored=mirrored) if config.arrays else []
     return Decoded(image, _label(config, members), caption, arrays)
 
 
-def _arrays(config: DataConfig, layouts: list[Layout], members: Mapping[str, memoryview]) -> list[npt.NDArray[Any]]:
-    arrays = [decode_array(members, extension) for extension in config.arrays]
+def _arrays(
+    config: DataConfig, layouts: list[Layout], members: Mapping[str, memoryview], *, mirrored: bool
+) -> list[npt.NDArray[Any]]:
+    names = [mirror_name(extension) if mirrored else extension for extension in config.arrays]
+    arrays = [decode_array(members, name) for name in names]
     for extension, array, layout in zip(config.arrays, arrays, layouts, strict=True):
         if _layout(array) != layout:
             shape, dtype = layout
@@ -71,9 +76,15 @@ def _layout(array: npt.NDArray[Any]) -> Layout:
     return array.shape, array.dtype.newbyteorder("=")
 
 
-def _image(
+def mirror_name(extension: str) -> str:
+    """The member that holds an array of the mirror image: latent_flip.npy beside latent.npy."""
+    return extension.removesuffix(".npy") + "_flip.npy"
+
+
+def image_of(
     config: DataConfig, members: Mapping[str, memoryview], place: float | None, out: UInt8Array | None
 ) -> UInt8Array:
+    """A sample's image [H, W, C]; arguments and errors as for `decode_members`."""
     for extension in IMAGE_EXTENSIONS:
         if extension in members:
             if config.resize != "none":

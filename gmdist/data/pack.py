@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import islice
 
 from gmdist import storage
 from gmdist.data.decode import UndecodableError
 from gmdist.data.encode import Encoding, encode
-from gmdist.data.ledger import Ledger, is_unchanged
+from gmdist.data.ledger import Ledger, is_unchanged, timeless
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, PACKED_NAMES, Manifest, ShardEntry, ShardTable
 from gmdist.data.parallel import spread
 from gmdist.data.shard import ShardWriter, index_name
@@ -151,13 +151,8 @@ def pack(
     if samples == 0:
         raise DataError("; ".join([f"{destination}: none of the images can be read", *unreadable[:1]]))
     _check_budget(source, record, samples + len(unreadable), max_unreadable)
-    ledger.entries = {name: _timeless(entry) for name, entry in ledger.entries.items()}
+    ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
     return Packed(ledger.finish(listing.classes), unreadable)
-
-
-def _timeless(entry: ShardEntry) -> ShardEntry:
-    """A shard's line of the manifest without a file's time: the same source makes the same bytes."""
-    return replace(entry, etag="") if storage.Stat(0, entry.etag).is_local else entry
 
 
 def _fingerprint(listing: ImageFolder | ShardFolder, encoding: Encoding, shard_mib: float) -> str:
@@ -292,7 +287,7 @@ def write_shards(
     entries: list[ShardEntry] = []
 
     def save(writer: ShardWriter) -> None:
-        entries.append(_timeless(writer.save(destination, f"shard-{len(entries):06d}.tar")))
+        entries.append(timeless(writer.save(destination, f"shard-{len(entries):06d}.tar")))
 
     if num_shards is not None:
         writers = [ShardWriter() for _ in range(num_shards)]

@@ -6,6 +6,7 @@ Pixels, latents and anything else use the same. Noise levels are computed in flo
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,20 @@ from gmdist.diffusion.config import (
 from gmdist.diffusion.noising import DiscreteNoise, Noising
 from gmdist.diffusion.predictions import Prediction, Scalar
 
-__all__ = ["Diffusion", "DiffusionConfig", "Predict", "PredictBoth", "SamplerConfig"]
+__all__ = ["Diffusion", "DiffusionConfig", "Noised", "Predict", "PredictBoth", "SamplerConfig"]
 
 # A network on its scaled input [N, ...] and what it is told of the time [N]: the output [N, ...].
 Predict = Callable[[Tensor, Tensor], Tensor]
 PredictBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the outputs with and without the condition
+
+
+class Noised(NamedTuple):
+    """Data after noise was added, and what that makes of the network's task."""
+
+    x: Tensor  # x_t [N, ...]
+    seen: Tensor  # the network's input, x_t scaled [N, ...]
+    told: Tensor  # what the network is told of the time [N]
+    target: Tensor  # what the network learns to give [N, ...]
 
 
 class Diffusion:
@@ -46,23 +56,25 @@ class Diffusion:
         """Times [N] at float64 quantiles [N], in (0, 1), of the training distribution; the noise grows with them."""
         return self.noising.times_at(quantiles)
 
-    def noised(self, x0: Tensor, eps: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The noised data x_t and the network's target, each [N, ...], for clean x0 and noise eps of that shape."""
+    def noised(self, x0: Tensor, eps: Tensor, times: Tensor) -> Noised:
+        """Add noise eps [N, ...] to clean x0 of that shape, as much as belongs to times [N]."""
         alpha, sigma = self.noising.levels(times)
+        prediction = self._prediction(alpha, sigma)
+        of_x0, of_eps = prediction.target
         x = _each(alpha, x0) * x0 + _each(sigma, x0) * eps
-        of_x0, of_eps = self._prediction(alpha, sigma).target
-        return x, _each(of_x0, x0) * x0 + _each(of_eps, x0) * eps
-
-    def inputs(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network sees of x_t [N, ...] at times [N]: its input [N, ...] and the time's conditioning [N]."""
-        return _each(self._prediction(*self.noising.levels(times)).scale, x) * x, self.noising.conditioning(times)
+        return Noised(
+            x=x,
+            seen=_each(prediction.scale, x0) * x,
+            told=self.noising.conditioning(times),
+            target=_each(of_x0, x0) * x0 + _each(of_eps, x0) * eps,
+        )
 
     def weights(self, times: Tensor) -> Tensor:
         """The loss weight of the output's squared error at times [N]: [N], float32."""
-        alpha, sigma = self.noising.levels(times)
         name, gamma = self.config.weight, self.config.weight_gamma
         if name == "uniform":
-            return torch.ones_like(sigma, dtype=torch.float32)
+            return torch.ones_like(times, dtype=torch.float32)
+        alpha, sigma = self.noising.levels(times)
         if name == "edm":
             of_x0 = weights.edm(sigma, self.config.edm.sigma_data)
         else:

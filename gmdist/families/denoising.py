@@ -1,32 +1,13 @@
-"""What the diffusion families share: the loss of a denoiser on clean data, by noise level too, and sampling."""
+"""What the diffusion families compute: the loss of a denoiser on clean data, by noise level too, and samples."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmdist import rng
-from gmdist.diffusion.config import DiffusionConfig
 from gmdist.diffusion.process import Diffusion, Predict, PredictBoth
 from gmdist.families.family import Metrics
-from gmdist.nets.unet import UNetConfig
 
 NOISE_BINS = 8  # of the validation loss
-
-
-def denoiser_problem(unet: UNetConfig, diffusion: DiffusionConfig, label_dropout: float) -> str | None:
-    """Why these settings of a denoiser cannot be, as "key: value; what is valid"; None if they can."""
-    if problem := unet.problem():
-        return f"unet.{problem}"
-    if problem := diffusion.problem():
-        return f"diffusion.{problem}"
-    if not 0.0 <= label_dropout <= 1.0:
-        return f"label_dropout: {label_dropout}; must be between 0 and 1"
-    return None
-
-
-def drop_labels(label: Tensor, keys: Tensor, num_classes: int, probability: float, seed: int) -> Tensor:
-    """Replace labels by "no class" (the number num_classes) with a probability, keyed by sample. int64 [N]."""
-    dropped = rng.uniform(seed, "label_dropout", keys) < probability
-    return torch.where(dropped, num_classes, label)
 
 
 def denoising_loss(predict: Predict, diffusion: Diffusion, x0: Tensor, keys: Tensor, seed: int) -> Tensor:
@@ -81,26 +62,8 @@ def _quantiles(seed: int, purpose: str, keys: Tensor) -> Tensor:
 
 def _errors(predict: Predict, diffusion: Diffusion, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
     """The unweighted squared error of the output, a mean over each sample's elements. [N]."""
-    x, target = diffusion.noised(x0, eps, times)
-    return (predict(*diffusion.inputs(x, times)) - target).square().flatten(1).mean(dim=1)
-
-
-def label_predictors(network: nn.Module, label: Tensor | None, num_classes: int) -> tuple[Predict, PredictBoth | None]:
-    """A network (x, conditioning, label) with its labels [N] given, and, for guidance, with and without them at once.
-
-    "No class" is the number num_classes, as in `drop_labels`. Without labels there is no guidance.
-    """
-
-    def predict(x: Tensor, conditioning: Tensor) -> Tensor:
-        return network(x, conditioning, label)
-
-    def predict_both(x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        assert label is not None
-        labels = torch.cat([label, torch.full_like(label, num_classes)])
-        with_label, without = network(torch.cat([x, x]), torch.cat([conditioning, conditioning]), labels).chunk(2)
-        return with_label, without
-
-    return predict, None if label is None else predict_both
+    noised = diffusion.noised(x0, eps, times)
+    return (predict(noised.seen, noised.told) - noised.target).square().flatten(1).mean(dim=1)
 
 
 def sample_denoiser(

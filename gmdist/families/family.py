@@ -53,6 +53,7 @@ class Family(nn.Module):
     averaged: tuple[str, ...] = ()  # trained children that the EMA follows
     blocks: tuple[type[nn.Module], ...] = ()  # modules that are compiled, and computed again in the backward, as one
     inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
+    cached: tuple[str, ...] = ()  # of `encode` of a first stage, any of which may be in a batch in place of its image
 
     def initialize(self, batch: Batch) -> None:
         """Set what depends on data: a latent's scale, actnorm. Once, at the start of a run.
@@ -71,6 +72,17 @@ class Family(nn.Module):
     def preview(self, batch: Batch) -> Tensor:
         """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
         return self.sample(batch["key"])
+
+    def reconstruct(self, batch: Batch) -> Tensor | None:
+        """The batch's images through the model's bottleneck [N, C, H, W] in [-1, 1]; None for a family without one."""
+        return None
+
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
+
+        Empty for a family that encodes nothing.
+        """
+        return {}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO."""

@@ -102,7 +102,7 @@ def write(run_dirs: Sequence[str], generated: Tensor) -> str:
     page = environment.from_string(_TEMPLATE).render(
         title=configs[-1].name,
         runs=[_section(folder, config) for folder, config in zip(folders, configs, strict=True)],
-        comparison=_compare(configs[-1], generated),
+        comparison=_compare(configs[-1], generated) if configs[-1].data.image else None,
     )
     location = storage.join(folders[-1], "report.html")
     storage.write(location, page.encode())

@@ -13,6 +13,7 @@ from gmdist.data.batch import Loaded
 from gmdist.data.config import DataConfig
 from gmdist.data.loader import Loader
 from gmdist.data.pack import write_shards
+from gmdist.data.transform import flips
 from gmdist.errors import ConfigError, DataError
 from gmdist.families.family import captions
 
@@ -204,6 +205,24 @@ def test_other_byte_and_memory_orders_are_the_same_array(tmp_path: Path) -> None
     )
 
 
+def test_without_images_a_flip_takes_the_arrays_of_mirror_images(tmp_path: Path) -> None:
+    mirrors = {i: {"latent_flip.npy": npy(-latent(i))} for i in range(COUNT)}
+    folder = write(tmp_path, mirrors, image=False)
+    latents = {"image": False, "resize": "none", "arrays": ("latent.npy",)}
+    plain = by_number(load(folder, **latents), "latent")
+    found = by_number(load(folder, flip=True, **latents), "latent")
+    signs = np.where(flips(0, np.array(list(plain))), -1, 1)
+    assert {-1, 1} == set(signs)
+    for (number, values), sign in zip(plain.items(), signs, strict=True):
+        assert np.array_equal(found[number], sign * np.array(values))
+    # As with images, evaluations and first samples are not mirrored.
+    first = Loader(settings(folder, flip=True, **latents), folder).first(COUNT).batch
+    unmirrored = dict(zip(first["key"].tolist(), first["latent"].tolist(), strict=True))
+    assert all(unmirrored[number] == values for number, values in plain.items() if number < COUNT)
+    with pytest.raises(DataError, match=r"no \.latent_flip\.npy among its members"):
+        load(write(tmp_path / "without", image=False), flip=True, max_bad_fraction=1.0, **latents)
+
+
 def test_members_that_no_sample_has_are_refused_at_once(plain: str) -> None:
     with pytest.raises(DataError, match=r"k\d+: no \.clip\.npy among its members \[.*; data\.arrays is clip\.npy"):
         Loader(settings(plain, arrays=("clip.npy",)), plain)
@@ -214,8 +233,7 @@ def test_members_that_no_sample_has_are_refused_at_once(plain: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": False}, "image: False; must be true with data.resize or data.flip"),
-        ({"image": False, "resize": "none"}, "image: False; must be true, or data.arrays must name"),
+        ({"image": False}, "image: False; must be true, or data.arrays must name"),
         ({"arrays": ("latent",)}, "arrays: 'latent'; must be extensions such as latent.npy"),
         ({"arrays": ("a.npy", "a.npy")}, "arrays: 'a.npy'; must be extensions"),
         ({"arrays": ("image.npy",)}, "arrays: 'image.npy'; must be another name"),

@@ -22,7 +22,7 @@ def test_a_perfect_prediction_gives_back_the_data(config: DiffusionConfig) -> No
     diffusion = Diffusion(config)
     x0, eps = torch.randn(5, 2, 3, 3).double(), torch.randn(5, 2, 3, 3).double()
     times = diffusion.times_at(torch.tensor([1e-6, 0.01, 0.5, 0.9, 1 - 1e-6]).double())
-    x, target = diffusion.noised(x0, eps, times)
+    x, _, _, target = diffusion.noised(x0, eps, times)
     alpha, sigma = diffusion.noising.levels(times)
     for i, level in enumerate(zip(alpha.tolist(), sigma.tolist(), strict=True)):
         torch.testing.assert_close(diffusion.x0_of(target[i], x[i], level), x0[i], rtol=1e-8, atol=1e-8)
@@ -33,16 +33,15 @@ def test_v_is_the_rotation_of_salimans() -> None:
     diffusion = Diffusion(DiffusionConfig("cosine", 1000, "v"))
     x0, eps = torch.tensor([[[[2.0]]]]), torch.tensor([[[[3.0]]]])
     kept = diffusion.noising.levels(torch.tensor([400]))[0].item() ** 2
-    _, v = diffusion.noised(x0, eps, torch.tensor([400]))
+    v = diffusion.noised(x0, eps, torch.tensor([400])).target
     assert v.item() == pytest.approx(kept**0.5 * 3.0 - (1 - kept) ** 0.5 * 2.0, rel=1e-6)
 
 
 def test_a_flow_learns_the_direction_from_data_to_noise() -> None:
     diffusion = Diffusion(DiffusionConfig("flow", prediction="flow"))
     x0, eps, times = torch.tensor([[2.0]]), torch.tensor([[3.5]]), torch.tensor([0.25]).double()
-    x, target = diffusion.noised(x0, eps, times)
+    x, seen, told, target = diffusion.noised(x0, eps, times)
     assert (x.item(), target.item()) == (0.75 * 2.0 + 0.25 * 3.5, 1.5)
-    seen, told = diffusion.inputs(x, times)
     assert (seen.item(), told.item()) == (x.item(), 250.0)
 
 
@@ -54,9 +53,9 @@ def test_the_preconditioning_of_edm() -> None:
     c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
     diffusion = Diffusion(DiffusionConfig("edm", prediction="edm", weight="edm"))
     x0, eps = torch.tensor([0.4, -0.5, 0.1]).double(), torch.tensor([1.5, 0.2, -0.8]).double()
-    x, target = diffusion.noised(x0, eps, sigma)
+    x, seen, told, target = diffusion.noised(x0, eps, sigma)
+    torch.testing.assert_close(x, x0 + sigma * eps)
     torch.testing.assert_close(target, (x0 - c_skip * x) / c_out, rtol=1e-9, atol=1e-9)
-    seen, told = diffusion.inputs(x, sigma)
     torch.testing.assert_close(seen, c_in * x)
     torch.testing.assert_close(told, (sigma.log() / 4).float())
     # The weight of the denoised image's error, carried over to the output's, is 1.
@@ -69,8 +68,8 @@ def test_what_an_edm_network_sees_and_learns_has_unit_variance() -> None:
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(4, 50_000, dtype=torch.float64, generator=generator) for _ in range(2))
     sigma = torch.tensor([0.01, 0.2, 1.0, 50.0]).double()
-    x, target = diffusion.noised(0.5 * x0, eps, sigma)
-    for values in (diffusion.inputs(x, sigma)[0], target):
+    noised = diffusion.noised(0.5 * x0, eps, sigma)
+    for values in (noised.seen, noised.target):
         torch.testing.assert_close(values.std(dim=1), torch.ones(4).double(), rtol=0.02, atol=0.0)
 
 
@@ -101,7 +100,7 @@ def test_a_weighted_loss_does_not_depend_on_the_prediction(weight: str) -> None:
     losses = []
     for prediction in ("eps", "x0", "v"):
         diffusion = Diffusion(DiffusionConfig("scaled_linear", prediction=prediction, weight=weight))
-        x, target = diffusion.noised(x0, eps, times)
+        x, _, _, target = diffusion.noised(x0, eps, times)
         alpha, sigma = (level[:, None] for level in diffusion.noising.levels(times))
         guess = x0 + 0.1 * wrong
         output = {"eps": (x - alpha * guess) / sigma, "x0": guess, "v": (alpha * x - guess) / sigma}[prediction]

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
+from gmdist.config import from_yaml, load
 from gmdist.diffusion.config import DISCRETE, SAMPLERS, DiffusionConfig, SamplerConfig
 from gmdist.diffusion.noising import EDMNoise, FlowNoise
+from gmdist.errors import ConfigError
 
 
 def sampled(schedule: str = "linear", prediction: str = "eps", **sampler) -> DiffusionConfig:
@@ -28,10 +31,19 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (DiffusionConfig(betas=(0.2, 0.1)), "betas: [0.2, 0.1]; must be [first, last] with 0 < first <= last < 1"),
         (DiffusionConfig(betas=(0.0, math.nan)), "betas: "),
         (DiffusionConfig(prediction="x"), "prediction: 'x'; must be one of eps, x0, v, flow, edm"),
-        (DiffusionConfig(prediction="flow"), "prediction: 'flow'; with schedule 'linear' it must be one of eps, x0, v"),
-        (DiffusionConfig(prediction="edm"), "prediction: 'edm'; with schedule 'linear' it must be one of eps, x0, v"),
-        (DiffusionConfig("flow", prediction="eps"), "prediction: 'eps'; with schedule 'flow' it must be one of flow"),
-        (DiffusionConfig("edm", prediction="v"), "prediction: 'v'; with schedule 'edm' it must be one of edm"),
+        (
+            DiffusionConfig(prediction="flow"),
+            "prediction: 'flow'; is the direction of a straight path; with schedule 'linear' use eps or x0 or v",
+        ),
+        (DiffusionConfig(prediction="edm"), "prediction: 'edm'; needs alpha = 1; with schedule 'linear' use eps or"),
+        (
+            DiffusionConfig("flow", prediction="eps"),
+            "prediction: 'eps'; is for discrete schedules; with schedule 'flow' use flow",
+        ),
+        (
+            DiffusionConfig("edm", prediction="v"),
+            "prediction: 'v'; needs alpha^2 + sigma^2 = 1; with schedule 'edm' use edm",
+        ),
         (terminal("eps"), "prediction: 'eps'; with zero_terminal_snr must be x0 or v"),
         (
             DiffusionConfig("flow", prediction="flow", zero_terminal_snr=True),
@@ -58,8 +70,8 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (DiffusionConfig("edm", prediction="edm", edm=EDMNoise(sigma_min=90.0)), "edm.sigma_min: 90.0; must be below"),
         (sampled(name="plms"), "sampler.name: 'plms'; must be one of ddim, ddpm, euler, euler_ancestral, heun"),
         (sampled(name="flow_euler"), "sampler.name: 'flow_euler'; needs the straight path of schedule 'flow'"),
-        (terminal(name="heun"), "sampler.name: 'heun'; cannot start where alpha is 0; must be one of ddim, ddpm, dpm"),
-        (sampled("cosine", name="heun"), "sampler.name: 'heun'; with schedule 'cosine' it needs spacing 'leading'"),
+        (terminal(name="heun"), "sampler.name: 'heun'; cannot start where alpha is 0; use ddim or ddpm or dpm"),
+        (sampled("cosine", name="heun"), "sampler.name: 'heun'; with schedule 'cosine' needs spacing 'leading'"),
         (sampled("flow", "flow", name="euler"), "sampler.name: 'euler'; cannot start where alpha is 0"),
         (sampled(num_steps=1001), "sampler.num_steps: 1001; must be between 1 and 1000"),
         (sampled(num_steps=0), "sampler.num_steps: 0; must be between 1 and 1000"),
@@ -68,8 +80,8 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (sampled(guidance_interval=(2.0, 1.0)), "sampler.guidance_interval: [2.0, 1.0]; must be [low, high]"),
         (sampled(guidance_interval=(-1.0, 1.0)), "sampler.guidance_interval: [-1.0, 1.0]; must be [low, high]"),
         (sampled(guidance_interval=(0.0, math.nan)), "sampler.guidance_interval: [0.0, nan]; must be [low, high]"),
-        (sampled(spacing="karras"), "sampler.spacing: 'karras'; with schedule 'linear' it must be one of trailing"),
-        (sampled("edm", "edm", spacing="leading"), "sampler.spacing: 'leading'; with schedule 'edm' it must be one of"),
+        (sampled(spacing="karras"), "sampler.spacing: 'karras'; with schedule 'linear' use trailing or leading"),
+        (sampled("edm", "edm", spacing="leading"), "sampler.spacing: 'leading'; with schedule 'edm' use karras"),
         (terminal(spacing="leading"), "sampler.spacing: 'leading'; with zero_terminal_snr sampling must begin at the"),
         (sampled("edm", "edm", ends_clean=False), "sampler.ends_clean: false; is for discrete schedules"),
         (
@@ -100,6 +112,41 @@ def test_every_sampler_has_schedules(name: str) -> None:
             **{key: {*DISCRETE, "flow", "edm"} for key in ("ddim", "ddpm", "dpmpp_2m")},
         }[name]
     )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "schedule=flow",
+            "prediction=flow",
+            "flow.shift=3",
+            "flow.times=uniform",
+            "sampler.guidance_interval=[0,.inf]",
+        ],
+        ["schedule=edm", "prediction=edm", "edm.p_mean=-0.4", "edm.p_std=1", "sampler.guidance_interval=[0.28,5.42]"],
+        [
+            "schedule=scaled_linear",
+            "betas=[0.0015,0.0195]",
+            "weight=min_snr",
+            "weight_gamma=2",
+            "sampler.name=dpmpp_2m",
+        ],
+        ["zero_terminal_snr=true", "sampler.spacing=linspace", "weight=p2"],
+        ["sampler.spacing=leading", "sampler.ends_clean=false"],
+    ],
+)
+def test_settings_from_a_config_file(overrides: list[str]) -> None:
+    path = Path(__file__).parents[2] / "configs/digits/ddpm.yaml"
+    config = load(str(path), [f"family.diffusion.{override}" for override in overrides])
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert config.family.diffusion != load(str(path)).family.diffusion
+
+
+def test_a_config_file_is_refused_with_the_whole_key() -> None:
+    path = Path(__file__).parents[2] / "configs/digits/ddpm.yaml"
+    with pytest.raises(ConfigError, match=r"^family\.diffusion\.sampler\.guidance: -1\.0; must be"):
+        load(str(path), ["family.diffusion.sampler.guidance=-1"])
 
 
 def test_continuous_times_allow_any_number_of_steps() -> None:
