@@ -90,7 +90,7 @@ def model(small: bool, side: int) -> DDPM:
     torch.manual_seed(0)
     unet = UNetConfig(channels=32 if small else 192, multipliers=(1, 2, 3), num_res_blocks=2, attention_levels=(2,))
     surroundings = Surroundings(side, 3, 10, 0, lambda _: None)
-    return DDPM(DDPMConfig(unet, DiffusionConfig(schedule="cosine", prediction="v")), surroundings)
+    return DDPM(DDPMConfig(unet=unet, diffusion=DiffusionConfig(schedule="cosine", prediction="v")), surroundings)
 
 
 def ours(case: dict[str, Any], small: bool, batch_size: int, side: int, device: torch.device) -> dict[str, float]:

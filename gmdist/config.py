@@ -184,9 +184,16 @@ def _make_absolute(config: Config) -> None:
     """Let every process, in whatever folder it runs, find what the user meant from theirs."""
     config.run.dir = storage.absolute(config.run.dir)
     config.data.make_absolute()
-    for f in dataclasses.fields(config.family):
-        if f.metadata.get("location"):
-            setattr(config.family, f.name, storage.absolute(getattr(config.family, f.name)))
+    _make_locations_absolute(config.family)
+
+
+def _make_locations_absolute(settings: Any) -> None:
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            _make_locations_absolute(value)
+        elif f.metadata.get("location") and value is not None:
+            setattr(settings, f.name, storage.absolute(value))
 
 
 def _name(value: Any) -> str:
@@ -277,8 +284,12 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             inner = get_args(inner)[1]
             named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
         for place, item in named.items():
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner) and isinstance(item, dict):
-                _refuse_unknown_fields(inner, item, place)
+            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of "X | None"
+            if not isinstance(inner, type) or not dataclasses.is_dataclass(inner) or item is None:
+                continue
+            if not isinstance(item, dict):
+                raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
+            _refuse_unknown_fields(inner, item, place)
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

@@ -56,13 +56,6 @@ def build_family(config: Config, on_open: Callable[[str, Family, int], None] | N
         on_open: called with each run that the family opens, that run's family, and its step.
     """
     kind, _ = CATALOGUE[config.family_name]
-    keys = config.data.batch_keys
-    for name in kind.inputs:
-        if name not in keys and not (name == "image" and set(keys).intersection(kind.cached)):
-            raise ConfigError(
-                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(keys)}: set data.image, data.caption or data.arrays"
-            )
 
     def open_first(run: str) -> Family:
         with torch.device("cpu"):  # `check_start` builds on the meta device, which holds no weights
@@ -80,6 +73,13 @@ def build_family(config: Config, on_open: Callable[[str, Family, int], None] | N
     )
     torch.manual_seed(derive(config.train.seed, "weights", 0))
     family = kind(config.family, surroundings)
+    keys = config.data.batch_keys
+    for name in family.inputs:
+        if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
+            raise ConfigError(
+                f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
+                f"{', '.join(keys)}: set data.image, data.num_classes, data.caption or data.arrays"
+            )
     trained_children(family, config.optim)
     return family
 

@@ -19,11 +19,14 @@ from gmdist import rng
 from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
+from gmdist.families.adversarial import DiscriminatorConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
+from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
+from gmdist.nets.text import TextConfig
 from gmdist.nets.unet import UNetConfig
 from gmdist.train.config import TrainConfig
 from gmdist.train.hooks import Hooks, Outcome
@@ -37,16 +40,23 @@ ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))
 _UNET = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, dropout=0.1)
 _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerConfig(num_steps=4, guidance=2.0))
 
-# One small config for each family of the catalogue.
+_TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
+_AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
+
+# One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
-    "autoencoder_kl": AutoencoderKLConfig(AutoencoderConfig(8, (1, 2), 1, 2)),
-    "ddpm": DDPMConfig(_UNET, _DIFFUSION),
-    "latent_diffusion": LatentDiffusionConfig("first", _UNET, _DIFFUSION),
+    "autoencoder_kl": AutoencoderKLConfig(_AUTOENCODER),
+    "autoencoder_kl/discriminator": AutoencoderKLConfig(
+        _AUTOENCODER, discriminator=DiscriminatorConfig(8, 1, adaptive=False, start_images=0)
+    ),
+    "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
+    "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
+    "ddpm/text": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION, conditioning=_TEXT),
 }
 
 
 def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
-    """A small instance of a family of the catalogue, the same for the same seed; `changes` are of its config."""
+    """A small instance of SMALL, the same for the same seed; `changes` are of its config."""
 
     def first_stage(_: str) -> Family:
         first = small_family("autoencoder_kl", seed + 1).eval()
@@ -56,7 +66,7 @@ def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
 
     surroundings = Surroundings(SIZE, CHANNELS, CLASSES, seed, first_stage)
     torch.manual_seed(seed)
-    return CATALOGUE[name][0](dataclasses.replace(SMALL[name], **changes), surroundings)
+    return CATALOGUE[name.partition("/")[0]][0](dataclasses.replace(SMALL[name], **changes), surroundings)
 
 
 def optimizers(family: Family, config: OptimConfig = ADAM) -> dict[str, OptimConfig]:
@@ -73,7 +83,7 @@ class Part:
     quarantined: list[dict[str, Any]] = field(default_factory=list)
 
     def batch_on(self, device: torch.device) -> dict[str, Tensor]:
-        return {name: tensor.to(device) for name, tensor in self.batch.items()}
+        return {name: tensor if name == "caption" else tensor.to(device) for name, tensor in self.batch.items()}
 
 
 class MemorySource:
@@ -90,7 +100,9 @@ class MemorySource:
         """The samples with these numbers."""
         shard, index = self.tape.locate(numbers)
         which = torch.from_numpy(shard * (self.num_samples // 2) + index)
-        batch = {"image": self.images[which], "label": which % CLASSES, "key": torch.from_numpy(numbers)}
+        label = which % CLASSES
+        caption = torch.stack([torch.full_like(label, ord("a")), label + ord("a")], dim=1).to(torch.uint8)
+        batch = {"image": self.images[which], "label": label, "key": torch.from_numpy(numbers), "caption": caption}
         return Part(batch, digest(numbers, which.numpy()))
 
     def counters(self) -> dict[str, float]:

@@ -80,6 +80,14 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("family.autoencoder.latent_channels=0", "family.autoencoder.latent_channels: 0; must be at least 1"),
         ("family.autoencoder.num_res_blocks=-1", "family.autoencoder.num_res_blocks: -1; must be at least 1"),
         ("family.kl_weight=.nan", "family.kl_weight: nan"),
+        ("family.perceptual.name=vgg", "family.perceptual.name: 'vgg'; must be one of none, gradient_frequency, lpips"),
+        ("family.perceptual.name=lpips", "family.perceptual.path: missing; must be a folder or a file for lpips"),
+        ("family.discriminator.chanels=8", "family.discriminator.chanels: no such key; did you mean 'channels'?"),
+        (
+            "family.discriminator.num_layers=9",
+            "family.discriminator.num_layers: 9; must be at least 1, and image sides",
+        ),
+        ("family.discriminator=3", "family.discriminator: 3; must be a mapping of keys to values"),
         ("optim.autoencoder.betas=[0.9,1.5]", "optim.autoencoder.betas: (0.9, 1.5); must be at least 0 and below 1"),
         ("optim.autoencoder.lr=.inf", "optim.autoencoder.lr: inf; must be a number above 0"),
         ("optim.autoencoder.warmup_steps=-5", "optim.autoencoder.warmup_steps: -5"),
@@ -108,7 +116,7 @@ def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
         ("family.unet.attention_levels=[9]", "family.unet.attention_levels: [9]; the levels are 0 to 1"),
         ("family.diffusion.num_timesteps=99999999999", "family.diffusion.num_timesteps: 99999999999"),
         ("family.diffusion.sampler.guidance=.nan", "family.diffusion.sampler.guidance: nan"),
-        ("family.label_dropout=2", "family.label_dropout: 2.0; must be between 0 and 1"),
+        ("family.conditioning.dropout=2", "family.conditioning.dropout: 2.0; must be between 0 and 1"),
     ],
 )
 def test_denoisers_that_cannot_be_are_refused(override: str, message: str) -> None:
@@ -117,12 +125,23 @@ def test_denoisers_that_cannot_be_are_refused(override: str, message: str) -> No
     assert message in str(caught.value)
 
 
+def test_parts_of_a_family_are_left_out_or_set(base: Path) -> None:
+    assert load(str(base)).family.discriminator is None
+    config = load(str(base), ["family.discriminator.num_layers=1", "family.discriminator.adaptive=false"])
+    assert (config.family.discriminator.num_layers, config.family.discriminator.channels) == (1, 64)
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert load(str(base), ["family.discriminator={num_layers: 2}"]).family.discriminator.num_layers == 2
+    assert load(str(base), ["family.discriminator={}", "family.discriminator=null"]).family.discriminator is None
+
+
 def test_locations_are_made_absolute(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(base.parent)
     config = load(str(base), ["data.test=s3://bucket/test/"])
     assert config.run.dir == str(base.parent / "runs/x")
     assert config.data.train == str(base.parent / "data/x")
     assert config.data.test == "s3://bucket/test"
+    lpips = load(str(base), ["family.perceptual.name=lpips", "family.perceptual.path=weights"])
+    assert lpips.family.perceptual.path == str(base.parent / "weights")
     latent = load(str(ROOT / "configs/digits/latent_diffusion.yaml"), [])
     assert latent.family.first_stage == str(base.parent / "runs/digits/autoencoder_kl")
 

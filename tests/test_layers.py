@@ -19,6 +19,7 @@ ALLOWED = {
     "storage": {"s3", "ranged", "checksum"},
     "images": set(),
     "nets": set(),
+    "interchange": {"nets"},
     "diffusion": set(),
     "data": {"storage", "s3", "ranged", "checksum", "rng"},
     "families": {"nets", "diffusion", "rng"},
@@ -101,7 +102,7 @@ def import_problem(modules: list[str], without: list[str]) -> str:
 
 
 def test_training_packages_import_without_ray_and_deepspeed() -> None:
-    rooms = {"train", "families", "nets", "diffusion", "data", "evaluation", "runs"}
+    rooms = {"train", "families", "nets", "interchange", "diffusion", "data", "evaluation", "runs"}
     modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES]
     chosen = [module for module in modules if room_of(module) in rooms and not module.endswith("__init__")]
     assert len(chosen) > 40

@@ -1,110 +1,168 @@
-"""The discrete-time Gaussian diffusion process: noising, what a network predicts, and its sampler.
+"""A diffusion process: one schedule, one parameterization, one loss weight and one sampler, composed.
 
-One class composes a schedule, a prediction and a sampler; pixels and latents use the same.
+Pixels, latents and anything else use the same. Noise levels are computed in float64 and used in the data's precision.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gmdist.diffusion import samplers, schedules
+from gmdist.diffusion import predictions, samplers, schedules, weights
+from gmdist.diffusion.config import (
+    DISCRETE,
+    PREDICTIONS,
+    SAMPLERS,
+    TIMESTEP_SPACINGS,
+    DiffusionConfig,
+    SamplerConfig,
+)
+from gmdist.diffusion.noising import DiscreteNoise, Noising
+from gmdist.diffusion.predictions import Prediction, Scalar
 
-SCHEDULES = {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear, "cosine": schedules.cosine}
-SAMPLERS = {"ddim": samplers.ddim, "ddpm": samplers.ddpm}
-PREDICTIONS = ("eps", "v")
-_MAX_TIMESTEPS = 1_000_000
+__all__ = ["Diffusion", "DiffusionConfig", "Noised", "Predict", "PredictBoth", "SamplerConfig"]
+
+# A network on its scaled input [N, ...] and what it is told of the time [N]: the output [N, ...].
+Predict = Callable[[Tensor, Tensor], Tensor]
+PredictBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the outputs with and without the condition
 
 
-@dataclass
-class SamplerConfig:
-    """How images are drawn from a trained denoiser."""
+class Noised(NamedTuple):
+    """Data after noise was added, and what that makes of the network's task."""
 
-    name: str = "ddim"  # ddim or ddpm
-    num_steps: int = 50
-    guidance: float = 1.0  # 1: none; above, classes are followed more closely (Ho 2022, Eq. 6 with w = guidance - 1)
-
-
-@dataclass
-class DiffusionConfig:
-    """The noise that the denoiser learns to remove."""
-
-    schedule: str = "linear"  # linear, scaled_linear or cosine
-    num_timesteps: int = 1000
-    prediction: str = "eps"  # eps or v
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-
-    def problem(self) -> str | None:
-        """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.schedule not in SCHEDULES:
-            return f"schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}"
-        if self.prediction not in PREDICTIONS:
-            return f"prediction: '{self.prediction}'; must be one of {', '.join(PREDICTIONS)}"
-        if self.sampler.name not in SAMPLERS:
-            return f"sampler.name: '{self.sampler.name}'; must be one of {', '.join(SAMPLERS)}"
-        if not 1 <= self.num_timesteps <= _MAX_TIMESTEPS:
-            return f"num_timesteps: {self.num_timesteps}; must be between 1 and {_MAX_TIMESTEPS}"
-        if not math.isfinite(self.sampler.guidance):
-            return f"sampler.guidance: {self.sampler.guidance}; must be a number"
-        if not 1 <= self.sampler.num_steps <= self.num_timesteps:
-            return f"sampler.num_steps: {self.sampler.num_steps}; must be between 1 and {self.num_timesteps}"
-        return None
+    x: Tensor  # x_t [N, ...]
+    seen: Tensor  # the network's input, x_t scaled [N, ...]
+    told: Tensor  # what the network is told of the time [N]
+    target: Tensor  # what the network learns to give [N, ...]
 
 
 class Diffusion:
-    """Noising and denoising with one schedule, in float64 where it matters."""
+    """What training and sampling need of a process. It holds no parameters, and nothing that changes."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.num_timesteps = config.num_timesteps
-        self.abar = SCHEDULES[config.schedule](config.num_timesteps)  # [T], float64
+        with torch.device("cpu"):  # families are also built on the meta device
+            self.noising = _noising(config)
+        self._prediction: Callable[[Scalar, Scalar], Prediction] = PREDICTIONS[config.prediction]
+        if config.prediction == "edm":
+            self._prediction = functools.partial(predictions.edm, sigma_data=config.edm.sigma_data)
 
-    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and sigma of x_t = alpha x_0 + sigma eps at timesteps [N]: each [N, 1, 1, 1], float32."""
-        kept = self.abar.to(timesteps.device)[timesteps][:, None, None, None]
-        return kept.sqrt().float(), (1.0 - kept).sqrt().float()
+    # Training
 
-    def noised(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input x_t and its target, each [N, C, H, W], for clean x0 and noise eps of that shape."""
-        alpha, sigma = self.levels(timesteps)
-        x = alpha * x0 + sigma * eps
-        if self.config.prediction == "v":
-            return x, alpha * eps - sigma * x0  # v (Salimans 2022, Sec. 4)
-        return x, eps
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """Times [N] at float64 quantiles [N], in (0, 1), of the training distribution; the noise grows with them."""
+        return self.noising.times_at(quantiles)
+
+    def noised(self, x0: Tensor, eps: Tensor, times: Tensor) -> Noised:
+        """Add noise eps [N, ...] to clean x0 of that shape, as much as belongs to times [N]."""
+        alpha, sigma = self.noising.levels(times)
+        prediction = self._prediction(alpha, sigma)
+        of_x0, of_eps = prediction.target
+        x = _each(alpha, x0) * x0 + _each(sigma, x0) * eps
+        return Noised(
+            x=x,
+            seen=_each(prediction.scale, x0) * x,
+            told=self.noising.conditioning(times),
+            target=_each(of_x0, x0) * x0 + _each(of_eps, x0) * eps,
+        )
+
+    def weights(self, times: Tensor) -> Tensor:
+        """The loss weight of the output's squared error at times [N]: [N], float32."""
+        name, gamma = self.config.weight, self.config.weight_gamma
+        if name == "uniform":
+            return torch.ones_like(times, dtype=torch.float32)
+        alpha, sigma = self.noising.levels(times)
+        if name == "edm":
+            of_x0 = weights.edm(sigma, self.config.edm.sigma_data)
+        else:
+            weight = {"min_snr": weights.min_snr, "p2": weights.p2}[name]
+            of_x0 = weight((alpha / sigma) ** 2, **({} if gamma is None else {"gamma": gamma}))
+        # An error of the output is one of the clean data, times what the output counts for there.
+        return (of_x0 * self._prediction(alpha, sigma).x0[1] ** 2).float()
 
     def x0_of(self, output: Tensor, x: Tensor, level: samplers.Level) -> Tensor:
-        """The clean data that a network's output [N, C, H, W] at x [N, C, H, W] stands for."""
-        alpha, sigma = level
-        if self.config.prediction == "v":
-            return alpha * x - sigma * output
-        return (x - sigma * output) / alpha
+        """The clean data that a network's output [N, ...] at x_t [N, ...] of one noise level stands for."""
+        of_x, of_output = self._prediction(*level).x0
+        return of_x * x + of_output * output
+
+    # Sampling
+
+    def sampling_times(self) -> Tensor:
+        """The times that the configured sampler stops at, noisiest first. [S]."""
+        sampler = self.config.sampler
+        if self.config.is_discrete:
+            spacing = TIMESTEP_SPACINGS[sampler.spacing_for(self.config.schedule)]
+            return torch.tensor(spacing(self.config.num_timesteps, sampler.num_steps))
+        settings = self.config.flow if self.config.schedule == "flow" else self.config.edm
+        return settings.sampling_times(sampler.num_steps)
+
+    def path(self) -> list[samplers.Level]:
+        """The S + 1 noise levels of the configured sampler."""
+        times = self.sampling_times()
+        if not self.config.sampler.ends_clean:
+            times = torch.cat([times, torch.zeros_like(times[:1])])
+        alpha, sigma = self.noising.levels(times)
+        levels = list(zip(alpha.tolist(), sigma.tolist(), strict=True))
+        return [*levels, (1.0, 0.0)] if self.config.sampler.ends_clean else levels
 
     def sample(
         self,
-        predict: Callable[[Tensor, Tensor], Tensor],
+        predict: Predict,
         x: Tensor,
         noise: samplers.Noise,
+        predict_both: PredictBoth | None = None,
         clip: float | None = None,
     ) -> Tensor:
-        """Draw data from noise with the configured sampler.
+        """Draw data from noise with the configured sampler, guided where `predict_both` is given.
 
         Args:
-            predict: the network, (x [N, C, H, W], timesteps int64 [N]) -> output [N, C, H, W].
-            x: standard normal [N, C, H, W].
-            noise: fresh noise for each step, by its index.
+            predict: the network, with its condition if it has one.
+            x: standard normal [N, ...].
+            noise: fresh noise [N, ...] for each step, by its index.
+            predict_both: the network with and without its condition, for guidance (Ho 2022).
             clip: bound of the clean data's absolute values, applied at every step; None for data without bounds.
 
         Returns:
-            [N, C, H, W].
+            [N, ...].
         """
-        steps = samplers.trailing_timesteps(self.num_timesteps, self.config.sampler.num_steps)
-        path = samplers.path_of(self.abar, steps)
+        path = self.path()
+        conditioning = self.noising.conditioning(self.sampling_times()).tolist()
+        guided = [predict_both is not None and self._is_guided(level) for level in path]
 
         def denoise(x: Tensor, i: int) -> Tensor:
-            timesteps = torch.full((len(x),), steps[i], device=x.device)
-            x0 = self.x0_of(predict(x, timesteps), x, path[i])
+            seen = self._prediction(*path[i]).scale * x
+            told = torch.full((len(x),), conditioning[i], device=x.device)
+            if guided[i]:
+                assert predict_both is not None
+                conditional, free = predict_both(seen, told)
+                output = free + self.config.sampler.guidance * (conditional - free)  # Ho 2022, Eq. 6
+            else:
+                output = predict(seen, told)
+            x0 = self.x0_of(output, x, path[i])
             return x0 if clip is None else x0.clamp(-clip, clip)
 
-        return SAMPLERS[self.config.sampler.name](denoise, x, path, noise)
+        return SAMPLERS[self.config.sampler.name](denoise, x * self.noising.start_std(), path, noise)
+
+    def _is_guided(self, level: samplers.Level) -> bool:
+        """Whether guidance changes anything at a noise level (Kynkaanniemi 2024)."""
+        alpha, sigma = level
+        low, high = self.config.sampler.guidance_interval or (0.0, math.inf)
+        ratio = sigma / alpha if alpha else math.inf
+        return self.config.sampler.guidance != 1.0 and low <= ratio <= high
+
+
+def _noising(config: DiffusionConfig) -> Noising:
+    if not config.is_discrete:
+        return config.flow if config.schedule == "flow" else config.edm
+    abar = DISCRETE[config.schedule](config.num_timesteps, *(config.betas or ()))
+    return DiscreteNoise(schedules.zero_terminal_snr(abar) if config.zero_terminal_snr else abar)
+
+
+def _each(values: Scalar, x: Tensor) -> Scalar:
+    """Values [N] in the precision of x [N, ...], to be multiplied with it; a number stays one."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))

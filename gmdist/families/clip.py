@@ -1,14 +1,11 @@
 """CLIP's text encoder through transformers, frozen: captions become the context that a denoiser attends to."""
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
-
-_log = logging.getLogger(__name__)
 
 
 class ClipText(nn.Module):
@@ -41,14 +38,13 @@ class ClipText(nn.Module):
         self.width: int = self.model.config.hidden_size
         self.max_length: int = self.model.config.max_position_embeddings
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Token numbers int64 [N, L] on the host. Texts that are too long are cut, with a warning."""
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, list[bool]]:
+        """Token numbers int64 [N, L] on the host, and whether each text was cut because it is too long."""
         rows = self._tokenizer(texts, padding="max_length", max_length=self.max_length, truncation=False)["input_ids"]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.max_length:
-                _log.warning("a caption of %d tokens is cut to %d: %.60s", len(row), self.max_length, text)
-                row[self.max_length - 1] = row[-1]  # the end token, whose place CLIP looks for
-        return torch.tensor([row[: self.max_length] for row in rows])
+        cut = [len(row) > self.max_length for row in rows]
+        # A text that is cut keeps its end token, whose place CLIP looks for.
+        kept = [[*row[: self.max_length - 1], row[-1]] for row in rows]
+        return torch.tensor(kept), cut
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:

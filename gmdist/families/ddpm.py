@@ -1,72 +1,37 @@
 """Denoising diffusion in pixel space (Ho 2020)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from gmdist.diffusion.process import Diffusion, DiffusionConfig
-from gmdist.families.denoising import denoiser_problem, denoising_loss, drop_labels, sample_denoiser
-from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
-from gmdist.nets.blocks import ResBlock, SelfAttention2d
-from gmdist.nets.unet import UNet, UNetConfig
+from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
+from gmdist.families.family import Batch, Surroundings
 
 
-@dataclass
-class DDPMConfig:
-    """A UNet on images; class-conditional where the data has classes."""
-
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    label_dropout: float = 0.1  # share of samples trained without their label, for guidance
+@dataclass(kw_only=True)
+class DDPMConfig(DenoiserConfig):
+    """A denoiser of images."""
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
-        problem = denoiser_problem(self.unet, self.diffusion, self.label_dropout)
-        if problem is None and image_size % self.unet.downsampling:
-            return (
-                f"unet.multipliers: the UNet needs image sides divisible by {self.unet.downsampling}, not {image_size}"
-            )
+        problem = super().problem(image_size)
+        if problem is None and image_size % self.granularity:
+            key = "dit.patch_size" if self.network == "dit" else "unet.multipliers"
+            return f"{key}: the network needs image sides divisible by {self.granularity}, not {image_size}"
         return problem
 
 
-class DDPM(Family):
+class DDPM(DenoiserFamily):
     """A denoiser of pixels."""
 
-    averaged = ("denoiser",)
-    blocks = (ResBlock, SelfAttention2d)
+    clip = 1.0
 
     def __init__(self, config: DDPMConfig, surroundings: Surroundings) -> None:
-        super().__init__()
-        self.config, self.seed = config, surroundings.seed
-        self.num_classes = surroundings.num_classes
-        self.shape = (surroundings.image_channels, surroundings.image_size, surroundings.image_size)
-        self.diffusion = Diffusion(config.diffusion)
-        self.denoiser = UNet(config.unet, surroundings.image_channels, self.num_classes)
+        side = surroundings.image_size
+        super().__init__(config, surroundings, (surroundings.image_channels, side, side), "images have")
 
-    def phases(self) -> list[Phase]:
-        """One network, one loss."""
-        return [Phase("denoiser", "denoiser", self.loss)]
+    def clean(self, batch: Batch) -> Tensor:
+        return batch["image"]
 
-    def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """Mean squared error of the prediction."""
-        label = None
-        if self.num_classes:
-            label = drop_labels(batch["label"], batch["key"], self.num_classes, self.config.label_dropout, self.seed)
-        return self._mse(batch, label)
-
-    def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Images [N, C, H, W] for keys [N]."""
-        label = conditioned_labels(keys, condition, self.num_classes)
-        images = sample_denoiser(
-            self.denoiser, self.diffusion, keys, self.shape, label, self.num_classes, self.seed, clip=1.0
-        )
-        return images.clamp(-1.0, 1.0)
-
-    def evaluate(self, batch: Batch) -> Metrics:
-        """The training loss with every label given."""
-        return self._mse(batch, batch.get("label"))[1]
-
-    def _mse(self, batch: Batch, label: Tensor | None) -> tuple[Tensor, Metrics]:
-        errors = denoising_loss(self.denoiser, self.diffusion, batch["image"], label, batch["key"], self.seed)
-        loss = errors.mean()
-        return loss, {"loss": loss.detach()}
+    def shown(self, x: Tensor) -> Tensor:
+        return x.clamp(-1.0, 1.0)

@@ -73,6 +73,10 @@ class Family(nn.Module):
         """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
         return self.sample(batch["key"])
 
+    def reconstruct(self, batch: Batch) -> Tensor | None:
+        """The batch's images through the model's bottleneck [N, C, H, W] in [-1, 1]; None for a family without one."""
+        return None
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
 

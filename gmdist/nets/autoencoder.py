@@ -6,17 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import Downsample, ResBlock, SelfAttention2d, Upsample, group_norm, widths_problem
+from gmdist.nets.blocks import (
+    Downsample,
+    ResBlock,
+    SelfAttention2d,
+    Upsample,
+    at_least_fp32,
+    group_norm,
+    widths_problem,
+)
 
 
 @dataclass
 class AutoencoderConfig:
-    """Sizes of the autoencoder; the defaults are those of Stable Diffusion's kl-f8 (83,653,863 parameters)."""
+    """Sizes of the autoencoder; the defaults are those of Stable Diffusion's kl-f8 (83,653,863 parameters).
+
+    The number of levels sets the downsampling. At 128 channels (Rombach 2022, Tab. 8, and after):
+
+        f2   multipliers (1, 2)           latent_channels 2
+        f4   multipliers (1, 2, 4)        latent_channels 3
+        f8   multipliers (1, 2, 4, 4)     latent_channels 4, or 16 without quant_convs (83,819,683 parameters)
+        f16  multipliers (1, 1, 2, 2, 4)  latent_channels 16
+    """
 
     channels: int = 128  # width at full resolution
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / channels; every level but the last halves
     num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
     latent_channels: int = 4
+    quant_convs: bool = True  # 1x1 convolutions on both sides of the latent; the 16-channel first stages have none
 
     @property
     def downsampling(self) -> int:
@@ -64,15 +81,16 @@ class Encoder(nn.Module):
         self.middle = Middle(width)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
-        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        width = 2 * config.latent_channels
+        self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w]."""
+        """Image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w], at least fp32."""
         h = self.conv_in(image)
         for level in self.levels:
             h = level(h)
         h = self.conv_out(F.silu(self.norm_out(self.middle(h))))
-        mean, logvar = self.quant(h).float().chunk(2, dim=1)
+        mean, logvar = at_least_fp32(self.quant(h)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
 
@@ -82,7 +100,8 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
-        self.quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        width = config.latent_channels
+        self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0])
         self.levels = nn.ModuleList()
@@ -99,20 +118,25 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
+        """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded, at least fp32."""
         h = self.middle(self.conv_in(self.quant(latent)))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return at_least_fp32(self.conv_out(F.silu(self.norm_out(h))))
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder in one network, so that one optimizer trains both."""
+    """Encoder and decoder in one network, so that one optimizer trains both.
 
-    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+    `learned_logvar` adds `logvar`, the log-scale of the reconstruction's likelihood. It is [1], as ZeRO stage 3 cannot
+    share out a scalar.
+    """
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int, learned_logvar: bool = False) -> None:
         super().__init__()
         self.encoder = Encoder(config, image_channels)
         self.decoder = Decoder(config, image_channels)
+        self.logvar = nn.Parameter(torch.zeros(1)) if learned_logvar else None
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image [N, C, H, W] in [-1, 1] -> mean and log-variance of the latent, each [N, Z, h, w]."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 _MAX_WIDTH = 1 << 16
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with the field's 32 groups, fewer where they would be small or not divide the channels."""
-    return nn.GroupNorm(group_norm_groups(channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int | None = None, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm; None: the field's 32 groups, fewer where they would be small or not divide the channels."""
+    return nn.GroupNorm(groups or group_norm_groups(channels), channels, eps=eps)
 
 
 def group_norm_groups(channels: int) -> int:
@@ -33,6 +33,11 @@ def widths_problem(channels: int, multipliers: tuple[int, ...], num_res_blocks: 
     return None
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """A tensor in fp32, or as it is in float64: norms and sums of bf16 would be rounded."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def zero_init(module: Layer) -> Layer:
     """Zero the weights of a residual branch's last layer, so that the branch starts as the identity."""
     nn.init.zeros_(module.weight)
@@ -41,20 +46,25 @@ def zero_init(module: Layer) -> Layer:
     return module
 
 
-def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(
+    timesteps: Tensor, channels: int, max_period: float = 10_000.0, frequency_shift: int = 0
+) -> Tensor:
     """Sinusoidal embedding, cosines first (Ho 2020, Sec. B; frequencies as in Vaswani 2017, Sec. 3.5).
 
     Args:
         timesteps: [N], fractional values allowed.
         channels: width of the embedding, even.
+        max_period: 2 pi times this is the longest period, in timesteps.
+        frequency_shift: 0: `max_period` lies one step beyond the last frequency; 1: it is the last one.
 
     Returns:
         [N, channels], float32.
     """
     assert channels % 2 == 0, channels
     half = channels // 2
-    exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
-    frequencies = torch.exp(-math.log(max_period) * exponents)
+    # The order of operations is that of the published networks: at timestep 1000, another rounds the angle by 1e-4.
+    exponents = -math.log(max_period) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    frequencies = torch.exp(exponents / (half - frequency_shift))
     angles = timesteps.float()[:, None] * frequencies  # [N, half]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -63,13 +73,19 @@ class ResBlock(nn.Module):
     """GroupNorm - SiLU - conv, twice, with an optional embedding added in between (Ho 2020, App. B)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, embedding_channels: int | None = None, dropout: float = 0.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int | None = None,
+        dropout: float = 0.0,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_groups, norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_groups, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -87,11 +103,13 @@ class ResBlock(nn.Module):
 class SelfAttention2d(nn.Module):
     """Residual self-attention over the pixels of a feature map."""
 
-    def __init__(self, channels: int, num_heads: int = 1) -> None:
+    def __init__(
+        self, channels: int, num_heads: int = 1, norm_groups: int | None = None, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         assert channels % num_heads == 0, (channels, num_heads)
         self.num_heads = num_heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, norm_groups, norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 

@@ -1,57 +1,88 @@
-"""Samplers and the process on a case that is known exactly: the optimal denoiser of a Gaussian mixture."""
+"""Samplers against the exact denoiser of a Gaussian mixture, and against each other."""
+
+import itertools
 
 import pytest
 import torch
 
 from gmdist.diffusion import samplers, schedules
-from gmdist.diffusion.process import Diffusion, DiffusionConfig, SamplerConfig
-
-MEANS, STD = torch.tensor([-1.0, 0.5], dtype=torch.float64), 0.1
-
-
-def exact_denoiser(path):
-    """E[x_0 | x_i] for data from an even mixture of two normal distributions."""
-
-    def denoise(x, i):
-        alpha, sigma = path[i]
-        variance = (alpha * STD) ** 2 + sigma**2
-        logits = -((x[..., None] - alpha * MEANS) ** 2) / (2 * variance)
-        each = MEANS + alpha * STD**2 / variance * (x[..., None] - alpha * MEANS)
-        return (torch.softmax(logits, -1) * each).sum(-1)
-
-    return denoise
+from gmdist.diffusion.config import SAMPLERS
+from gmdist.diffusion.samplers import Level
+from gmdist.diffusion.spacings import karras_sigmas, trailing_timesteps
+from tests.diffusion import mixture
 
 
-# The lower bound of the posterior's variance is only right for small steps: DDPM takes them all.
-@pytest.mark.parametrize(("name", "steps"), [("ddim", 250), ("ddpm", 1000)])
+def discrete_path(abar: torch.Tensor, timesteps: list[int]) -> list[Level]:
+    kept = abar[timesteps]
+    return [*zip(kept.sqrt().tolist(), (1.0 - kept).sqrt().tolist(), strict=True), (1.0, 0.0)]
+
+
+def flow_path(num_steps: int) -> list[Level]:
+    return [(1 - t, t) for t in (1 - i / num_steps for i in range(num_steps + 1))]
+
+
+# Levels with the same ratio of noise to signal, in the coordinates of each kind of noise.
+COORDINATES = {
+    "edm": lambda ratio: (1.0, ratio),
+    "discrete": lambda ratio: ((1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5),
+    "flow": lambda ratio: (1 / (1 + ratio), ratio / (1 + ratio)),
+}
+
+
+# The lower bound of the posterior's variance is only right for small steps: ancestral sampling takes them all.
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("ddim", 250), ("ddpm", 1000), ("euler", 250), ("euler_ancestral", 1000), ("heun", 80), ("dpmpp_2m", 80)],
+)
 def test_samplers_reach_the_right_distribution(name: str, steps: int) -> None:
-    abar = schedules.cosine()
-    path = samplers.path_of(abar, samplers.trailing_timesteps(1000, steps))
+    path = discrete_path(schedules.cosine(), trailing_timesteps(1000, steps))
+    check_sampler(name, path)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("flow_euler", 250), ("ddim", 250), ("ddpm", 1000), ("dpmpp_2m", 80)])
+def test_samplers_that_begin_at_pure_noise(name: str, steps: int) -> None:
+    path = flow_path(steps)
+    assert path[0] == (0.0, 1.0)
+    check_sampler(name, path)
+
+
+def check_sampler(name: str, path: list[Level]) -> None:
     generator = torch.Generator().manual_seed(0)
+    count = 6000
+    start = torch.special.ndtri(
+        (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    )  # a normal distribution, evenly
 
-    def noise(i=0):
-        return torch.randn(20_000, dtype=torch.float64, generator=generator)
+    def noise(i: int) -> torch.Tensor:
+        return torch.randn(count, dtype=torch.float64, generator=generator)
 
-    x = getattr(samplers, name)(exact_denoiser(path), noise(), path, noise)
-    left = x < -0.25
-    assert left.double().mean().item() == pytest.approx(0.5, abs=0.02)
-    for side, mean in ((x[left], -1.0), (x[~left], 0.5)):
-        assert side.mean().item() == pytest.approx(mean, abs=0.01)
-        assert side.std().item() == pytest.approx(STD, rel=0.06)
+    mixture.check_distribution(SAMPLERS[name](mixture.denoiser(path, 0.1), start, path, noise), 0.1)
 
 
-def test_ddim_converges_with_order_one() -> None:
-    abar = schedules.cosine(4000)
-    start = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("name", "coordinates", "order"),
+    [
+        *[(name, coordinates, 1) for name in ("ddim", "euler") for coordinates in COORDINATES],
+        *[(name, coordinates, 2) for name in ("heun", "dpmpp_2m") for coordinates in COORDINATES],
+        ("flow_euler", "flow", 1),
+    ],
+)
+def test_solvers_converge_with_their_order(name: str, coordinates: str, order: int) -> None:
+    # Halving the steps divides the distance to the exact solution of the ODE by 2 or by 4.
+    std = 0.4
 
-    def end(steps):
-        path = samplers.path_of(abar, samplers.trailing_timesteps(4000, steps))
-        return samplers.ddim(exact_denoiser(path), start, path, lambda i: start)
+    def error(steps: int) -> float:
+        path = [COORDINATES[coordinates](ratio) for ratio in karras_sigmas(steps + 1, 0.05, 5.0, 3.0).tolist()]
+        alpha, sigma = path[0]
+        start = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64) * (alpha**2 + sigma**2) ** 0.5
+        exact = mixture.transported(start, path[0], path[-1], std)
+        end = SAMPLERS[name](mixture.denoiser(path, std), start, path, lambda i: pytest.fail("draws no noise"))
+        return (end - exact).abs().mean().item()
 
-    reference = end(4000)
-    errors = [(end(steps) - reference).abs().mean().item() for steps in (50, 100, 200)]
-    assert 1.6 < errors[0] / errors[1] < 2.6
-    assert 1.6 < errors[1] / errors[2] < 2.6
+    errors = [error(steps) for steps in (40, 80, 160)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert order - 0.2 < torch.tensor(coarse / fine).log2().item() < order + 0.35, errors
+    assert errors[-1] < 0.01
 
 
 def test_ddpm_on_every_step_has_the_posterior_of_ho() -> None:
@@ -62,54 +93,69 @@ def test_ddpm_on_every_step_has_the_posterior_of_ho() -> None:
     mean0 = abar[t - 1].sqrt() * beta / (1 - abar[t])
     mean_t = (1 - beta).sqrt() * (1 - abar[t - 1]) / (1 - abar[t])
     variance = (1 - abar[t - 1]) / (1 - abar[t]) * beta
-    path = samplers.path_of(abar, [t, t - 1])[:2]
+    path = discrete_path(abar, [t, t - 1])[:2]
     x, x0, z = (torch.tensor([value], dtype=torch.float64) for value in (0.7, -0.3, 1.3))
     result = samplers.ddpm(lambda x, i: x0, x, path, lambda i: z)
     assert result.item() == pytest.approx((mean0 * x0 + mean_t * x + variance.sqrt() * z).item(), rel=1e-12)
 
 
-def test_timesteps() -> None:
-    assert samplers.leading_timesteps(1000, 50)[:2] == [981, 961]
-    assert samplers.leading_timesteps(1000, 50)[-1] == 1
-    assert samplers.trailing_timesteps(1000, 50)[:2] == [999, 979]
-    assert samplers.trailing_timesteps(1000, 50)[-1] == 19
-    for spacing in (samplers.leading_timesteps, samplers.trailing_timesteps):
-        assert spacing(1000, 1000) == list(range(999, -1, -1))
+@pytest.mark.parametrize("names", [("ddim", "euler"), ("ddpm", "euler_ancestral")])
+def test_samplers_that_are_one_in_exact_numbers(names: tuple[str, str]) -> None:
+    path = discrete_path(schedules.scaled_linear(), trailing_timesteps(1000, 30))
+    start = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
+    first, second = (
+        SAMPLERS[name](mixture.denoiser(path, 0.1), start, path, lambda i: torch.sin(start * (i + 1))) for name in names
+    )
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_a_perfect_prediction_gives_back_the_data(prediction: str) -> None:
-    diffusion = Diffusion(DiffusionConfig("linear", 1000, prediction))
-    x0, eps = torch.randn(5, 2, 3, 3).double(), torch.randn(5, 2, 3, 3).double()
-    timesteps = torch.tensor([0, 10, 500, 900, 999])
-    x, target = diffusion.noised(x0, eps, timesteps)
-    for i, t in enumerate(timesteps.tolist()):
-        kept = diffusion.abar[t].item()
-        level = (kept**0.5, (1 - kept) ** 0.5)
-        torch.testing.assert_close(diffusion.x0_of(target[i], x[i], level), x0[i], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(x[i], level[0] * x0[i] + level[1] * eps[i], rtol=1e-6, atol=1e-6)
+def test_flow_euler_is_ddim_on_a_straight_path() -> None:
+    path = flow_path(20)
+    start = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
+    first, second = (
+        SAMPLERS[n](mixture.denoiser(path, 0.1), start, path, lambda i: start) for n in ("flow_euler", "ddim")
+    )
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
 
 
-def test_v_is_the_rotation_of_salimans() -> None:
-    diffusion = Diffusion(DiffusionConfig("cosine", 1000, "v"))
-    x0, eps = torch.tensor([[[[2.0]]]]), torch.tensor([[[[3.0]]]])
-    kept = diffusion.abar[400].item()
-    _, v = diffusion.noised(x0, eps, torch.tensor([400]))
-    assert v.item() == pytest.approx(kept**0.5 * 3.0 - (1 - kept) ** 0.5 * 2.0, rel=1e-6)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_to_clean_data_is_the_prediction(name: str) -> None:
+    path = [(0.6, 0.8), (1.0, 0.0)] if name != "flow_euler" else [(0.4, 0.6), (1.0, 0.0)]
+    x, x0 = torch.tensor([0.3, -2.0]).double(), torch.tensor([0.9, 0.1]).double()
+    calls = []
+
+    def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
+        calls.append(i)
+        return x0
+
+    torch.testing.assert_close(SAMPLERS[name](denoise, x, path, lambda i: pytest.fail("draws no noise")), x0)
+    assert calls == [0]
 
 
-@pytest.mark.parametrize(
-    ("config", "key"),
-    [
-        (DiffusionConfig("quadratic"), "schedule"),
-        (DiffusionConfig(prediction="x"), "prediction"),
-        (DiffusionConfig(sampler=SamplerConfig("euler")), "sampler.name"),
-        (DiffusionConfig(sampler=SamplerConfig(num_steps=1001)), "sampler.num_steps"),
-        (DiffusionConfig(num_timesteps=0), "num_timesteps"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(config: DiffusionConfig, key: str) -> None:
-    problem = config.problem()
-    assert problem is not None
-    assert problem.startswith(f"{key}: ")
-    assert DiffusionConfig().problem() is None
+@pytest.mark.parametrize("steps", [14, 15])
+def test_dpm_solver_ends_with_a_step_of_order_one_where_steps_are_few(steps: int) -> None:
+    # As in Lu 2022's own code: below 15 steps, even where noise is left. A step of order one is DDIM's.
+    path = [COORDINATES["discrete"](ratio) for ratio in karras_sigmas(steps + 1, 0.05, 5.0).tolist()]
+    before: list[torch.Tensor] = []
+
+    def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
+        before[:] = [x]
+        return mixture.expectation(x, path[i], 0.3)
+
+    end = samplers.dpmpp_2m(denoise, torch.linspace(-2.0, 2.0, 9).double(), path, lambda i: before[0])
+    ddim = samplers.ddim(lambda x, i: mixture.expectation(x, path[-2], 0.3), before[0], path[-2:], lambda i: before[0])
+    assert torch.allclose(end, ddim, rtol=1e-9, atol=1e-12) == (steps < 15)
+
+
+def test_evaluations_of_the_denoiser() -> None:
+    path = discrete_path(schedules.cosine(), trailing_timesteps(1000, 20))
+    for name, sampler in SAMPLERS.items():
+        calls: list[int] = []
+
+        def denoise(x: torch.Tensor, i: int, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(i)
+            return 0.1 * x
+
+        sampler(denoise, torch.ones(2).double(), path, lambda i: torch.zeros(2).double())
+        assert max(calls) == 19, name  # never at the last level, which has no prediction
+        assert len(calls) == (39 if name == "heun" else 20), name

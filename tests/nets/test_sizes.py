@@ -21,6 +21,13 @@ def test_kl_f8_has_the_published_size() -> None:
     assert count(net.decoder) == 49_490_179 + 20
 
 
+def test_16_channel_first_stage_has_the_published_size() -> None:
+    # That of Stable Diffusion 3 and FLUX.
+    with torch.device("meta"):
+        net = Autoencoder(AutoencoderConfig(latent_channels=16, quant_convs=False), 3)
+    assert count(net) == 83_819_683
+
+
 def test_ddpm_cifar_has_the_published_size() -> None:
     # Ho 2020's CIFAR-10 network.
     with torch.device("meta"):

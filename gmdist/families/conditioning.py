@@ -1,0 +1,161 @@
+"""What a denoiser is told of a sample: nothing, its class, or its caption; and how it does without, for guidance."""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gmdist import rng
+from gmdist.errors import ConfigError
+from gmdist.families.clip import ClipText
+from gmdist.families.family import Batch, Condition, Surroundings, captions, conditioned_labels
+from gmdist.nets.text import TextConfig, TextEncoder, tokenize
+
+_log = logging.getLogger(__name__)
+
+KINDS = ("none", "class", "text")
+ENCODERS = ("bytes", "clip")
+
+
+@dataclass
+class EncoderConfig:
+    """What reads captions."""
+
+    name: str = "bytes"  # bytes: a transformer on UTF-8 bytes, trained along; clip: CLIP's, frozen, from transformers
+    path: str | None = None  # of clip: a folder, or a name on the hub
+    transformer: TextConfig = field(default_factory=TextConfig)  # of bytes
+
+
+@dataclass
+class ConditioningConfig:
+    """What the denoiser is told of each sample."""
+
+    kind: str | None = None  # none, class or text; None: class where the data has classes, else none
+    dropout: float = 0.1  # share of samples that are trained without it, for guidance
+    text: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def problem(self) -> str | None:
+        """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
+        if self.kind is not None and self.kind not in KINDS:
+            return f"kind: '{self.kind}'; must be one of {', '.join(KINDS)}, or null"
+        if not 0.0 <= self.dropout <= 1.0:
+            return f"dropout: {self.dropout}; must be between 0 and 1"
+        if self.text.name not in ENCODERS:
+            return f"text.name: '{self.text.name}'; must be one of {', '.join(ENCODERS)}"
+        if (self.text.name == "clip") != bool(self.text.path):
+            return f"text.path: {self.text.path!r}; must be given for text.name 'clip', and for no other"
+        problem = self.text.transformer.problem()
+        return f"text.transformer.{problem}" if problem else None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a denoiser is told of N samples."""
+
+    label: Tensor | None = None  # int64 [N]; num_classes: nothing
+    tokens: Tensor | None = None  # int64 [N, L], which the denoiser's own encoder reads; of the empty text: nothing
+    context: Tensor | None = None  # [N, L, D], of a frozen encoder
+
+
+class Conditioner(nn.Module):
+    """Reads labels and captions. Frozen: an encoder that is trained belongs to the denoiser."""
+
+    def __init__(self, config: ConditioningConfig, surroundings: Surroundings) -> None:
+        """ConfigError: there is no such encoder."""
+        super().__init__()
+        self._config, self._seed = config, surroundings.seed
+        self.kind = config.kind or ("class" if surroundings.num_classes else "none")
+        if self.kind == "class" and not surroundings.num_classes:
+            raise ConfigError("family.conditioning.kind: 'class'; needs data.num_classes")
+        self.num_classes = surroundings.num_classes if self.kind == "class" else 0
+        self.clip = ClipText(config.text.path) if self.kind == "text" and config.text.path else None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it reads of a batch."""
+        return {"none": (), "class": ("label",), "text": ("caption",)}[self.kind]
+
+    @property
+    def context_channels(self) -> int | None:
+        """The width of what a denoiser attends to; None where there is none."""
+        if self.kind != "text":
+            return None
+        return self._config.text.transformer.channels if self.clip is None else self.clip.width
+
+    def trained_encoder(self) -> TextEncoder | None:
+        """A new encoder for the denoiser to train; None where it needs none."""
+        return TextEncoder(self._config.text.transformer) if self.kind == "text" and self.clip is None else None
+
+    def of_batch(self, batch: Batch, dropout: float = 0.0) -> Told:
+        """What a batch says of its samples.
+
+        Args:
+            batch: of N samples.
+            dropout: the share of samples that nothing is said of, keyed by sample.
+        """
+        keys = batch["key"]
+        is_dropped = rng.uniform(self._seed, "label_dropout", keys) < dropout
+        if self.kind == "class":
+            return Told(torch.where(is_dropped, self.num_classes, batch["label"]))
+        if self.kind == "text":
+            tokens, _ = self._tokenize(captions(batch))
+            empty, _ = self._tokenize([""])
+            return self._encode(torch.where(is_dropped[:, None], empty.to(keys.device), tokens.to(keys.device)))
+        return Told()
+
+    def of_training(self, batch: Batch) -> Told:
+        """What the denoiser is told of a batch that it learns from."""
+        return self.of_batch(batch, self._config.dropout)
+
+    def of_request(self, keys: Tensor, condition: Condition | None) -> Told:
+        """What is asked for, for int64 keys [N]: where nothing is, labels in turn, or empty texts."""
+        if self.kind == "class":
+            return Told(conditioned_labels(keys, condition, self.num_classes))
+        if self.kind == "text":
+            prompts = condition.prompts if condition is not None else None
+            tokens, is_cut = self._tokenize(list(prompts or [""] * len(keys)))
+            for prompt in dict.fromkeys(text for text, cut in zip(prompts or (), is_cut, strict=False) if cut):
+                _log.warning("a prompt is cut to the %d tokens that the encoder takes: %.60s", tokens.shape[1], prompt)
+            return self._encode(tokens.to(keys.device))
+        return Told()
+
+    def nothing(self, count: int, device: torch.device) -> Told | None:
+        """To be told nothing, `count` times; None where that is all that a denoiser ever is."""
+        if self.kind == "class":
+            return Told(torch.full((count,), self.num_classes, device=device))
+        if self.kind == "text":
+            return self._encode(self._tokenize([""])[0].expand(count, -1).to(device))
+        return None
+
+    def _tokenize(self, texts: list[str]) -> tuple[Tensor, list[bool]]:
+        if self.clip is not None:
+            return self.clip.tokenize(texts)
+        return tokenize(texts, self._config.text.transformer.max_length)
+
+    def _encode(self, tokens: Tensor) -> Told:
+        return Told(tokens=tokens) if self.clip is None else Told(context=self.clip(tokens))
+
+
+class Denoiser(nn.Module):
+    """A denoising network, and the text encoder that is trained with it where captions are read by one."""
+
+    def __init__(self, network: nn.Module, text: TextEncoder | None) -> None:
+        super().__init__()
+        self.network, self.text = network, text
+
+    def forward(self, x: Tensor, times: Tensor, told: Told) -> Tensor:
+        """X [N, C, H, W], times [N] -> [N, C, H, W]."""
+        if told.tokens is not None:
+            assert self.text is not None
+            context, mask = self.text(told.tokens)
+            return self.network(x, times, context=context, context_mask=mask)
+        if told.context is not None:
+            return self.network(x, times, context=told.context)
+        return self.network(x, times, told.label)
+
+
+def together(first: Told, second: Told) -> Told:
+    """N samples and M samples as N + M."""
+    pairs = {name: (value, getattr(second, name)) for name, value in vars(first).items() if value is not None}
+    return Told(**{name: torch.cat(pair) for name, pair in pairs.items()})

@@ -1,0 +1,181 @@
+"""The diffusion transformer: patches of a latent under adaptive norms (Peebles 2023)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmdist.nets.blocks import timestep_embedding
+from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
+
+_FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
+_EPS = 1e-6
+_MAX_WIDTH = 1 << 16
+
+
+@dataclass
+class DiTConfig:
+    """Sizes of the transformer; the defaults are those of DiT-B."""
+
+    channels: int = 768  # width of a token
+    depth: int = 12  # blocks
+    num_heads: int = 12
+    patch_size: int = 2  # side of the square that becomes a token; divides the input's side
+    qk_norm: bool = False  # normalise queries and keys of each head, for high learning rates
+    learned_sigma: bool = False  # as many output channels again, for the variance; our losses and samplers use none
+    frequency_shift: int = 1  # of the timestep embedding: 1 as in diffusers, 0 as in Peebles' own code
+    feed_forward_norm_eps: float = 1e-6  # diffusers' published DiT has 1e-5 there; other norms have 1e-6
+
+    def problem(self) -> str | None:
+        """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
+        if not 4 <= self.channels <= _MAX_WIDTH or self.channels % 4:
+            return f"channels: {self.channels}; must be a multiple of 4, from 4 to {_MAX_WIDTH}"
+        if self.depth < 1:
+            return f"depth: {self.depth}; must be at least 1"
+        if problem := heads_problem(self.channels, self.num_heads):
+            return problem
+        if self.patch_size < 1:
+            return f"patch_size: {self.patch_size}; must be at least 1"
+        if self.frequency_shift not in (0, 1):
+            return f"frequency_shift: {self.frequency_shift}; must be 0 or 1"
+        if not 0.0 < self.feed_forward_norm_eps < 1.0:
+            return f"feed_forward_norm_eps: {self.feed_forward_norm_eps}; must be above 0 and below 1"
+        return None
+
+
+def dit_small() -> DiTConfig:
+    """DiT-S/2."""
+    return DiTConfig(channels=384, depth=12, num_heads=6)
+
+
+def dit_base() -> DiTConfig:
+    """DiT-B/2."""
+    return DiTConfig(channels=768, depth=12, num_heads=12)
+
+
+def dit_large() -> DiTConfig:
+    """DiT-L/2."""
+    return DiTConfig(channels=1024, depth=24, num_heads=16)
+
+
+def dit_xl() -> DiTConfig:
+    """DiT-XL/2."""
+    return DiTConfig(channels=1152, depth=28, num_heads=16)
+
+
+def position_embedding(side: int, channels: int) -> Tensor:
+    """Fixed embedding of a square of tokens, rows first: half the channels for the column, half for the row.
+
+    Each half is sines, then cosines, at the frequencies of Vaswani 2017, Sec. 3.5.
+
+    Returns:
+        [side * side, channels], float32.
+    """
+    assert channels % 4 == 0, channels
+    exponents = torch.arange(channels // 4, dtype=torch.float64) / (channels // 4)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10_000.0**-exponents  # [side, channels / 4]
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, channels / 2]
+    columns, rows = line.repeat(side, 1), line.repeat_interleave(side, dim=0)  # each [side * side, channels / 2]
+    return torch.cat([columns, rows], dim=1).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale tokens [N, L, C] by what their sample says, each [N, C]."""
+    return x * (1.0 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward, shifted, scaled and gated by the condition; at the start the identity.
+
+    adaLN-Zero (Peebles 2023, Sec. 3.2).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.channels
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
+        self.attention = SelfAttention(width, config.num_heads, config.qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=config.feed_forward_norm_eps)
+        self.feed_forward = FeedForward(width, approximate="tanh")
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens [N, L, C], condition [N, C] -> [N, L, C]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.feed_forward(modulate(self.norm2(x), shift2, scale2))
+
+
+BLOCKS = (DiTBlock,)  # what families list as `blocks`: compiled, and computed again in the backward, as one
+
+
+class DiT(nn.Module):
+    """Denoiser of square latents of one size; `num_classes` adds a class embedding with one more row for "no class"."""
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig, in_channels: int, num_classes: int, size: int) -> None:
+        """Draw the weights.
+
+        Args:
+            config: the sizes.
+            in_channels: of the noised input.
+            num_classes: 0 without labels.
+            size: side of the input, a multiple of the patch.
+        """
+        super().__init__()
+        assert size % config.patch_size == 0, (size, config.patch_size)
+        self.config, self.in_channels, self.size = config, in_channels, size
+        width, patch = config.channels, config.patch_size
+        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.time = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.out_channels = in_channels * (2 if config.learned_sigma else 1)
+        self.out = nn.Linear(width, patch * patch * self.out_channels)
+        self.register_buffer("positions", position_embedding(size // patch, width), persistent=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, parameter in self.named_parameters():
+            first = name.partition(".")[0]
+            if name.endswith(".bias") or "modulation" in name or first == "out":
+                nn.init.zeros_(parameter)
+            elif first in ("time", "label"):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))  # patches too: a linear layer of their pixels
+
+    def forward(self, x: Tensor, timesteps: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict eps, v, or whatever the loss asks for.
+
+        Args:
+            x: [N, C, H, W], the noised input; H and W are the size that the network was made for.
+            timesteps: [N], fractional values allowed.
+            label: int64 [N]; `num_classes` means "no class". For a network with classes, and no other.
+
+        Returns:
+            [N, C, H, W], float32. The channels of a learned variance are left out.
+        """
+        assert x.shape[2] == x.shape[3] == self.size, (x.shape, self.size)
+        shift = self.config.frequency_shift
+        condition = self.time(timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=shift))  # [N, width]
+        if self.label is not None:
+            assert label is not None
+            condition = condition + self.label(label)
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [N, L, width]
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        shift_out, scale_out = self.modulation_out(F.silu(condition)).chunk(2, dim=1)
+        tokens = self.out(modulate(self.norm_out(tokens), shift_out, scale_out))  # [N, L, patch * patch * channels]
+        return self._joined(tokens)[:, : self.in_channels].float()
+
+    def _joined(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, L, patch * patch * channels], channels last, -> [N, channels, H, W]."""
+        patch, side = self.config.patch_size, math.isqrt(tokens.shape[1])
+        patches = tokens.view(-1, side, side, patch, patch, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.size, self.size)
