@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from gmdist.data.shard import index_name
 from gmdist.errors import ConfigError, DataError, GmdistError, RunFailedError, StorageError
 from gmdist.families.family import Family
 from gmdist.train.engine import computing
+
+if TYPE_CHECKING:
+    import ray
 
 _SHARDS_AT_ONCE = 2  # of a worker: one is read or written while the other goes through the encoder
 _BATCH_SIZE = 32  # where the run has no micro-batch size
@@ -241,8 +245,11 @@ def _here(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
 class _Worker:
     """An actor that encodes shards, several at once."""
 
-    def __init__(self, work: _Work, num_threads: int) -> None:
-        self._work, self._lock = work, threading.Lock()
+    def __init__(self, stored: "list[ray.ObjectRef[_Work]]", num_threads: int) -> None:
+        """stored: a list, or Ray would keep the work itself, and complain that it cannot start the actor again."""
+        import ray
+
+        self._work, self._lock = ray.get(stored[0]), threading.Lock()
         self._encoder: ShardEncoder | None = None
         torch.set_num_threads(num_threads)
 
@@ -271,8 +278,8 @@ def _on_cluster(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedS
             max_restarts=cluster.max_failures,
             max_task_retries=cluster.max_failures,
         )(_Worker)
-        shared = ray.put(work)
-        workers = [actor.remote(shared, cluster.cpus_per_worker) for _ in range(count)]
+        stored = [ray.put(work)]
+        workers = [actor.remote(stored, cluster.cpus_per_worker) for _ in range(count)]
         waiting = iter(tasks)
         running = {
             worker.shard.remote(shard): worker
