@@ -21,6 +21,7 @@ from gmdist.train.control import Clock, Control, Skips, is_sound
 from gmdist.train.cost import FlopCount, Profile, explaining_memory, peak_flops, peak_memory_gib
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
+from gmdist.train.held_out import Measure, held_out_means
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, learning_rate, trained_children
@@ -48,8 +49,11 @@ class Trainer:
         test_data: Source | None = None,
         device: torch.device | None = None,
         hooks: Hooks | None = None,
+        measure: Measure | None = None,
     ) -> None:
         """Set up engines and resume from the newest sound checkpoint in `run_dir`, if there is one.
+
+        `measure` finds what an evaluation says beside the family's own metrics, from its averaged weights.
 
         Raises:
             ConfigError: the workers do not divide the batch, or a trained child has no optimizer.
@@ -58,6 +62,7 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self.config, self.optim, self.identity = config, optim, identity
         self.run_dir, self.data, self.test_data, self.hooks = run_dir, data, test_data, hooks or Hooks()
+        self._measure = measure
         self.batch_size = identity.batch_size
         self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size())
         self.step, self.seen, self._digest = 0, 0, 0
@@ -173,7 +178,7 @@ class Trainer:
                     continue
                 if self.step % config.log_every == 0 or last:
                     self._write_metrics(clock)
-                if config.evaluate_every and self.test_data and (self.step % config.evaluate_every == 0 or last):
+                if config.evaluate_every and (self.step % config.evaluate_every == 0 or last):
                     with clock.paused():
                         self._evaluate()
                 if config.sample_every and (self.step % config.sample_every == 0 or last):
@@ -318,14 +323,13 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        assert self.test_data is not None
-        averages = Averages(self.device)
         with self._averaged_weights():
-            for loaded in self.test_data.sweep(self.micro_batch_size):
-                batch = loaded.batch_on(self.device)
-                averages.add(self.family.evaluate(batch), weight=float(len(batch["key"])))
-                self.hooks.beat()
-        line = {f"test/{name}": value for name, value in averages.reduce().items()}
+            found: dict[str, float] = {}
+            if self.test_data is not None:
+                found = held_out_means(self.family, self.test_data, self.micro_batch_size, self.device, self.hooks.beat)
+            if self._measure is not None:
+                found |= self._measure(self.family, self.hooks.beat)
+        line = {f"test/{name}": value for name, value in found.items()}
         best = self.config.best_metric
         if best is not None and best not in line:
             raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(line) or 'no metric'}")
