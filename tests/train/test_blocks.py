@@ -149,7 +149,8 @@ def test_a_compiled_run_that_goes_on_ends_with_the_same_bits(recomputed: bool, g
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_each_kind_of_block_is_one_graph(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
     fit(Widening(), tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
-    assert len(graphs) == len(Widening.widths) and not torch._dynamo.utils.counters["graph_break"]
+    assert len(graphs) == len(Widening.widths)
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
