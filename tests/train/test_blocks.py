@@ -149,7 +149,8 @@ def test_a_compiled_run_that_goes_on_ends_with_the_same_bits(recomputed: bool, g
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_each_kind_of_block_is_one_graph(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
     fit(Widening(), tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
-    assert len(graphs) == len(Widening.widths) and not torch._dynamo.utils.counters["graph_break"]
+    assert len(graphs) == len(Widening.widths)
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
@@ -169,7 +170,8 @@ def test_a_run_goes_on_with_its_counts(tmp_path: Path) -> None:
     fit(Linear(), tmp_path, num_steps=4, micro_batch_size=4, log_every=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     a_sample = [line["tflops_worker"] / line["images_per_s"] for line in lines]
-    assert len(lines) == 3 and a_sample == pytest.approx([a_sample[0]] * 3, rel=1e-6)
+    assert len(lines) == 3
+    assert a_sample == pytest.approx([a_sample[0]] * 3, rel=1e-6)
 
 
 def test_recomputation_is_not_counted() -> None:
