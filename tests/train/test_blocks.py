@@ -170,7 +170,8 @@ def test_a_run_goes_on_with_its_counts(tmp_path: Path) -> None:
     fit(Linear(), tmp_path, num_steps=4, micro_batch_size=4, log_every=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     a_sample = [line["tflops_worker"] / line["images_per_s"] for line in lines]
-    assert len(lines) == 3 and a_sample == pytest.approx([a_sample[0]] * 3, rel=1e-6)
+    assert len(lines) == 3
+    assert a_sample == pytest.approx([a_sample[0]] * 3, rel=1e-6)
 
 
 def test_recomputation_is_not_counted() -> None:
