@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
 
+    evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
+    evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    evaluate.add_argument("--metrics", help="of fid,kid,pr; default: the run's evaluation.metrics, or all")
+    evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
+    evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
+    evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
+
     report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
     report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
@@ -158,6 +165,15 @@ def _sample(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from gmdist.launch.evaluate import EvaluationRequest, evaluate, table
+
+    metrics = None if options.metrics is None else tuple(options.metrics.split(","))
+    request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
+    print(table(evaluate(options.run, request)))
+    return EXIT_DONE
+
+
 def _report(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, draw
     from gmdist.report.page import write
@@ -168,9 +184,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _data_make(options: argparse.Namespace) -> int:
     from gmdist.data.samples import make
+    from gmdist.launch.classifier import ensure_classifier
 
     for split, manifest in make(options.name, options.destination).items():
         print(f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards")
+    print(ensure_classifier(options.name, options.destination))
     return EXIT_DONE
 
 

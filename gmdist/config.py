@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gmdist import storage
 from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
+from gmdist.evaluation.config import EvaluationConfig
 from gmdist.families import CATALOGUE
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
@@ -92,6 +93,7 @@ class Config:
     train: TrainConfig
     cluster: ClusterConfig
     run: RunConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_yaml(self) -> str:
         """The config file that repeats this run."""
@@ -101,13 +103,20 @@ class Config:
             "data": _plain(self.data),
             "optim": {child: _plain(optim) for child, optim in self.optim.items()},
             "train": _plain(self.train),
+            "evaluation": _plain(self.evaluation),
             "cluster": _plain(self.cluster),
             "run": {"dir": self.run.dir},
         }
         return yaml.safe_dump(tree, sort_keys=False)
 
 
-_SECTIONS: dict[str, type] = {"data": DataConfig, "train": TrainConfig, "cluster": ClusterConfig, "run": RunConfig}
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "cluster": ClusterConfig,
+    "run": RunConfig,
+}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
@@ -157,6 +166,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
         train=_structured(TrainConfig, tree["train"], "train"),
         cluster=_structured(ClusterConfig, tree.get("cluster", {}), "cluster"),
         run=_structured(RunConfig, tree["run"], "run"),
+        evaluation=_structured(EvaluationConfig, tree.get("evaluation", {}), "evaluation"),
     )
     _check(config)
     _make_absolute(config)
@@ -167,12 +177,13 @@ def _check(config: Config) -> None:
     config.data.validate()
     config.train.validate()
     config.cluster.validate()
+    config.evaluation.validate()
     for child, optim in config.optim.items():
         optim.validate(f"optim.{child}")
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
-    if config.train.best_metric is not None and config.data.test is None:
+    if config.train.best_metric is not None and config.data.test is None and not config.evaluation.metrics:
         raise ConfigError("data.test: missing; train.best_metric needs it")
     config.cluster.sizes(config.data.batch_size)
     if not config.run.dir:
@@ -184,6 +195,7 @@ def _make_absolute(config: Config) -> None:
     """Let every process, in whatever folder it runs, find what the user meant from theirs."""
     config.run.dir = storage.absolute(config.run.dir)
     config.data.make_absolute()
+    config.evaluation.make_absolute()
     _make_locations_absolute(config.family)
 
 

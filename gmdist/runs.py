@@ -21,6 +21,7 @@ from gmdist.data.latents import FirstStage, check_latents
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.evaluator import open_evaluator, open_features
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
@@ -168,6 +169,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     with torch.device("meta"):
         family = build_family(config, lambda *first: opened.append(first))
     check_precision(family, trained_children(family, config.optim), config.train.precision)
+    if _measures(config):
+        open_features(config)
     found, warnings = None, list[str]()
     if not config.run.overwrite:
         found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
@@ -190,6 +193,11 @@ def identify(run: str, family: Family, step: int) -> FirstStage:
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     tree = yaml.safe_load(read_config(run_dir).to_yaml())
     return FirstStage(run_dir, step, tree["family"], state.hexdigest())
+
+
+def _measures(config: Config) -> bool:
+    """Whether generated images are measured during training."""
+    return config.train.evaluate_every is not None and bool(config.evaluation.metrics)
 
 
 def clear(run_dir: str) -> None:
@@ -233,6 +241,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     for key, loader in (("data.train", data), ("data.test", test)):
         if loader is not None:
             _check_agreement(key, loader)
+    measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
     trainer = Trainer(
         build_family(config),
         config.train,
@@ -244,6 +253,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         test,
         device,
         hooks,
+        measure,
     )
     try:
         if rank() == 0:

@@ -19,15 +19,19 @@ ALLOWED = {
     "storage": {"s3", "ranged", "checksum"},
     "images": set(),
     "nets": set(),
+    "interchange": {"nets"},
     "diffusion": set(),
     "data": {"storage", "s3", "ranged", "checksum", "rng"},
     "families": {"nets", "diffusion", "rng"},
     "train": {"families.family", "storage", "checksum", "rng", "images"},
-    "evaluation": {"families.family", "storage", "rng"},
-    "config": {"families", "data", "train", "storage"},
-    "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
+    "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng"},
+    "config": {"families", "data", "train", "evaluation.config", "storage"},
+    "evaluator": {"config", "data", "evaluation", "families.family"},
+    "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng"},
     "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
-    "launch": {"runs", "config", "data", "families", "train", "evaluation", "report", "storage", "images"},
+    "launch": {
+        *("runs", "config", "evaluator", "families", "data", "train", "evaluation", "report", "storage", "images")
+    },
     "doctor": set(),
     "cli": {"launch", "config", "data", "report", "doctor"},
 }
@@ -101,7 +105,7 @@ def import_problem(modules: list[str], without: list[str]) -> str:
 
 
 def test_training_packages_import_without_ray_and_deepspeed() -> None:
-    rooms = {"train", "families", "nets", "diffusion", "data", "evaluation", "runs"}
+    rooms = {"train", "families", "nets", "interchange", "diffusion", "data", "evaluation", "evaluator", "runs"}
     modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES]
     chosen = [module for module in modules if room_of(module) in rooms and not module.endswith("__init__")]
     assert len(chosen) > 40

@@ -162,7 +162,7 @@ def check_size(image: UInt8Array, size: int) -> None:
     if (height, width) != (size, size):
         raise DataError(
             f"the image is {width}x{height}, but data.image_size is {size}; pack the data set again with "
-            f"`gmdist data pack SRC DEST --image-size {size}`, or set data.image_size"
+            f"`gmdist data pack SRC DEST --image-size {size}`, or set data.resize or data.image_size"
         )
 
 

@@ -118,14 +118,18 @@ class ShardEncoder:
                 for key, members, image in batch:
                     if isinstance(image, str):
                         unreadable.append(f"{location}: {key}: {image}")
-                        writer.add(key, members | {UNREADABLE: image.encode()})
-                    else:
-                        writer.add(key, members | next(arrays))
+                    made = {UNREADABLE: image.encode()} if isinstance(image, str) else next(arrays)
+                    for name in members.keys() & made.keys():
+                        raise DataError(f"{location}: {key}: has a member {name} already; rename it")
+                    writer.add(key, members | made)
         return EncodedShard(writer.save(self._destination, shard.name), shard.num_bytes, unreadable)
 
     def _samples(self, shard: SourceShard, location: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Keys and members, compared with the index where there is one."""
-        version = storage.stat(location)
+        try:
+            version = storage.stat(location)
+        except FileNotFoundError as error:
+            raise DataError(f"{location}: missing; put it back, or run `gmdist data index {shard.folder}`") from error
         index = None if shard.entry is None else load_index(shard.folder, shard.entry)
         with open_sound(location, version) as file:
             count = 0

@@ -85,12 +85,14 @@ class Loader:
             augmented=True,
         )
 
-    def sweep(self, batch_size: int) -> Iterator[Loaded]:
+    def sweep(self, batch_size: int, count: int | None = None) -> Iterator[Loaded]:
         """Every sample once, shared among the workers, `batch_size` at a time; the last part may be smaller.
 
-        Several data sets come one after the other, whatever their weights.
+        Several data sets come one after the other, whatever their weights. With a `count`, so many samples at most,
+        spread evenly over all.
         """
-        numbers = owned(0, self.num_samples, self._rank, self._world_size)
+        count = min(count or self.num_samples, self.num_samples)
+        numbers = owned(0, count, self._rank, self._world_size) * self.num_samples // count
         parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         yield from self._ahead(lambda: iter(parts), self._one_after_the_other)
 

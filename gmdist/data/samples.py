@@ -15,6 +15,11 @@ from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 
 DIGITS_SIZE = 32  # pixels a side, from 8
+IMAGE_SHAPES = {  # of the embedded data sets: pixels a side, channels
+    "digits": (DIGITS_SIZE, 1),
+    "glyphs": (glyphs.GLYPH_SIZE, 1),
+    "glyphs-color": (glyphs.GLYPH_SIZE, 3),
+}
 _NUM_SHARDS = {"train": 16, "test": 4}
 _DIGITS_TEST_EVERY = 6  # of each class
 
@@ -55,7 +60,7 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
     if name == "digits":
         classes = tuple(str(digit) for digit in range(10))
         contents = {split: list(digits(split)) for split in _NUM_SHARDS}
-    elif name in ("glyphs", "glyphs-color"):
+    elif name in IMAGE_SHAPES:
         found = glyphs.glyphs()
         characters = sorted({glyph.character for glyph in found})
         labels = {character: label for label, character in enumerate(characters)}
@@ -65,7 +70,7 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
             for split, part in glyphs.split(found).items()
         }
     else:
-        raise ConfigError(f"data make: no embedded data set '{name}'; there are: digits, glyphs, glyphs-color")
+        raise ConfigError(f"data make: no embedded data set '{name}'; there are: {', '.join(IMAGE_SHAPES)}")
     return {
         split: _write(samples, storage.join(destination, split), classes, _NUM_SHARDS[split])
         for split, samples in contents.items()

@@ -41,12 +41,12 @@ _MAX_TIMESTEPS = 1_000_000
 _WITH_BETAS = ("linear", "scaled_linear", "sigmoid")
 _WITH_SNR = ("eps", "x0", "v")
 _DIVIDE_BY_ALPHA = ("euler", "euler_ancestral", "heun")
-_IS_FOR = {  # why a prediction does not go with a schedule
-    "eps": "'eps' is for discrete schedules",
-    "x0": "'x0' is for discrete schedules",
-    "v": "'v' needs alpha^2 + sigma^2 = 1",
-    "flow": "'flow' is the direction of a straight path",
-    "edm": "'edm' needs alpha = 1",
+_PREDICTION_NEEDS = {
+    "eps": "is for discrete schedules",
+    "x0": "is for discrete schedules",
+    "v": "needs alpha^2 + sigma^2 = 1",
+    "flow": "is the direction of a straight path",
+    "edm": "needs alpha = 1",
 }
 
 
@@ -64,8 +64,13 @@ class SamplerConfig:
 
     def problem(self, diffusion: "DiffusionConfig") -> str | None:
         """Why these settings cannot be, with a process that has no problem itself; None if they can."""
-        spacing = self.spacing_for(diffusion.schedule)
-        timesteps = diffusion.num_timesteps
+        return self._name_problem(diffusion) or self._guidance_problem() or self._steps_problem(diffusion)
+
+    def spacing_for(self, schedule: str) -> str:
+        """The spacing asked for, or the first that the schedule has."""
+        return self.spacing or _spacings_of(schedule)[0]
+
+    def _name_problem(self, diffusion: "DiffusionConfig") -> str | None:
         if self.name not in SAMPLERS:
             return f"name: '{self.name}'; must be one of {', '.join(SAMPLERS)}"
         if self.name == "flow_euler" and diffusion.schedule != "flow":
@@ -74,36 +79,37 @@ class SamplerConfig:
             others = [name for name in SAMPLERS if name not in _DIVIDE_BY_ALPHA]
             if diffusion.schedule != "flow":
                 others.remove("flow_euler")
-            return f"name: '{self.name}'; cannot start where alpha is 0; must be one of {', '.join(others)}"
-        if self.name == "heun" and diffusion.schedule == "cosine" and spacing != "leading":
+            return f"name: '{self.name}'; cannot start where alpha is 0; use {' or '.join(others)}"
+        if self.name == "heun" and diffusion.schedule == "cosine" and self.spacing != "leading":
             # From sigma / alpha = 20,000 down to 30: the slopes at both ends say little of what is between.
-            return (
-                "name: 'heun'; with schedule 'cosine' it needs spacing 'leading': the first step is too long otherwise"
-            )
-        most = timesteps if diffusion.is_discrete else _MAX_TIMESTEPS
-        if not 1 <= self.num_steps <= most:
-            return f"num_steps: {self.num_steps}; must be between 1 and {most}"
+            return "name: 'heun'; with schedule 'cosine' needs spacing 'leading', or its first step is too long"
+        return None
+
+    def _guidance_problem(self) -> str | None:
         if not 0.0 <= self.guidance < math.inf:
             return f"guidance: {self.guidance}; must be a number of at least 0"
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0.0 <= low < high:
                 return f"guidance_interval: {[low, high]}; must be [low, high] with 0 <= low < high (.inf: no end)"
+        return None
+
+    def _steps_problem(self, diffusion: "DiffusionConfig") -> str | None:
+        spacing = self.spacing_for(diffusion.schedule)
+        most = diffusion.num_timesteps if diffusion.is_discrete else _MAX_TIMESTEPS
+        if not 1 <= self.num_steps <= most:
+            return f"num_steps: {self.num_steps}; must be between 1 and {most}"
         valid = _spacings_of(diffusion.schedule)
         if spacing not in valid:
-            return f"spacing: '{spacing}'; with schedule '{diffusion.schedule}' it must be one of {', '.join(valid)}"
+            return f"spacing: '{spacing}'; with schedule '{diffusion.schedule}' use {' or '.join(valid)}"
         if spacing == "leading" and diffusion.zero_terminal_snr:
             return "spacing: 'leading'; with zero_terminal_snr sampling must begin at the last timestep: use trailing"
         if not self.ends_clean:
             if not diffusion.is_discrete:
                 return "ends_clean: false; is for discrete schedules"
-            if TIMESTEP_SPACINGS[spacing](timesteps, self.num_steps)[-1] == 0:
+            if TIMESTEP_SPACINGS[spacing](diffusion.num_timesteps, self.num_steps)[-1] == 0:
                 return "ends_clean: false; the last of these steps is at timestep 0 already: use fewer, or 'leading'"
         return None
-
-    def spacing_for(self, schedule: str) -> str:
-        """The spacing asked for, or the first that the schedule has."""
-        return self.spacing or _spacings_of(schedule)[0]
 
 
 @dataclass
@@ -162,9 +168,9 @@ class DiffusionConfig:
             return f"prediction: '{self.prediction}'; must be one of {', '.join(PREDICTIONS)}"
         valid = _WITH_SNR if self.is_discrete else (self.schedule,)
         if self.prediction not in valid:
+            reason = _PREDICTION_NEEDS[self.prediction]
             return (
-                f"prediction: '{self.prediction}'; with schedule '{self.schedule}' it must be one of "
-                f"{', '.join(valid)}: {_IS_FOR[self.prediction]}"
+                f"prediction: '{self.prediction}'; {reason}; with schedule '{self.schedule}' use {' or '.join(valid)}"
             )
         if self.prediction == "eps" and self.zero_terminal_snr:
             return "prediction: 'eps'; with zero_terminal_snr must be x0 or v: pure noise says nothing of the data"
@@ -176,7 +182,7 @@ class DiffusionConfig:
         if self.weight in ("min_snr", "p2") and self.prediction not in _WITH_SNR:
             return f"weight: '{self.weight}'; is for predictions eps, x0 and v; with '{self.prediction}' use uniform"
         if self.weight == "edm" and self.prediction != "edm":
-            return f"weight: 'edm'; is for prediction edm; with '{self.prediction}' use another"
+            return f"weight: 'edm'; is for prediction edm; with '{self.prediction}' use uniform"
         if self.weight_gamma is not None:
             if self.weight not in ("min_snr", "p2"):
                 return f"weight_gamma: {self.weight_gamma}; belongs to weights min_snr and p2, not to '{self.weight}'"

@@ -111,7 +111,7 @@ class EDMNoise:
 
     p_mean: float = -1.2  # of ln sigma in training; EDM2's are -0.4 and 1.0 on latents, -0.8 and 1.6 on pixels
     p_std: float = 1.2
-    sigma_data: float = 0.5
+    sigma_data: float = 0.5  # of pixels in [-1, 1]; latents are scaled to 1
     sigma_min: float = 0.002  # of sampling
     sigma_max: float = 80.0
     rho: float = 7.0  # how closely sampling is spaced at low noise (Eq. 5)

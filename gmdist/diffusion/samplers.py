@@ -91,7 +91,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -
     x_0 is extrapolated along lambda = ln(alpha / sigma) from its last two predictions. The first step has order one,
     and so has the last where it removes all noise or where steps are few, which keeps it stable.
     """
-    lambdas = [math.inf if sigma == 0.0 else math.log(alpha / sigma) if alpha else -math.inf for alpha, sigma in path]
+    lambdas = [_log_ratio(level) for level in path]
     last = len(path) - 2
     before = None
     for i, ((_, sigma), (next_alpha, next_sigma)) in enumerate(pairwise(path)):
@@ -104,6 +104,14 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -
         x = (next_sigma / sigma) * x - (next_alpha * math.expm1(-h)) * direction
         before = x0
     return x
+
+
+def _log_ratio(level: Level) -> float:
+    """ln(alpha / sigma), infinite at pure noise and at clean data."""
+    alpha, sigma = level
+    if alpha == 0.0 or sigma == 0.0:
+        return math.inf if alpha else -math.inf
+    return math.log(alpha / sigma)
 
 
 def flow_euler(denoise: Denoise, x: Tensor, path: Sequence[Level], noise: Noise) -> Tensor:

@@ -29,7 +29,7 @@ from gmdist.config import Config
 from gmdist.errors import RunFailedError
 from gmdist.launch.cluster import START_TIMEOUT_S
 from gmdist.launch.mailbox import Failure, Mailbox, News, WorkersFailedError
-from gmdist.launch.placement import PlacementCallback, remove_placement
+from gmdist.launch.placement import ControllerNote, remove_placements
 from gmdist.launch.watch import Stopper, Surroundings
 from gmdist.launch.worker import work
 from gmdist.train.hooks import Outcome, Progress
@@ -99,7 +99,7 @@ def attempt(
             stopper.mailbox = None
     (result,) = ended
     if isinstance(result, Failure):
-        remove_placement(mailbox)
+        remove_placements(mailbox)
     ray.kill(mailbox)
     if isinstance(result, Failure):
         raise WorkersFailedError(_cause(failures, result))
@@ -150,7 +150,7 @@ def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> _Trai
         run_config=RunConfig(
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
-            callbacks=[PlacementCallback(mailbox)],
+            callbacks=[ControllerNote(mailbox)],
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig("CRITICAL"),
             worker_runtime_env={"env_vars": environment},

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +35,11 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     already = ray.is_initialized()
     try:
         if not already:
-            _connect(config)
+            with _own_handler():
+                _connect(config)
         check_resources(config)
         yield
-    except SystemExit as error:  # Ray's own answer to a SIGTERM while it starts
+    except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
         raise KeyboardInterrupt from error
     finally:
         if not already:
@@ -54,7 +56,7 @@ def _connect(config: ClusterConfig) -> None:
         with _own_address(), _groups_of_their_own():
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, config.worker_range[1] * config.cpus_per_worker),
+                num_cpus=max(os.cpu_count() or 1, config.worker_range[0] * config.cpus_per_worker),
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 logging_level="ERROR",
@@ -104,6 +106,21 @@ def _groups_of_their_own() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = original
+
+
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keep the handler of SIGTERM, if there is one, while this holds.
+
+    Ray would set its own, which leaves Ray's start in the middle, and processes of it behind.
+    """
+    original = ray._private.utils.set_sigterm_handler
+    if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None):
+        ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = original
 
 
 @contextmanager

@@ -35,11 +35,15 @@ def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], 
     """
     location = storage.join(run_dir, LEASE_NAME)
     _wait_until_free(location, on_message)
+    is_new = not storage.is_s3(run_dir) and not os.path.isdir(run_dir)
     lease = Lease(location, on_lost)
     try:
         yield lease
     finally:
         lease.release()
+        if is_new:
+            with suppress(OSError):  # nothing was written
+                os.rmdir(run_dir)
 
 
 class Lease:

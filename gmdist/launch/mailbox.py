@@ -4,7 +4,6 @@ The actor's process imports this file and what it sends: without torch it is the
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from gmdist import errors
 from gmdist.train.hooks import Progress
@@ -55,7 +54,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._news = News()
         self._wishes = Wishes()
-        self._placement: Any = None
+        self._controller: str | None = None
 
     def exchange(self, progress: Progress | None, messages: list[str]) -> Wishes:
         """A worker's news; answers what the driver wants of it."""
@@ -67,13 +66,13 @@ class Mailbox:
         """A worker's last words."""
         self._news.failures.append(failure)
 
-    def keep_placement(self, placement_group: Any) -> None:
-        """Ray Train's controller tells where its workers are."""
-        self._placement = placement_group
+    def keep_controller(self, actor_id: str) -> None:
+        """Ray Train's controller tells which actor it is."""
+        self._controller = actor_id
 
-    def placement(self) -> Any:
-        """The placement group of the workers; None if they have none yet."""
-        return self._placement
+    def controller(self) -> str | None:
+        """The controller's actor; None if it has not begun."""
+        return self._controller
 
     def collect(self) -> News:
         """The driver takes what has come."""

@@ -1,6 +1,5 @@
 """Images from a run: a grid, or one PNG each."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +49,6 @@ def draw(run: str, request: SampleRequest) -> Tensor:
         raise ConfigError(f"--num-images: {request.num_images}; must be at least 1")
     if not 0 <= request.seed < 2**31:
         raise ConfigError(f"--seed: {request.seed}; must be between 0 and {2**31 - 1}")
-    if request.guidance is not None and not math.isfinite(request.guidance):
-        raise ConfigError(f"--guidance: {request.guidance}; must be a number")
     if request.label is not None and not 0 <= request.label < classes:
         valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
         raise ConfigError(f"--label: {request.label}; {valid}")

@@ -46,7 +46,6 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         stopper.installed(),
         held(config.run.dir, on_message, stopper.ask) as lease,
         connected(config.cluster),
-        stopper.installed(),  # again: Ray takes SIGTERM for itself when it starts
     ):
         lease.confirm()  # after Ray's start: another command has had the time to write its own
         stopper.check()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import timestep_embedding
+from gmdist.nets.blocks import at_least_fp32, timestep_embedding
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
@@ -141,17 +141,14 @@ class DiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patches.weight.flatten(1))  # as the linear layer of a patch's pixels that it is
-        nn.init.zeros_(self.patches.bias)
-        for embedding in (self.time[0], self.time[2], self.label):
-            if embedding is not None:
-                nn.init.normal_(embedding.weight, std=0.02)
-        for last in (self.out, self.modulation_out, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(last.weight)
+        for name, parameter in self.named_parameters():
+            first = name.partition(".")[0]
+            if name.endswith(".bias") or "modulation" in name or first == "out":
+                nn.init.zeros_(parameter)
+            elif first in ("time", "label"):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))  # patches too: a linear layer of their pixels
 
     def forward(self, x: Tensor, timesteps: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict eps, v, or whatever the loss asks for.
@@ -162,11 +159,11 @@ class DiT(nn.Module):
             label: int64 [N]; `num_classes` means "no class". For a network with classes, and no other.
 
         Returns:
-            [N, C, H, W], float32. The channels of a learned variance are left out.
+            [N, C, H, W], at least fp32. The channels of a learned variance are left out.
         """
         assert x.shape[2] == x.shape[3] == self.size, (x.shape, self.size)
-        shift = self.config.frequency_shift
-        condition = self.time(timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=shift))  # [N, width]
+        frequencies = timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=self.config.frequency_shift)
+        condition = self.time(frequencies.to(x.dtype))  # [N, width]
         if self.label is not None:
             assert label is not None
             condition = condition + self.label(label)
@@ -175,7 +172,7 @@ class DiT(nn.Module):
             tokens = block(tokens, condition)
         shift_out, scale_out = self.modulation_out(F.silu(condition)).chunk(2, dim=1)
         tokens = self.out(modulate(self.norm_out(tokens), shift_out, scale_out))  # [N, L, patch * patch * channels]
-        return self._joined(tokens)[:, : self.in_channels].float()
+        return at_least_fp32(self._joined(tokens)[:, : self.in_channels])
 
     def _joined(self, tokens: Tensor) -> Tensor:
         """Tokens [N, L, patch * patch * channels], channels last, -> [N, channels, H, W]."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _Check = Callable[[Any], bool]
 
@@ -63,6 +63,7 @@ _FIELDS: dict[str, _Check] = {
     "left_out": _list_of(_pair_of(_count)),  # numbers of samples: first, last + 1
     "skips": _record({"total": _count, "in_a_row": _count, "since": _count}),
     "averages": _list_of(_by_name(_pair_of(_a(float)))),  # of each worker: sum and weight by name
+    "flops": _by_name(_a(float)),  # of a sample, by phase
     "batch_size": _count,
     "order_digest": _digest,
     "evaluation": _by_name(_a(float)),

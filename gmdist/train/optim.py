@@ -24,8 +24,8 @@ class OptimConfig:
     eps: float = 1e-8  # adamw, adam, adamax
     momentum: float = 0.9  # sgd
     weight_decay: float = 0.0  # of matrices and kernels; norms, biases and embeddings never decay
-    # constant; cosine, linear: from lr at the end of the warm-up to final_lr at the last step; inverse_sqrt: lr times
-    # the square root of warmup_steps / step
+    # constant; cosine, linear: from lr at the end of the warm-up to final_lr, which the step after the last would have;
+    # inverse_sqrt: lr times the square root of warmup_steps / step
     schedule: str = "constant"
     final_lr: float = 0.0  # cosine, linear
     warmup_steps: int = 0  # linear from 0

@@ -21,6 +21,7 @@ from gmdist.train.control import Clock, Control, Skips, is_sound
 from gmdist.train.cost import FlopCount, Profile, explaining_memory, peak_flops, peak_memory_gib
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
+from gmdist.train.held_out import Measure, held_out_means
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, learning_rate, trained_children
@@ -48,8 +49,11 @@ class Trainer:
         test_data: Source | None = None,
         device: torch.device | None = None,
         hooks: Hooks | None = None,
+        measure: Measure | None = None,
     ) -> None:
         """Set up engines and resume from the newest sound checkpoint in `run_dir`, if there is one.
+
+        `measure` finds what an evaluation says beside the family's own metrics, from its averaged weights.
 
         Raises:
             ConfigError: the workers do not divide the batch, or a trained child has no optimizer.
@@ -58,6 +62,7 @@ class Trainer:
         self.device = device or torch.device("cpu")
         self.config, self.optim, self.identity = config, optim, identity
         self.run_dir, self.data, self.test_data, self.hooks = run_dir, data, test_data, hooks or Hooks()
+        self._measure = measure
         self.batch_size = identity.batch_size
         self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size())
         self.step, self.seen, self._digest = 0, 0, 0
@@ -91,6 +96,7 @@ class Trainer:
         }
         self.ema = EMA([self.units[name] for name in family.averaged], config.ema_halflife_kimg, config.ema_ramp)
         self._averages = Averages(self.device)
+        self._flops = FlopCount()
         if found is not None:
             self._load(found)
         self._saver = Saver(
@@ -99,7 +105,6 @@ class Trainer:
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
-        self._flops = FlopCount()
         self._quarantine = Quarantine(run_dir)
         self._waited_s = 0.0
         self._counted = data.counters()
@@ -120,7 +125,7 @@ class Trainer:
             for i, micro_batch in enumerate(micro_batches):
                 # Dropout is the one user of torch's generator: begun anew, it does not depend on where a run resumed.
                 torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
-                with self._flops.counting(phase):
+                with self._flops.counting(phase, len(micro_batch["key"])):
                     metrics = unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches))
                 self._averages.add(metrics)
             norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
@@ -173,7 +178,7 @@ class Trainer:
                     continue
                 if self.step % config.log_every == 0 or last:
                     self._write_metrics(clock)
-                if config.evaluate_every and self.test_data and (self.step % config.evaluate_every == 0 or last):
+                if config.evaluate_every and (self.step % config.evaluate_every == 0 or last):
                     with clock.paused():
                         self._evaluate()
                 if config.sample_every and (self.step % config.sample_every == 0 or last):
@@ -284,7 +289,7 @@ class Trainer:
         images_per_s = steps * self.batch_size / seconds
         found = {"images_per_s": images_per_s, "images_per_s_worker": images_per_s / world_size()}
         found["memory_gib"] = peak_memory_gib(self.device)
-        flops = self._flops.a_step(self.batch_size // world_size() // self.micro_batch_size)
+        flops = self._flops.a_sample() * (self.batch_size // world_size())
         found["tflops_worker"] = flops * steps / seconds / 1e12
         peak = peak_flops(self.device, self.config.precision)
         if peak is not None:
@@ -318,14 +323,13 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        assert self.test_data is not None
-        averages = Averages(self.device)
         with self._averaged_weights():
-            for loaded in self.test_data.sweep(self.micro_batch_size):
-                batch = loaded.batch_on(self.device)
-                averages.add(self.family.evaluate(batch), weight=float(len(batch["key"])))
-                self.hooks.beat()
-        line = {f"test/{name}": value for name, value in averages.reduce().items()}
+            found: dict[str, float] = {}
+            if self.test_data is not None:
+                found = held_out_means(self.family, self.test_data, self.micro_batch_size, self.device, self.hooks.beat)
+            if self._measure is not None:
+                found |= self._measure(self.family, self.hooks.beat)
+        line = {f"test/{name}": value for name, value in found.items()}
         best = self.config.best_metric
         if best is not None and best not in line:
             raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(line) or 'no metric'}")
@@ -354,6 +358,7 @@ class Trainer:
             "left_out": self._left_out,
             "skips": self._skips.state(),
             "averages": self._averages.gather(),
+            "flops": self._flops.state(),
             "batch_size": self.batch_size,
             "order_digest": self._total_digest(),
             "evaluation": self._evaluated[1] if self._evaluated[0] == self.step else {},
@@ -378,6 +383,7 @@ class Trainer:
         self._left_out = [(first, stop) for first, stop in meta["left_out"]]
         self._skips.load(meta["skips"])
         self._averages.restore(meta["averages"])
+        self._flops.load(meta["flops"])
         # The digest is a sum over workers: one of them carries what was there before.
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
 

@@ -90,6 +90,16 @@ def test_a_source_that_is_not_its_index_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_shard_that_is_gone_and_a_member_in_the_way_are_named(tmp_path: Path) -> None:
+    listing = open_source(write(tmp_path / "in", {8: {"sums_flip.npy": b""}}))
+    encoder = encoder_of_sums(tmp_path / "out")
+    with pytest.raises(DataError, match="shard-1.tar: k8: has a member sums_flip.npy already; rename it"):
+        encoder.shard(listing.shards[1])
+    (tmp_path / "in/shard-2.tar").unlink()
+    with pytest.raises(DataError, match="shard-2.tar: missing; put it back, or run"):
+        encoder.shard(listing.shards[2])
+
+
 def record() -> Record:
     stage = FirstStage("runs/first", 3, {"name": "autoencoder_kl", "autoencoder": {"multipliers": [1, 2]}}, "00ff")
     return Record(stage, Transform(8, 3, "none", "center"), True, "source", {"moments": ([4, 2, 2], "float16")})

@@ -128,6 +128,19 @@ def test_guidance_is_used_within_its_interval_alone() -> None:
     assert not guided_run(1.0, None)[2]  # nothing to guide: half the work
 
 
+def test_pure_noise_is_above_every_interval() -> None:
+    both = []
+
+    def predict_both(seen: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        both.append(told[0].item())
+        return 0.3 * seen, 0.1 * seen
+
+    settings = SamplerConfig("flow_euler", 10, guidance=3.0, guidance_interval=(0.0, 4.1))
+    diffusion = Diffusion(DiffusionConfig("flow", prediction="flow", sampler=settings))
+    diffusion.sample(lambda seen, told: seen, torch.ones(1, 2), lambda i: pytest.fail("draws no noise"), predict_both)
+    assert both == pytest.approx([800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0])  # 0.9 / 0.1 is too much too
+
+
 def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     # Ho 2022, Eq. 6: at one step to clean data the result is the extrapolated x_0.
     sampler = SamplerConfig("ddim", 1, guidance=3.0)

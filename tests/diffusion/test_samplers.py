@@ -132,6 +132,21 @@ def test_one_step_to_clean_data_is_the_prediction(name: str) -> None:
     assert calls == [0]
 
 
+@pytest.mark.parametrize("steps", [14, 15])
+def test_dpm_solver_ends_with_a_step_of_order_one_where_steps_are_few(steps: int) -> None:
+    # As in Lu 2022's own code: below 15 steps, even where noise is left. A step of order one is DDIM's.
+    path = [COORDINATES["discrete"](ratio) for ratio in karras_sigmas(steps + 1, 0.05, 5.0).tolist()]
+    before: list[torch.Tensor] = []
+
+    def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
+        before[:] = [x]
+        return mixture.expectation(x, path[i], 0.3)
+
+    end = samplers.dpmpp_2m(denoise, torch.linspace(-2.0, 2.0, 9).double(), path, lambda i: before[0])
+    ddim = samplers.ddim(lambda x, i: mixture.expectation(x, path[-2], 0.3), before[0], path[-2:], lambda i: before[0])
+    assert torch.allclose(end, ddim, rtol=1e-9, atol=1e-12) == (steps < 15)
+
+
 def test_evaluations_of_the_denoiser() -> None:
     path = discrete_path(schedules.cosine(), trailing_timesteps(1000, 20))
     for name, sampler in SAMPLERS.items():

@@ -121,6 +121,17 @@ def test_preview_and_evaluate(name: str, device: torch.device) -> None:
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
+def test_what_is_encoded_is_of_each_image_alone(name: str, device: torch.device) -> None:
+    family, batch = ready(name, device).eval(), batch_on(device)
+    with torch.inference_mode():
+        whole, part = family.encode(batch["image"]), family.encode(batch["image"][2:5])
+    assert whole.keys() == part.keys()
+    assert not set(whole) & {"image", "label", "caption", "key"}
+    for key, encoded in whole.items():
+        assert len(encoded) == 8
+        torch.testing.assert_close(part[key], encoded[2:5], rtol=1e-3, atol=1e-4)
+
+
 def test_resumes_bit_exactly(name: str, device: torch.device, tmp_path: Path) -> None:
     whole = fit(small_family(name), tmp_path / "whole", device=device)
     fit(small_family(name), tmp_path / "parts", device=device, num_steps=3)

@@ -79,6 +79,18 @@ def test_each_part_holds_its_eighth_of_the_noise_levels() -> None:
         assert len(timesteps.unique()) > 16
 
 
+def test_each_part_has_noise_of_its_own() -> None:
+    noise: list[Tensor] = []
+
+    def predict(x: Tensor, conditioning: Tensor) -> Tensor:
+        noise.append(x / (conditioning / 1000.0).view(-1, 1, 1, 1))
+        return x
+
+    noise_level_losses(predict, Diffusion(DiffusionConfig("flow", prediction="flow")), 0.0 * data(), KEYS, 0)
+    together = torch.corrcoef(torch.stack(noise).flatten(1))
+    assert (together - torch.eye(NOISE_BINS)).abs().max() < 0.2
+
+
 def test_the_validation_loss_estimates_the_training_loss() -> None:
     diffusion = Diffusion(DiffusionConfig("cosine", prediction="v", weight="min_snr"))
     keys = torch.arange(4000)

@@ -104,6 +104,17 @@ def test_whoever_loses_it_is_told_and_leaves_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / LEASE_NAME).read_text())["id"] == "other"
 
 
+def test_a_folder_that_was_made_for_it_alone_goes_with_it(tmp_path: Path) -> None:
+    for there, written in ((False, False), (False, True), (True, False)):
+        run_dir = tmp_path / f"{there}-{written}"
+        if there:
+            run_dir.mkdir()
+        with held(str(run_dir), ignore, ignore):
+            if written:
+                (run_dir / "config.yaml").touch()
+        assert run_dir.exists() == (there or written)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"pid": 1}'])
 def test_a_damaged_one_does_no_harm(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LEASE_NAME).write_bytes(content)

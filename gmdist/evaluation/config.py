@@ -1,0 +1,44 @@
+"""What is measured of generated images, and by which features: the `evaluation` section of a config."""
+
+from dataclasses import dataclass
+
+from gmdist import storage
+from gmdist.errors import ConfigError
+
+METRICS = ("fid", "kid", "pr")
+NUM_NEIGHBORS = 3  # of an image, that its neighbourhood reaches to (Kynkaanniemi 2019, Sec. 3)
+
+
+@dataclass
+class EvaluationConfig:
+    """How generated images are compared with real ones."""
+
+    # Of fid, kid, pr (precision and recall), at each train.evaluate_every; none: training does not generate for it.
+    metrics: tuple[str, ...] = ()
+    features: str | None = None  # a classifier or an Inception file, local or s3://; None: that beside the data set
+    reference: str | None = None  # shards of real images; None: data.test, or the training data where there is none
+    num_images: int = 5000  # that are generated
+    num_reference_images: int = 50_000  # most real images that are read, spread evenly over the data set
+    batch_size: int = 50  # images that a worker passes through at once
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that cannot be."""
+        for metric in self.metrics:
+            if metric not in METRICS or self.metrics.count(metric) > 1:
+                raise ConfigError(f"evaluation.metrics: '{metric}'; must be of {', '.join(METRICS)}, each once")
+        for key, least in (("num_images", NUM_NEIGHBORS + 1), ("num_reference_images", NUM_NEIGHBORS + 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"evaluation.{key}: {getattr(self, key)}; must be at least {least}")
+        if self.batch_size < 1:
+            raise ConfigError(f"evaluation.batch_size: {self.batch_size}; must be at least 1")
+        for key in ("features", "reference"):
+            location = getattr(self, key)
+            if location is not None:
+                if not location:
+                    raise ConfigError(f"evaluation.{key}: ''; must be a path or an s3:// location, or null")
+                storage.is_s3(location)
+
+    def make_absolute(self) -> None:
+        """Let every process, in whatever folder it runs, find what the user meant from theirs."""
+        self.features = self.features and storage.absolute(self.features)
+        self.reference = self.reference and storage.absolute(self.reference)

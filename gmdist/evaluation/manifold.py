@@ -1,0 +1,60 @@
+"""Precision and recall of a set of features by the neighbourhoods of another (Kynkaanniemi 2019)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gmdist.evaluation.gather import place, summed
+
+_PAIRS_AT_ONCE = 1 << 22
+_ROUNDING = 1e-12  # of squared distances, relative to the squared lengths they are made of
+
+
+def precision_recall(generated: Tensor, real: Tensor, num_neighbors: int = 3) -> tuple[float, float]:
+    """Share of the generated that lie in the manifold of the real, and of the real in that of the generated.
+
+    A set's manifold is the union of balls around its points, each as large as the distance to the point's k-th nearest
+    neighbour (Eq. 1 and 2).
+
+    Args:
+        generated: features [N, D] with N > num_neighbors, the same on every worker; the workers share the pairs.
+        real: [M, D].
+        num_neighbors: k.
+    """
+    center = real.double().mean(dim=0)  # distances do not change, and lose less to rounding
+    generated, real = generated.double() - center, real.double() - center
+    return (
+        _share_inside(generated, real, _radii(real, num_neighbors)),
+        _share_inside(real, generated, _radii(generated, num_neighbors)),
+    )
+
+
+def _radii(points: Tensor, num_neighbors: int) -> Tensor:
+    """Squared distance of each point to its k-th nearest neighbour, float64 [N]."""
+    assert len(points) > num_neighbors, (len(points), num_neighbors)
+    rank, size = place()
+    radii = points.new_zeros(len(points))
+    # The nearest is the point itself.
+    nearest = [rows.kthvalue(num_neighbors + 1, dim=1).values for rows in _squared_distances(points, points)]
+    if nearest:
+        radii[rank::size] = torch.cat(nearest)
+    return summed(radii)
+
+
+def _share_inside(points: Tensor, centers: Tensor, radii: Tensor) -> float:
+    """Share of the points [N, D] that lie in a ball around any of the centers [M, D] with squared radii [M]."""
+    count = points.new_zeros(())
+    for rows in _squared_distances(points, centers):
+        count += (rows <= radii).any(dim=1).sum()
+    return float(summed(count)) / len(points)
+
+
+def _squared_distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
+    """Squared distances of this worker's points to all others, some rows [R, M] at a time."""
+    rank, size = place()
+    lengths = others.square().sum(dim=1)
+    for rows in points[rank::size].split(max(1, _PAIRS_AT_ONCE // len(others))):
+        sums = rows.square().sum(dim=1, keepdim=True) + lengths
+        squared = torch.addmm(sums, rows, others.T, alpha=-2.0)
+        yield torch.where(squared > _ROUNDING * sums, squared, 0.0)

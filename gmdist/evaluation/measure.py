@@ -1,0 +1,192 @@
+"""Generated images and reconstructions beside real ones: each worker makes its share, all get the same numbers."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gmdist.errors import DataError
+from gmdist.evaluation.config import NUM_NEIGHBORS, EvaluationConfig
+from gmdist.evaluation.features import Features
+from gmdist.evaluation.frechet import Moments, frechet_distance
+from gmdist.evaluation.gather import gathered, place, summed
+from gmdist.evaluation.kernel import kernel_distance
+from gmdist.evaluation.manifold import precision_recall
+from gmdist.families.family import Batch, Condition, Family
+
+_Part = TypeVar("_Part")
+Beat = Callable[[], None]  # called now and then: this worker is not stuck
+
+
+@dataclass(frozen=True)
+class Images:
+    """Real images as one worker reads them."""
+
+    num_images: int  # over all workers
+    batches: Callable[[int], Iterator[Batch]]  # this worker's, so many at once, on its device
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Images by their features, over all workers."""
+
+    moments: Moments
+    rows: Tensor | None  # [N, D] in the order of the keys; None where nothing asks for single images
+
+
+class Evaluator:
+    """Measures families; what it knows of the real images stays for the next time."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        features: Features,
+        reference: Images,
+        held_out: Images | None,
+        num_classes: int,
+        device: torch.device,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            config: what is measured, of how many.
+            features: that describe images.
+            reference: the real images that generated ones are compared with.
+            held_out: the images that are reconstructed; None: there are none.
+            num_classes: labels to generate, in turn; 0: none.
+            device: that images are made on.
+
+        Raises:
+            DataError: too few real images.
+        """
+        if reference.num_images <= NUM_NEIGHBORS:
+            raise DataError(
+                f"evaluation.reference: {reference.num_images} real images; at least {NUM_NEIGHBORS + 1} are needed"
+            )
+        self.config, self.device, self.num_classes = config, device, num_classes
+        self.features = features.to(device)
+        self._reference, self._held_out = reference, held_out
+        self._real: _Described | None = None
+        self._originals: _Described | None = None
+
+    def __call__(self, family: Family, beat: Beat = lambda: None) -> dict[str, float]:
+        """Measure a family, in eval mode; every worker calls it. {} where the config asks for nothing.
+
+        fid, kid, precision, recall of generated images, and label_agreement where they follow labels; rfid of
+        reconstructions where the family makes any.
+        """
+        metrics = self.config.metrics
+        if not metrics:
+            return {}
+        needs_rows = bool({"kid", "pr"} & set(metrics))
+        with torch.no_grad():
+            if self._real is None:
+                self._real = self._describe(self._read(self._reference, beat), needs_rows)
+            found: dict[str, float] = {}
+            generated = self._describe(self._generate(family, beat, found), needs_rows)
+            if "fid" in metrics:
+                found["fid"] = frechet_distance(generated.moments, self._real.moments)
+                found |= self._of_reconstructions(family, beat)
+            if generated.rows is not None and self._real.rows is not None:
+                if "kid" in metrics:
+                    found["kid"] = kernel_distance(generated.rows, self._real.rows)
+                if "pr" in metrics:
+                    found["precision"], found["recall"] = precision_recall(
+                        generated.rows, self._real.rows, NUM_NEIGHBORS
+                    )
+        return found
+
+    # Images and their features, [N] keys and [N, D]
+
+    def _describe(self, parts: Iterator[tuple[Tensor, Tensor]], keeps_rows: bool) -> _Described:
+        """Take in keys [n] and features [n, D] of all workers."""
+        width = self.features.width
+        moments = Moments(width, self.device)
+        keys = [torch.zeros(0, dtype=torch.int64, device=self.device)]  # a worker may have no image
+        rows = [torch.zeros(0, width, device=self.device)]
+        for key, features in parts:
+            moments.add(features)
+            if keeps_rows:
+                keys.append(key)
+                rows.append(features)
+        return _Described(moments.merged(), gathered(torch.cat(keys), torch.cat(rows)) if keeps_rows else None)
+
+    def _read(self, images: Images, beat: Beat) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in images.batches(self.config.batch_size):
+            yield batch["key"], self.features.of(batch["image"])
+            beat()
+
+    def _generate(self, family: Family, beat: Beat, found: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images that `gmdist sample` draws too: numbers 0 to N - 1, labels in turn.
+
+        At the end `found` has the label agreement. Which images are made together does not depend on the workers, so
+        neither do their bits.
+        """
+        numbers = torch.arange(self.config.num_images, device=self.device).split(self.config.batch_size)
+        follows_labels = self._follows_labels(family)
+        agreeing = torch.zeros((), dtype=torch.float64, device=self.device)
+        rank, size = place()
+        rounds = -(-len(numbers) // size)
+        for number, is_own in _in_step(iter(numbers[rank::size]), rounds, numbers[0]):
+            label = torch.remainder(number, self.num_classes) if self.num_classes else None
+            features = self.features.of(family.sample(number, Condition(label)))
+            beat()
+            if not is_own:
+                continue
+            classes = self.features.classes(features)
+            if follows_labels and classes is not None and label is not None:
+                agreeing += classes.eq(label).sum()
+            yield number, features
+        if follows_labels:
+            found["label_agreement"] = float(summed(agreeing)) / self.config.num_images
+
+    def _follows_labels(self, family: Family) -> bool:
+        """Whether a classifier can say if images show their label: the same key with another label is another image."""
+        network = self.features.network
+        known = getattr(getattr(network, "sizes", None), "num_classes", 0)
+        if self.num_classes < 2 or known != self.num_classes:
+            return False
+        key = torch.zeros(1, dtype=torch.int64, device=self.device)
+        one, other = (family.sample(key, Condition(torch.full_like(key, label))) for label in (0, 1))
+        return not torch.equal(one, other)
+
+    def _of_reconstructions(self, family: Family, beat: Beat) -> dict[str, float]:
+        """The Frechet distance between held-out images and what the family makes of them; {} if it does not."""
+        if self._held_out is None:
+            return {}
+        parts = self._reconstruct(family, self._held_out, beat)
+        first = next(parts, None)
+        if first is None:
+            return {}
+        remade = self._describe(itertools.chain([first], parts), keeps_rows=False)
+        if self._originals is None:
+            self._originals = self._describe(self._read(self._held_out, beat), keeps_rows=False)
+        return {"rfid": frechet_distance(remade.moments, self._originals.moments)}
+
+    def _reconstruct(self, family: Family, images: Images, beat: Beat) -> Iterator[tuple[Tensor, Tensor]]:
+        batch_size, (_, size) = self.config.batch_size, place()
+        most = -(-images.num_images // size)  # that a worker has
+        for batch, is_own in _in_step(images.batches(batch_size), -(-most // batch_size)):
+            remade = family.reconstruct(batch)
+            beat()
+            if remade is None:
+                return
+            if is_own:
+                yield batch["key"], self.features.of(remade)
+
+
+def _in_step(parts: Iterator[_Part], rounds: int, spare: _Part | None = None) -> Iterator[tuple[_Part, bool]]:
+    """A worker's parts, and whether they count.
+
+    Every worker has as many: one that runs out repeats its last, or takes the spare one, since networks whose weights
+    are shared out run on all workers together.
+    """
+    last = spare
+    for _ in range(rounds):
+        part = next(parts, None)
+        last = last if part is None else part
+        if last is not None:
+            yield last, part is not None

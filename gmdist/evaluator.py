@@ -1,0 +1,66 @@
+"""The evaluator of a config: its features, and the real images that generated ones are compared with."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from gmdist.config import Config
+from gmdist.data.loader import Loader
+from gmdist.evaluation.features import Features, beside, load_features
+from gmdist.evaluation.measure import Evaluator, Images
+from gmdist.families.family import Batch
+
+
+def reference_of(config: Config) -> str:
+    """Where the real images are: the config's, else data.test, else the (first) training data."""
+    return config.evaluation.reference or config.data.test or config.data.trained_on[0].train
+
+
+def open_features(config: Config) -> Features:
+    """The features that a config compares by: those that it names, or the classifier beside the data set.
+
+    Raises:
+        ConfigError: there are none, or they describe images of another size.
+    """
+    given = config.evaluation.features
+    features = load_features(given or beside(reference_of(config)), is_given=given is not None)
+    features.check(config.data.image_size, config.data.channels)
+    return features
+
+
+def open_evaluator(
+    config: Config, held_out: Loader | None, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Evaluator:
+    """What measures a run's family, as one of some workers.
+
+    Args:
+        config: of the run.
+        held_out: reads data.test, for reconstructions; None: there is none.
+        device: that images are made on.
+        rank, world_size: of this worker.
+
+    Raises:
+        ConfigError, DataError: no features or no real images.
+    """
+    features = open_features(config)
+    # Images alone are read of them.
+    data = replace(config.data, image=True, num_classes=None, caption=None, arrays=())
+    named = config.evaluation.reference or config.data.test
+    reference = Loader(data, config.data.trained_on if named is None else named, rank, world_size)
+    most = config.evaluation.num_reference_images
+    return Evaluator(
+        config.evaluation,
+        features,
+        _images(reference, min(most, reference.num_samples), device),
+        None if held_out is None else _images(held_out, min(most, held_out.num_samples), device),
+        config.data.num_classes or 0,
+        device,
+    )
+
+
+def _images(loader: Loader, count: int, device: torch.device) -> Images:
+    def batches(batch_size: int) -> Iterator[Batch]:
+        return (loaded.batch_on(device) for loaded in loader.sweep(batch_size, count))
+
+    return Images(count, batches)

@@ -1,0 +1,1 @@
+"""Weights and configs of other projects, read and written."""

@@ -1,0 +1,41 @@
+"""The family's own metrics on held-out samples: means over samples and workers."""
+
+from collections.abc import Callable
+
+import torch
+
+from gmdist.families.family import Family
+from gmdist.train.metrics import Averages
+from gmdist.train.source import Source
+from gmdist.train.workers import world_size
+
+# What else is measured of a family with its averaged weights, in eval mode; every worker calls it, and tells the second
+# argument now and then that it is not stuck.
+Measure = Callable[[Family, Callable[[], None]], dict[str, float]]
+
+
+@torch.no_grad()
+def held_out_means(
+    family: Family, data: Source, batch_size: int, device: torch.device, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """What `Family.evaluate` finds, for every sample once; every worker calls it.
+
+    Args:
+        family: in eval mode.
+        data: its `sweep` is read.
+        batch_size: samples at once.
+        device: that the family is on.
+        beat: called after each of them.
+    """
+    averages = Averages(device)
+    most = -(-data.num_samples // world_size())  # that a worker has
+    parts, batch = data.sweep(batch_size), None
+    for _ in range(-(-most // batch_size)):
+        part = next(parts, None)
+        batch = batch if part is None else part.batch_on(device)
+        if batch is not None:
+            # A worker that runs out repeats its last: networks whose weights are shared out run on all together.
+            weight = 0.0 if part is None else float(len(batch["key"]))
+            averages.add(family.evaluate(batch), weight)
+        beat()
+    return averages.reduce()

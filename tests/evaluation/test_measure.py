@@ -1,0 +1,110 @@
+"""What an evaluator says of families that make good, bad and wrong images, on any number of workers."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from gmdist.errors import DataError
+from gmdist.evaluation.classifier import train_classifier
+from gmdist.evaluation.config import METRICS, EvaluationConfig
+from gmdist.evaluation.features import Features, load_features, save_classifier
+from gmdist.evaluation.measure import Evaluator, Images
+from gmdist.families.family import Batch
+from tests.evaluation.patterns import CLASSES, Painter, drawn, patterns
+from tests.support import run_workers
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    location = str(tmp_path_factory.mktemp("patterns") / "classifier.safetensors")
+    save_classifier(location, train_classifier(*patterns(256, seed=0), CLASSES), {})
+    return location
+
+
+def real(count: int, rank: int = 0, world_size: int = 1) -> Images:
+    """Real images that workers read in turn, as a loader's sweep gives them."""
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        for keys in torch.arange(count)[rank::world_size].split(batch_size):
+            if len(keys):
+                yield {"key": keys, "image": drawn(keys, keys % CLASSES, seed=1)}
+
+    return Images(count, batches)
+
+
+def evaluator(
+    features: Features, images: Callable[[int], Images] = real, metrics: tuple[str, ...] = METRICS, num_images: int = 90
+) -> Evaluator:
+    config = EvaluationConfig(metrics, num_images=num_images, batch_size=20)
+    return Evaluator(config, features, images(100), images(50), CLASSES, CPU)
+
+
+def test_tells_good_images_from_bad_ones(classifier: str) -> None:
+    measure = evaluator(load_features(classifier))
+    beats = []
+    good = measure(Painter(seed=2), lambda: beats.append(1))
+    assert list(good) == ["label_agreement", "fid", "kid", "precision", "recall"]
+    assert len(beats) >= 90 // 20 + 100 // 20
+    assert good["label_agreement"] == 1.0
+    assert min(good["precision"], good["recall"]) > 0.7
+    wrong = measure(Painter(seed=2, wrong=45))
+    assert wrong["label_agreement"] == 0.5
+    assert wrong["fid"] > 0.0
+
+    class Noise(Painter):
+        def sample(self, keys, condition=None):
+            return torch.rand(len(keys), 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    noise = measure(Noise(0))
+    assert "label_agreement" not in noise  # it does not follow labels
+    assert noise["fid"] > 10 * good["fid"]
+    assert noise["kid"] > 3 * abs(good["kid"])
+    assert noise["precision"] == 0.0
+    assert measure(Painter(seed=2)) == good  # what is kept of the real images stays right
+
+
+def test_reconstructions_are_measured_where_there_are_any(classifier: str) -> None:
+    measure = evaluator(load_features(classifier), metrics=("fid",))
+    found = measure(Painter(seed=2, reconstructs=True))
+    assert list(found) == ["label_agreement", "fid", "rfid"]
+    assert 0.0 < found["rfid"] < found["fid"] * 10
+
+    class Perfect(Painter):
+        def reconstruct(self, batch):
+            return batch["image"]
+
+    assert measure(Perfect(seed=2))["rfid"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_only_what_is_asked_for_is_computed(classifier: str) -> None:
+    assert evaluator(load_features(classifier), metrics=())(Painter(seed=2)) == {}
+    assert list(evaluator(load_features(classifier), metrics=("pr",))(Painter(seed=2))) == [
+        *("label_agreement", "precision", "recall")
+    ]
+
+
+def test_too_few_real_images(classifier: str) -> None:
+    with pytest.raises(DataError, match="evaluation.reference: 3 real images; at least 4"):
+        Evaluator(EvaluationConfig(METRICS), load_features(classifier), real(3), None, CLASSES, CPU)
+
+
+def share(rank: int, world_size: int, classifier: str, expected: dict[str, float]) -> None:
+    calls = []
+
+    class Counting(Painter):
+        def sample(self, keys, condition=None):
+            calls.append(len(keys))
+            return super().sample(keys, condition)
+
+    measure = evaluator(load_features(classifier), lambda count: real(count, rank, world_size))
+    found = measure(Counting(seed=2, wrong=9, reconstructs=True))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert len(calls) == 2 + 2  # each as often, though there are five batches for three workers
+
+
+def test_workers_make_their_shares(classifier: str) -> None:
+    expected = evaluator(load_features(classifier))(Painter(seed=2, wrong=9, reconstructs=True))
+    run_workers(share, 3, classifier, expected)

@@ -1,0 +1,140 @@
+"""`gmdist evaluate`: the numbers that training logs, a file, and one clear line for what cannot be."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmdist.cli import main
+from gmdist.config import load
+from gmdist.evaluation.features import save_classifier
+from gmdist.nets.classifier import Classifier, ClassifierSizes
+from gmdist.runs import check_start, train_worker
+from tests.support import tree_bytes
+from tests.test_cli import CONFIG, TINY, refused
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits with a classifier beside them, that knows nothing. Read only."""
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        os.symlink(digits / split, folder / split)
+    torch.manual_seed(0)
+    save_classifier(str(folder / "classifier.safetensors"), Classifier(ClassifierSizes(32, 1, 10)).eval(), {})
+    return folder
+
+
+def overrides(data: Path, run: Path, *more: str) -> list[str]:
+    metrics = ["evaluation.metrics=[fid,kid,pr]", f"evaluation.num_images={NUM_IMAGES}", "train.evaluate_every=2"]
+    return [*TINY, *metrics, f"data.train={data}/train", f"data.test={data}/test", f"run.dir={run}", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that measured itself twice. Read only, but for its evaluation.json."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    best = ["train.best_metric=test/rfid", "train.keep_checkpoints=1", "train.ema_halflife_kimg=0.01"]
+    train_worker(load(CONFIG, overrides(data, run, *best)), torch.device("cpu"))
+    return run
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """What the evaluations of a run found, by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["step"]: {name.removeprefix("test/"): value for name, value in line.items() if name.startswith("test/")}
+        for line in lines
+        if "test/fid" in line
+    }
+
+
+def test_training_and_the_command_say_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = logged(trained)
+    assert list(found) == [2, 4]
+    assert list(found[4]) == ["kl_nats", "l1", "psnr_db", "ssim", "fid", "rfid", "kid", "precision", "recall"]
+    assert main(["evaluate", str(trained)]) == 0
+    report = json.loads((trained / "evaluation.json").read_text())
+    assert report["metrics"] == pytest.approx(found[4], rel=1e-6)
+    assert report["step"] == 4
+    assert report["checkpoint"] == str(trained / "checkpoints/step-00000004")
+    assert report["num_images"] == NUM_IMAGES
+    assert report["features"].endswith("/classifier.safetensors")
+    assert len(report["features_fingerprint"]) == 32
+    printed = capsys.readouterr().out
+    assert f"{trained}/checkpoints/step-00000004: 24 generated images" in printed
+    assert f"  rfid       {found[4]['rfid']:.6g}" in printed
+
+
+def test_the_best_checkpoint_is_that_of_the_best_reconstructions(trained: Path) -> None:
+    found = logged(trained)
+    best = min(found, key=lambda step: found[step]["rfid"])
+    kept = {path.name for path in (trained / "checkpoints").iterdir()}
+    assert kept == {"step-00000004", f"step-{best:08d}"}
+
+
+def test_options_take_the_place_of_settings(trained: Path, digits: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = str(trained / "checkpoints/step-00000004")
+    torch.manual_seed(1)
+    other = str(tmp_path / "other.safetensors")
+    save_classifier(other, Classifier(ClassifierSizes(32, 1, 10)).eval(), {})
+    command = ["evaluate", checkpoint, "--metrics", "pr", "--num-images", "8", "--batch-size", "3"]
+    assert main([*command, "--features", other]) == 0
+    report = json.loads((trained / "evaluation.json").read_text())
+    assert list(report["metrics"]) == ["kl_nats", "l1", "psnr_db", "ssim", "precision", "recall"]
+    assert (report["num_images"], report["features"]) == (8, other)
+
+
+def test_what_cannot_be_is_one_line(trained: Path, data: Path, tmp_path: Path, capsys) -> None:
+    before = tree_bytes(trained)
+    evaluate = ["evaluate", str(trained)]
+    assert "--metrics: 'fie'; must be of fid, kid, pr" in refused(capsys, 2, *evaluate, "--metrics", "fid,fie")
+    assert "--metrics: 'fid'; must be of fid, kid, pr, each once" in refused(capsys, 2, *evaluate, "--metrics=fid,fid")
+    assert "--num-images: 3; must be at least 4" in refused(capsys, 2, *evaluate, "--num-images", "3")
+    assert "--batch-size: 0; must be at least 1" in refused(capsys, 2, *evaluate, "--batch-size", "0")
+    missing = refused(capsys, 2, *evaluate, "--features", str(tmp_path / "inception.pth"))
+    assert "inception.pth'; no such file: name a classifier that `gmdist data make` wrote, or Inception-v3" in missing
+    assert "https://github.com/mseitzer/pytorch-fid" in missing
+    assert "not a run" in refused(capsys, 2, "evaluate", str(tmp_path))
+    assert tree_bytes(trained) == before
+
+
+def test_a_run_without_features_is_refused_before_it_starts(digits: Path, data: Path, tmp_path: Path) -> None:
+    from gmdist.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="evaluation.features: null, and there is no .*/classifier.safetensors"):
+        check_start(load(CONFIG, overrides(digits, tmp_path / "run")))
+    small = ["data.image_size=16", "data.resize=area"]
+    with pytest.raises(ConfigError, match="images of 32 pixels and 1 channels, the run makes 16 pixels"):
+        check_start(load(CONFIG, overrides(data, tmp_path / "run", *small)))
+    assert check_start(load(CONFIG, overrides(digits, tmp_path / "run", "evaluation.metrics=[]"))) == (None, [])
+
+
+def test_without_test_data_the_training_data_is_the_reference(data: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    settings = ["data.test=null", "evaluation.metrics=[fid]", "evaluation.num_reference_images=32", "train.num_steps=2"]
+    train_worker(load(CONFIG, overrides(data, run, *settings)), torch.device("cpu"))
+    assert list(logged(run)[2]) == ["fid"]
+    assert main(["evaluate", str(run)]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["reference"] == f"{data}/train"
+    assert report["metrics"] == pytest.approx(logged(run)[2], rel=1e-6)
+
+
+def test_data_make_trains_a_classifier_once(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gmdist.evaluation import classifier
+    from gmdist.launch import classifier as launched
+
+    monkeypatch.setattr(classifier, "_MOST_PASSES", 4)  # more than needed follow in earnest
+    command = ["data", "make", "digits", str(tmp_path / "digits")]
+    assert main(command) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith(f"{tmp_path}/digits/classifier.safetensors: right about ")
+    assert float(line.split()[-5].rstrip("%")) >= 98.0
+    monkeypatch.setattr(launched, "train_classifier", None)
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[2] == line
