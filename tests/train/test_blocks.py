@@ -151,6 +151,14 @@ def test_each_kind_of_block_is_one_graph(recomputed: bool, graphs: Graphs, tmp_p
     fit(Widening(), tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
     assert len(graphs) == len(Widening.widths)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_code_of_a_shape_does_not_depend_on_those_before(graphs: Graphs) -> None:
+    family = Widening()
+    prepare(family, ["network"], TrainConfig(num_steps=1, compile=True))
+    for num_samples in (8, 5):
+        family.network(torch.zeros(num_samples, SIZE * SIZE))
+    assert len(graphs) == 2 * len(Widening.widths)
     assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
