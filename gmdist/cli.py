@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
     evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
 
+    export = _command(commands, "export", _export, "write a run's averaged weights for other programs")
+    export.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    export.add_argument("destination", type=_location, metavar="DEST", help="a new folder or s3://bucket/prefix")
+    export.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="of RUN's config, such as family.diffusion.sampler.name=ddim"
+    )
+    export.add_argument("--format", required=True, help="safetensors, or diffusers for what it has a place for")
+
     report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
     report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
@@ -171,6 +179,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     metrics = None if options.metrics is None else tuple(options.metrics.split(","))
     request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
     print(table(evaluate(options.run, request)))
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from gmdist.launch.export import export
+
+    print(export(options.run, options.destination, options.format, options.overrides))
     return EXIT_DONE
 
 

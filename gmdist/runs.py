@@ -174,6 +174,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     found, warnings = None, list[str]()
     if not config.run.overwrite:
         found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
+    if found is None:
+        family.check_files()
     check_latents(config.data, [] if config.data.image or found is not None else [identify(*one) for one in opened])
     if found is not None:
         loader = Loader(config.data, config.data.trained_on)

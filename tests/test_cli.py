@@ -46,7 +46,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "sample", "report", "data", "doctor"))
+    assert all(command in text for command in ("train", "sample", "export", "report", "data", "doctor"))
     with pytest.raises(SystemExit) as ended:
         main(["trian"])
     assert ended.value.code == 2

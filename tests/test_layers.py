@@ -19,10 +19,10 @@ ALLOWED = {
     "storage": {"s3", "ranged", "checksum"},
     "images": set(),
     "nets": set(),
-    "interchange": {"nets"},
+    "interchange": {"nets", "diffusion"},
     "diffusion": set(),
     "data": {"storage", "s3", "ranged", "checksum", "rng"},
-    "families": {"nets", "diffusion", "rng"},
+    "families": {"nets", "interchange", "diffusion", "rng"},
     "train": {"families.family", "storage", "checksum", "rng", "images"},
     "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng"},
     "config": {"families", "data", "train", "evaluation.config", "storage"},
@@ -30,7 +30,8 @@ ALLOWED = {
     "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng"},
     "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
     "launch": {
-        *("runs", "config", "evaluator", "families", "data", "train", "evaluation", "report", "storage", "images")
+        *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "report"),
+        *("storage", "images"),
     },
     "doctor": set(),
     "cli": {"launch", "config", "data", "report", "doctor"},

@@ -9,6 +9,9 @@ from torch import Tensor
 from gmdist import rng
 from gmdist.families.adversarial import DiscriminatorConfig, adaptive_weight, discriminator_loss
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
+from gmdist.interchange.initial import check_initial, initial_problem, initial_state
+from gmdist.interchange.pipelines import Network
+from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
 from gmdist.nets.discriminator import PatchDiscriminator
@@ -27,6 +30,9 @@ class AutoencoderKLConfig:
     learned_logvar: bool = True
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig | None = None  # None: no adversarial loss
+    # A folder of diffusers, on every worker's machine: the autoencoder's, or that of a pipeline with it. Read when the
+    # run starts; from then on the weights are in its checkpoints.
+    init_from: str | None = field(default=None, metadata={"location": True})
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
@@ -41,7 +47,7 @@ class AutoencoderKLConfig:
             return f"perceptual.{problem}"
         if self.discriminator is not None and (problem := self.discriminator.problem(image_size)):
             return f"discriminator.{problem}"
-        return None
+        return initial_problem(self.init_from)
 
 
 class AutoencoderKL(Family):
@@ -66,6 +72,7 @@ class AutoencoderKL(Family):
         self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
         side = surroundings.image_size // config.autoencoder.downsampling
         self.latent_shape = (config.autoencoder.latent_channels, side, side)
+        self.spec = NetworkSpec(config.autoencoder, surroundings.image_channels, size=surroundings.image_size)
         self.autoencoder = Autoencoder(config.autoencoder, surroundings.image_channels, config.learned_logvar)
         self.perceptual = make_perceptual(config.perceptual)
         self.discriminator = None
@@ -74,10 +81,25 @@ class AutoencoderKL(Family):
             self.discriminator = PatchDiscriminator(surroundings.image_channels, *sizes)
 
     def initialize(self, batch: Batch) -> None:
-        """Read the perceptual network. From then on it is in the checkpoints, and a run opens without its files."""
+        """Read the perceptual network, and first weights where they are another's.
+
+        From then on they are in the checkpoints, and a run opens without the files.
+        """
+        if self.config.init_from is not None:
+            # Of ours, the loss's scale is not there.
+            self.autoencoder.load_state_dict(initial_state(self.config.init_from, "vae", self.spec), strict=False)
         if isinstance(self.perceptual, LPIPS):
             assert self.config.perceptual.path is not None
             self.perceptual.load(self.config.perceptual.path)
+
+    def check_files(self) -> None:
+        """Compare first weights with the run's autoencoder."""
+        if self.config.init_from is not None:
+            check_initial(self.config.init_from, "vae", self.spec)
+
+    def for_diffusers(self) -> Network:
+        """Its AutoencoderKL. The latents' scale is measured by the second stage: here it is 1."""
+        return Network(self.spec, self.autoencoder.state_dict())
 
     def phases(self) -> list[Phase]:
         """The autoencoder, then the discriminator where there is one."""

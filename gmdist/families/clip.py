@@ -46,6 +46,11 @@ class ClipText(nn.Module):
         kept = [[*row[: self.max_length - 1], row[-1]] for row in rows]
         return torch.tensor(kept), cut
 
+    def for_transformers(self) -> dict[str, Any]:
+        """Encoder and tokenizer as pipelines name them, each with a `save_pretrained`."""
+        self._tokenizer.model_max_length = self.max_length  # where the pipelines cut
+        return {"text_encoder": self.model, "tokenizer": self._tokenizer}
+
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [N, L] -> the last hidden states [N, L, D], which Stable Diffusion 1 attends to."""

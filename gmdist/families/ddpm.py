@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gmdist.errors import ConfigError
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
+from gmdist.interchange.pipelines import Pipeline
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,13 @@ class DDPM(DenoiserFamily):
     def __init__(self, config: DDPMConfig, surroundings: Surroundings) -> None:
         side = surroundings.image_size
         super().__init__(config, surroundings, (surroundings.image_channels, side, side), "images have")
+
+    def for_diffusers(self) -> Pipeline:
+        """Nothing."""
+        raise ConfigError(
+            "family.name: 'ddpm'; diffusers' pipelines of pixels take no classes and no captions, and their DDIM clips "
+            "the image without the noise that belongs to it"
+        )
 
     def clean(self, batch: Batch) -> Tensor:
         return batch["image"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmdist.diffusion.config import DiffusionConfig
 from gmdist.diffusion.process import Diffusion, Predict, PredictBoth
@@ -11,11 +11,14 @@ from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, Denoiser, Told, together
 from gmdist.families.denoising import denoising_loss, noise_level_losses, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
+from gmdist.interchange.initial import check_initial, initial_problem, initial_state
+from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import dit, text, unet
-from gmdist.nets.dit import DiT, DiTConfig
-from gmdist.nets.unet import UNet, UNetConfig
+from gmdist.nets.dit import DiTConfig
+from gmdist.nets.unet import UNetConfig
 
 NETWORKS = ("unet", "dit")
+_FOLDERS = {"unet": "unet", "dit": "transformer"}  # of a network in a pipeline of diffusers
 
 
 @dataclass(kw_only=True)
@@ -27,6 +30,9 @@ class DenoiserConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    # A folder of diffusers, on every worker's machine: the network's, or that of a pipeline with it. Read when the run
+    # starts; from then on the weights are in its checkpoints.
+    init_from: str | None = field(default=None, metadata={"location": True})
 
     @property
     def granularity(self) -> int:
@@ -47,7 +53,7 @@ class DenoiserConfig:
             return f"unet.{problem}"
         if problem := self.diffusion.problem():
             return f"diffusion.{problem}"
-        return None
+        return initial_problem(self.init_from)
 
     def _unet_problem(self) -> str | None:
         is_text = self.conditioning.kind == "text"
@@ -91,7 +97,8 @@ class DenoiserFamily(Family):
         self.conditioner = Conditioner(config.conditioning, surroundings)
         self.num_classes = self.conditioner.num_classes
         self.inputs = (*self.inputs, *self.conditioner.inputs)
-        self.denoiser = Denoiser(_network(config, shape, self.conditioner), self.conditioner.trained_encoder())
+        self.spec = _spec(config, shape, self.conditioner)
+        self.denoiser = Denoiser(self.spec.build(), self.conditioner.trained_encoder())
 
     def clean(self, batch: Batch) -> Tensor:
         """The clean data of a batch [N, *shape]."""
@@ -100,6 +107,17 @@ class DenoiserFamily(Family):
     def shown(self, x: Tensor) -> Tensor:
         """Clean data [N, *shape] as images [N, C, H, W] in [-1, 1]."""
         raise NotImplementedError
+
+    def initialize(self, batch: Batch) -> None:
+        """Read the network's first weights, where they are another's."""
+        if self.config.init_from is not None:
+            state = initial_state(self.config.init_from, _FOLDERS[self.config.network], self.spec)
+            self.denoiser.network.load_state_dict(state)
+
+    def check_files(self) -> None:
+        """Compare them with the run's network."""
+        if self.config.init_from is not None:
+            check_initial(self.config.init_from, _FOLDERS[self.config.network], self.spec)
 
     def phases(self) -> list[Phase]:
         """One network, one loss; all else stays frozen."""
@@ -155,14 +173,14 @@ class DenoiserFamily(Family):
         return predict
 
 
-def _network(config: DenoiserConfig, shape: tuple[int, int, int], conditioner: Conditioner) -> nn.Module:
+def _spec(config: DenoiserConfig, shape: tuple[int, int, int], conditioner: Conditioner) -> NetworkSpec:
     channels, side, _ = shape
     if config.network == "dit":
-        return DiT(config.dit, channels, conditioner.num_classes, side)
+        return NetworkSpec(config.dit, channels, conditioner.num_classes, size=side)
     width = conditioner.context_channels
     if config.unet.context_channels not in (None, width):
         raise ConfigError(
             f"family.unet.context_channels: {config.unet.context_channels}; the captions' encoder has {width}: "
             "leave it out"
         )
-    return UNet(replace(config.unet, context_channels=width), channels, conditioner.num_classes)
+    return NetworkSpec(replace(config.unet, context_channels=width), channels, conditioner.num_classes, size=side)

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gmdist.errors import ConfigError
+from gmdist.interchange.pipelines import Network, Pipeline
+
 # image: float32 [N, C, H, W] in [-1, 1]; label: int64 [N]; key: int64 [N], sample numbers; caption: uint8 [N, L], which
 # `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...].
 Batch = dict[str, Tensor]
@@ -61,6 +64,9 @@ class Family(nn.Module):
         Every worker gets the same batch, the first samples of the data set.
         """
 
+    def check_files(self) -> None:
+        """ConfigError for files that `initialize` could not use. Before any worker starts, on the meta device."""
+
     def phases(self) -> list[Phase]:
         """The optimizer updates of one step, in order."""
         raise NotImplementedError
@@ -87,6 +93,10 @@ class Family(nn.Module):
     def evaluate(self, batch: Batch) -> Metrics:
         """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO."""
         return {}
+
+    def for_diffusers(self) -> Network | Pipeline:
+        """What diffusers loads in this family's place; ConfigError where it has nothing that gives the same."""
+        raise ConfigError("diffusers has no such model")
 
     def after_step(self, seen: int) -> None:
         """What follows an optimizer step: adaptive augmentation, codebook revival."""

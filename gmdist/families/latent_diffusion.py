@@ -1,6 +1,6 @@
 """Diffusion in the latent space of a frozen autoencoder (Rombach 2022)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
+from gmdist.interchange.pipelines import Network, Pipeline, dit_pipeline, stable_diffusion
 
 _ENCODED_AT_ONCE = 16
 
@@ -46,18 +47,35 @@ class LatentDiffusion(DenoiserFamily):
             )
         source = f"the latents of {config.first_stage} have"
         super().__init__(config, surroundings, first_stage.latent_shape, source)
-        self.first_stage = first_stage.autoencoder
+        self.first_stage, self._first_spec = first_stage.autoencoder, first_stage.spec
         self._first_stage_run = config.first_stage
         self.register_buffer("latent_scale", torch.ones(()))
 
     def initialize(self, batch: Batch) -> None:
-        """Measure the scale that gives latents unit variance (Rombach 2022, App. G)."""
+        """Measure the scale that gives latents unit variance (Rombach 2022, App. G), and read first weights."""
+        super().initialize(batch)
         parts: list[Batch] = [
             {name: batch[name][i : i + _ENCODED_AT_ONCE] for name in ("image", "moments", "key") if name in batch}
             for i in range(0, len(batch["key"]), _ENCODED_AT_ONCE)
         ]
         latents = torch.cat([self._latents(part) for part in parts])
         self.latent_scale.copy_(1.0 / latents.double().std())
+
+    def for_diffusers(self) -> Pipeline:
+        """StableDiffusionPipeline of a UNet under CLIP's captions, DiTPipeline of a transformer with classes."""
+        network = Network(self.spec, self.denoiser.network.state_dict())
+        first_stage = Network(
+            replace(self._first_spec, latent_scale=float(self.latent_scale)), self.first_stage.state_dict()
+        )
+        if self.config.network == "dit":
+            return dit_pipeline(network, first_stage, self.config.diffusion)
+        if self.conditioner.clip is None:
+            told = {"none": "nothing", "class": "classes", "text": "bytes"}[self.conditioner.kind]
+            raise ConfigError(
+                f"family.conditioning: a UNet of latents that is told {told}; diffusers has pipelines of UNets with "
+                "CLIP's captions (StableDiffusionPipeline) and of transformers with classes (DiTPipeline)"
+            )
+        return stable_diffusion(network, first_stage, self.conditioner.clip.for_transformers(), self.config.diffusion)
 
     def clean(self, batch: Batch) -> Tensor:
         return self._latents(batch) * self.latent_scale

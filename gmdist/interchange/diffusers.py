@@ -1,8 +1,8 @@
 """Folders of diffusers' weights, read and written: config.json and diffusion_pytorch_model.safetensors."""
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json, spec_of
-from gmdist.interchange.names import OF_LOSSES, links, modern_name, shapes_there, to_ours, to_theirs
+from gmdist.interchange.names import OF_LOSSES, Link, links, modern_name, shapes_there, to_ours, to_theirs
 from gmdist.interchange.spec import NetworkSpec
 
 _CONFIG = "config.json"
@@ -37,6 +37,24 @@ def read_folder(path: str | Path) -> tuple[NetworkSpec, dict[str, Tensor]]:
             known, or of another shape.
     """
     folder = Path(path)
+    with _opened(folder) as (spec, found, files):
+        state, unequal = to_ours(lambda name: _read(files[name], folder), found)
+    if unequal:
+        raise ConfigError(
+            f"{folder}: {_some(unequal)} differ from the first block's; gmdist's DiT has one embedding for all blocks"
+        )
+    return spec, state
+
+
+def read_spec(path: str | Path) -> NetworkSpec:
+    """The network that a folder of diffusers holds; raises as `read_folder` does, for all but the tensors' values."""
+    with _opened(Path(path)) as (spec, _, _):
+        return spec
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[NetworkSpec, list[Link], dict[str, tuple[Any, str]]]]:
+    """A network, the places of its tensors, and by present name the open file of each and its name there."""
     values = _read_json(folder / _CONFIG)
     try:
         spec = spec_of(values)
@@ -45,7 +63,7 @@ def read_folder(path: str | Path) -> tuple[NetworkSpec, dict[str, Tensor]]:
     outline = spec.outline()
     found = links(spec, outline)
     with ExitStack() as stack:
-        files: dict[str, tuple[Any, str]] = {}  # by a tensor's present name: the open file, and its name there
+        files: dict[str, tuple[Any, str]] = {}
         for file in _weight_files(folder):
             opened = _open(file, stack)
             names = list(opened.keys())
@@ -55,12 +73,7 @@ def read_folder(path: str | Path) -> tuple[NetworkSpec, dict[str, Tensor]]:
         for name, part in slices.items():
             if part.get_dtype() not in _DTYPES:
                 raise ConfigError(f"{folder}: {name} is {part.get_dtype()}; must be one of {', '.join(_DTYPES)}")
-        state, unequal = to_ours(lambda name: _read(files[name], folder), found)
-    if unequal:
-        raise ConfigError(
-            f"{folder}: {_some(unequal)} differ from the first block's; gmdist's DiT has one embedding for all blocks"
-        )
-    return spec, state
+        yield spec, found, files
 
 
 def write_folder(

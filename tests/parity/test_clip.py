@@ -1,41 +1,21 @@
 """CLIP's text encoder through transformers: what it gives, what it refuses, what it cuts."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from gmdist.errors import ConfigError
 from gmdist.families.clip import ClipText
+from tests.parity.clip import LENGTH, write_clip
 
 pytestmark = pytest.mark.parity
-
-LENGTH = 9
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of a few random weights, whose tokens are single letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    start, end = len(tokens) - 2, len(tokens) - 1
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        max_position_embeddings=LENGTH,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    CLIPTextModel(config).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_the_context_is_what_transformers_computes(folder: Path) -> None:

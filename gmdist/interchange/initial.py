@@ -1,0 +1,123 @@
+"""A network's first weights from a folder of diffusers, compared with the network that they are for."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gmdist.errors import ConfigError
+from gmdist.interchange.configs import config_json
+from gmdist.interchange.diffusers import read_folder, read_spec
+from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
+from gmdist.interchange.spec import NetworkSpec
+from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET
+from gmdist.nets.dit import DiTConfig
+
+# Keys of config.json whose values a run may choose anew: its weights fit.
+_FREE = {
+    UNET: {"sample_size", "dropout"},
+    PLAIN_UNET: {"sample_size", "dropout"},
+    AUTOENCODER: {"sample_size", "scaling_factor", "shift_factor"},
+    DIT: set[str](),
+}
+# What they are called in a run's config.
+_OURS = {
+    "block_out_channels": "channels and multipliers",
+    "layers_per_block": "num_res_blocks",
+    "norm_num_groups": "norm_groups",
+    "cross_attention_dim": "the captions' encoder",
+    "num_class_embeds": "data.num_classes + 1",
+    "num_embeds_ada_norm": "data.num_classes",
+    "num_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "transformer_layers_per_block": "transformer_depths",
+    "use_linear_projection": "linear_projections",
+    "use_quant_conv": "quant_convs",
+}
+
+
+def initial_problem(path: str | None) -> str | None:
+    """Why first weights cannot be read from there, as "key: value; what is valid"; None if they may be."""
+    if path is not None and "://" in path:
+        return f"init_from: '{path}'; must be a local folder, on every worker's machine"
+    return None
+
+
+def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
+    """The state dict of a network from a folder of diffusers, in fp32.
+
+    Args:
+        path: the folder of the network, or of a pipeline.
+        name: the network's folder in a pipeline.
+        spec: of the network that it is for.
+
+    Raises:
+        ConfigError: there is none, it is another network, or its tensors are not what its config says.
+    """
+    folder = _network_folder(path, name)
+    there, state = _naming(read_folder, folder)
+    if _may_be_filled_up(there):
+        state["label.weight"] = table = _without_filling(state["label.weight"])
+        there = replace(there, num_classes=len(table) - 1)
+    _compare(folder, there, spec)
+    return state
+
+
+def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
+    """Raise what `initial_state` would, as far as that is seen without reading weights."""
+    folder = _network_folder(path, name)
+    there = _naming(read_spec, folder)
+    if _may_be_filled_up(there) and spec.num_classes < DIT_CLASSES:
+        initial_state(path, name, spec)  # the table of classes tells how many there are
+    else:
+        _compare(folder, there, spec)
+
+
+def _may_be_filled_up(spec: NetworkSpec) -> bool:
+    """Whether the table of classes is as long as `dit_pipeline` makes it."""
+    return isinstance(spec.config, DiTConfig) and spec.num_classes == DIT_CLASSES
+
+
+def _without_filling(table: Tensor) -> Tensor:
+    """The table [K + 1, C] of classes and "no class" that `dit_pipeline` made longer by rows like its last."""
+    same = (table == table[-1]).all(dim=1).flip(0).long()
+    filling = int(same.cumprod(0).sum()) - 1
+    return table[: len(table) - filling].clone()
+
+
+def _naming(read: Any, folder: Path) -> Any:
+    try:
+        return read(folder)
+    except ConfigError as error:
+        raise ConfigError(f"family.init_from: {error}") from error
+
+
+def _network_folder(path: str, name: str) -> Path:
+    folder = Path(path)
+    if (folder / INDEX).is_file():
+        if not (folder / name).is_dir():
+            raise ConfigError(f"family.init_from: {path}; a pipeline without the '{name}' that this run has")
+        return folder / name
+    return folder
+
+
+def _compare(folder: Path, there: NetworkSpec, here: NetworkSpec) -> None:
+    """ConfigError that names every difference of two networks."""
+    try:
+        ours = config_json(here)
+    except ConfigError as error:
+        raise ConfigError(
+            f"family.init_from: {folder}; this run's network is none that diffusers has: {error}"
+        ) from error
+    theirs = config_json(there)
+    kind = ours["_class_name"]
+    if theirs["_class_name"] != kind:
+        raise ConfigError(f"family.init_from: {folder}; holds a {theirs['_class_name']}, and this run has a {kind}")
+    differences = [
+        f"{key}{f' ({_OURS[key]})' if key in _OURS else ''} {theirs[key]} there, {ours[key]} here"
+        for key in sorted(ours.keys() - _FREE[kind])
+        if ours[key] != theirs[key]
+    ]
+    if differences:
+        raise ConfigError(f"family.init_from: {folder}; holds another network: {'; '.join(differences)}")

@@ -1,0 +1,91 @@
+"""The scheduler_config.json that lets diffusers draw as one of our samplers does."""
+
+from typing import Any
+
+import torch
+
+from gmdist.diffusion.config import DISCRETE, DiffusionConfig
+from gmdist.errors import ConfigError
+
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_CLASSES = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+_OF_SIGMAS = ("euler", "euler_ancestral", "heun")  # they sample x / alpha
+_ENDS_AT_TIMESTEP_0 = ("ddim", "dpmpp_2m")
+_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # ours, where the config has none
+
+
+def scheduler_config(config: DiffusionConfig, scales_start: bool = True) -> dict[str, Any]:
+    """The scheduler of a process and its sampler.
+
+    Args:
+        config: without a problem of its own.
+        scales_start: whether the pipeline multiplies the noise that it starts from by what the scheduler asks for.
+
+    Raises:
+        ConfigError: diffusers draws otherwise; names the key below `family.diffusion` and what could be exported.
+    """
+    sampler = config.sampler
+    if not config.is_discrete:
+        raise _refusal(
+            f"schedule: '{config.schedule}'; diffusers' pipelines of these networks start from the noise of discrete "
+            f"timesteps: {', '.join(DISCRETE)} can be exported"
+        )
+    if sampler.guidance_interval is not None:
+        raise _refusal("sampler.guidance_interval: diffusers' pipelines guide at every step; null can be exported")
+    if sampler.name in _OF_SIGMAS and not scales_start:
+        raise _refusal(f"sampler.name: '{sampler.name}'; this pipeline starts from unit noise: use ddim or dpmpp_2m")
+    if sampler.name in _OF_SIGMAS and config.prediction == "x0":
+        raise _refusal(f"prediction: 'x0'; diffusers' {_CLASSES[sampler.name]} lacks it: use sampler ddim or dpmpp_2m")
+    if not sampler.ends_clean and sampler.name not in _ENDS_AT_TIMESTEP_0:
+        kind = _CLASSES[sampler.name]
+        raise _refusal(f"sampler.ends_clean: false; diffusers' {kind} does not end at the noise of timestep 0")
+    return _scheduler(config) | _schedule(config)
+
+
+def _refusal(message: str) -> ConfigError:
+    return ConfigError(f"family.diffusion.{message}")
+
+
+def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
+    """What belongs to the sampler."""
+    sampler = config.sampler
+    spacing = sampler.spacing_for(config.schedule)
+    kind = _CLASSES[sampler.name]
+    # Theirs of linspace are fractions, or the next step is not at the next timestep; DPM-Solver++ counts others too.
+    valid = ("trailing",) if sampler.name == "dpmpp_2m" else ("trailing", "leading")
+    if spacing not in valid:
+        raise _refusal(f"sampler.spacing: '{spacing}'; diffusers' {kind} has other timesteps: use {' or '.join(valid)}")
+    written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": 1}
+    if sampler.name == "ddim":
+        written |= {"clip_sample": False, "set_alpha_to_one": sampler.ends_clean}
+    elif sampler.name == "ddpm":
+        written |= {"clip_sample": False, "variance_type": "fixed_small"}
+    elif sampler.name == "dpmpp_2m":
+        written |= {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "solver_order": 2}
+        written["final_sigmas_type"] = "zero" if sampler.ends_clean else "sigma_min"
+    return written
+
+
+def _schedule(config: DiffusionConfig) -> dict[str, Any]:
+    """What belongs to the process."""
+    written: dict[str, Any] = {
+        "num_train_timesteps": config.num_timesteps,
+        "prediction_type": _PREDICTIONS[config.prediction],
+    }
+    if config.zero_terminal_snr:
+        written["rescale_betas_zero_snr"] = True
+    if config.schedule == "cosine":
+        return written | {"beta_schedule": "squaredcos_cap_v2"}
+    if config.schedule == "sigmoid":  # most of theirs lack it, and all take betas one by one
+        abar = DISCRETE["sigmoid"](config.num_timesteps, *(config.betas or ()))
+        kept = torch.cat([abar[:1], abar[1:] / abar[:-1]])
+        return written | {"trained_betas": (1.0 - kept).tolist()}
+    first, last = config.betas or _BETAS[config.schedule]
+    return written | {"beta_schedule": config.schedule, "beta_start": first, "beta_end": last}
