@@ -35,6 +35,24 @@ ROUNDS = 3
 MILLIONS = (10, 50, 200, 400)
 PEER_UP_TO = 200  # millions: what it reads beside does not fit into 24 GiB after that
 ASKED_AT, WAIT_S, LOAD_RATIO = 200, 0.4, 0.5
+# What a run says of a checkpoint, beside the shapes of its tensors.
+META: dict[str, Any] = {
+    "family": "square",
+    "images": 0,
+    "cursor": 0,
+    "left_out": [],
+    "skips": {"total": 0, "in_a_row": 0, "since": 0},
+    "averages": [],
+    "flops": {},
+    "batch_size": pair.WORLD,
+    "order_digest": "0" * 16,
+    "evaluation": {},
+    "data": {},
+    "train_seed": 0,
+    "world_size": pair.WORLD,
+    "updates": {"network": 0},
+    "worker_shapes": {},
+}
 
 
 def num_bytes(folder: str) -> int:
@@ -63,12 +81,7 @@ def work(rank: int, millions: int, folder: str) -> dict[str, float]:
         times[name].append(taken.item())
 
     for number in range(1, ROUNDS + 1):
-        meta = {
-            "world_size": pair.WORLD,
-            "updates": {"network": 0},
-            "shapes": shapes,
-            "worker_shapes": {},
-        }
+        meta = META | {"shapes": shapes}
         saver.wait()
         with timed("written"):
             with timed("waited"):

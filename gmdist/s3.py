@@ -8,6 +8,7 @@ import errno
 import functools
 import re
 import threading
+import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ ADDRESSING_STYLES = ("auto", "path", "virtual")
 _CONNECT_S, _READ_S = 5.0, 15.0
 _CONNECTIONS = 64  # in the pool of a client; threads that fetch, save and list share it
 _PIECE_BYTES = 1 << 18
+_DELETE_ATTEMPTS = 5
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 # What S3 and its gateways answer when they are busy or broken for a moment.
 _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")  # as boto3 has it
@@ -197,6 +199,25 @@ def open_object(location: str) -> Body:
     """Ask for a whole object, of whatever version; errors as in `open_range`."""
     answer = _get(location)
     return Body(answer["Body"], int(answer["ContentLength"]))
+
+
+def delete_objects(bucket: str, keys: list[str]) -> None:
+    """Delete 1 to 1000 objects; boto3's errors, and a StorageError that names the first that stays, and why."""
+    from botocore.exceptions import ClientError
+
+    for attempt in range(_DELETE_ATTEMPTS):
+        named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        # The answer is 200 whatever became of each object.
+        errors = client().delete_objects(Bucket=bucket, Delete=named).get("Errors", [])
+        if not errors:
+            return
+        # What will not pass comes first.
+        errors.sort(key=lambda error: error.get("Code") in _TRANSIENT_CODES)
+        if errors[0].get("Code") not in _TRANSIENT_CODES:
+            break
+        keys = [error["Key"] for error in errors]
+        time.sleep(0.1 * 2**attempt)
+    raise explain(f"s3://{bucket}/{errors[0]['Key']}", ClientError({"Error": errors[0]}, "DeleteObjects"))
 
 
 def _get(location: str, **options: str) -> Any:

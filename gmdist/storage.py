@@ -31,6 +31,15 @@ READ_ATTEMPTS = 12
 
 _PIECE_BYTES = 1 << 23
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")  # of `write_from`
+_OTHERWISE = {
+    errno.EISDIR: "there is a folder where a file is meant",
+    errno.ENOTDIR: "there is a file where a folder is meant",
+    errno.ELOOP: "its links lead in a circle",
+}
+
+
+class NotAFileError(StorageError):
+    """There is something at the place of a file, and it is none: no other attempt and no permission will help."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ def read_json(location: str) -> dict[str, Any]:
             content = json.loads(read(location))
             if content.pop("crc32") == _crc32_of(content):
                 return content
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problem = repr(error)
     raise ValueError(problem)
 
@@ -280,20 +289,34 @@ def list_stats(folder: str) -> dict[str, Stat]:
         return dict(sorted(stats.items()))
 
 
-def delete_tree(folder: str) -> None:
-    """Delete a folder or prefix with all that is in it; nothing happens where there is none."""
+def delete_tree(folder: str, first: str | None = None) -> None:
+    """Delete a folder or prefix with all that is in it; nothing happens where there is none.
+
+    Args:
+        folder: of a local link the target stays; a local file goes too.
+        first: the name of what goes before all else, so that a folder without it may be one that is deleted in part.
+
+    Raises:
+        StorageError: something cannot be deleted.
+    """
     with naming(folder):
         if is_s3(folder):
             bucket, prefix = _folder_prefix(folder)
+            if first is not None:
+                s3.client().delete_object(Bucket=bucket, Key=prefix + first)
             pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             for page in pages:
-                keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
-                if keys:
-                    s3.client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+                if keys := [entry["Key"] for entry in page.get("Contents", [])]:
+                    s3.delete_objects(bucket, keys)
             return
-        while os.path.isdir(folder):
+        path = folder.rstrip("/")  # with it, a link would be its target
+        if os.path.islink(path) or os.path.isfile(path):
+            Path(path).unlink(missing_ok=True)
+        elif first is not None and os.path.isdir(path):
+            delete_tree(join(path, first))
+        while os.path.isdir(path):
             with suppress(FileNotFoundError):  # somebody else deletes it too
-                shutil.rmtree(folder)
+                shutil.rmtree(path)
 
 
 def delete(location: str) -> None:
@@ -359,8 +382,10 @@ def naming(location: str) -> Iterator[None]:
             errno.EDQUOT: "the quota is used up; free some space or choose another folder",
             errno.EACCES: "check its permissions",
             errno.EROFS: "the file system is read-only; choose another folder",
+            **_OTHERWISE,
         }.get(error.errno or 0, "check that the path can be read and written")
-        raise StorageError(f"{location}: {error.strerror or error}; {advice}") from error
+        kind = NotAFileError if error.errno in _OTHERWISE else StorageError
+        raise kind(f"{location}: {error.strerror or error}; {advice}") from error
     except Exception as error:
         if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
             raise

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gmdist import rng
+from gmdist import rng, s3
 from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
@@ -179,6 +181,21 @@ def fit(family: Family, run_dir: Path, **settings: Any) -> Outcome:
 def tree_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def deletes_refused(code: str, only: str = "", times: int = 10**6) -> Iterator[None]:
+    """Let S3 answer DeleteObjects with 200 and such an error for each key that has `only` in it, so many times."""
+    answers, real = iter(range(times)), s3.client().delete_objects
+
+    def answer(Bucket: str, Delete: dict[str, Any]) -> dict[str, Any]:  # noqa: N803
+        refused = [] if next(answers, None) is None else [one for one in Delete["Objects"] if only in one["Key"]]
+        if deleted := [one for one in Delete["Objects"] if one not in refused]:
+            real(Bucket=Bucket, Delete={"Objects": deleted})
+        return {"Errors": [one | {"Code": code, "Message": "no"} for one in refused]} if refused else {}
+
+    with mock.patch.object(s3.client(), "delete_objects", answer):
+        yield
 
 
 class Linear(Family):

@@ -216,3 +216,24 @@ def test_object_storage_is_set_in_the_config(base: Path, tmp_path: Path, monkeyp
     ):
         with pytest.raises(ConfigError, match=words):
             load(str(base), [setting])
+
+
+def test_evaluation_is_set_in_the_config(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(str(base)).evaluation.metrics == ()  # training generates nothing for it unless it is asked to
+    settings = ["evaluation.metrics=[fid,pr]", "evaluation.features=inception.pth", "evaluation.reference=s3://real/x"]
+    config = load(str(base), settings)
+    assert from_yaml(config.to_yaml(), "again") == config
+    assert config.evaluation.metrics == ("fid", "pr")
+    assert config.evaluation.features == f"{tmp_path}/inception.pth"
+    for setting, words in (
+        ("evaluation.metrics=[fid,is]", "evaluation.metrics: 'is'; must be of fid, kid, pr, each once"),
+        ("evaluation.metric=[fid]", "evaluation.metric: no such key; did you mean 'metrics'"),
+        ("evaluation.num_images=3", "evaluation.num_images: 3; must be at least 4"),
+        ("evaluation.num_reference_images=0", "evaluation.num_reference_images: 0; must be at least 4"),
+        ("evaluation.batch_size=0", "evaluation.batch_size: 0; must be at least 1"),
+        ("evaluation.features=''", "evaluation.features: ''; must be a path"),
+        ("evaluation.reference=gs://x", "gs://x: not a location that gmdist reads"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load(str(base), [setting])

@@ -18,6 +18,7 @@ from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError, StorageError
+from tests.support import deletes_refused
 
 BUCKET = "pictures"
 
@@ -91,6 +92,49 @@ def test_deleting_takes_what_is_named_and_nothing_else(folder: str, end: str) ->
     storage.delete_tree(storage.join(folder, "run") + end)
     assert storage.list_names(folder) == ["run-2"]
     assert storage.list_names(storage.join(folder, "run")) == []
+
+
+def test_a_file_that_is_to_go_first_goes_first(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "meta.json", "z", "meta.json-2"):
+        storage.write(storage.join(folder, "x", name), b"")
+
+    def fails(*_: object, **__: object) -> None:
+        raise StorageError("no")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", fails)
+        broken.setattr(s3, "delete_objects", fails)
+        with pytest.raises(StorageError):
+            storage.delete_tree(storage.join(folder, "x"), first="meta.json")
+    assert storage.list_names(storage.join(folder, "x")) == ["a", "meta.json-2", "z"]
+    storage.delete_tree(storage.join(folder, "x"), first="meta.json")
+    assert storage.list_names(folder) == []
+    storage.delete_tree(storage.join(folder, "x"), first="meta.json")
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_what_a_link_leads_to_stays(tmp_path: Path, end: str) -> None:
+    storage.write(str(tmp_path / "there/meta.json"), b"kept")
+    for target in ("there", "there/meta.json", "nowhere", "here"):
+        (tmp_path / "here").symlink_to(target)
+        storage.delete_tree(f"{tmp_path}/here{end}", first="meta.json")
+        assert os.listdir(tmp_path) == ["there"]
+    assert (tmp_path / "there/meta.json").read_bytes() == b"kept"
+
+
+def test_an_object_that_is_not_deleted_is_named(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        storage.write(f"s3://{BUCKET}/folder/{name}", b"")
+    words = rf"^s3://{BUCKET}/folder/b: access denied; check the credentials'"
+    with deletes_refused("AccessDenied", only="folder/b"), pytest.raises(StorageError, match=words):
+        storage.delete_tree(f"s3://{BUCKET}/folder")
+    assert storage.list_names(f"s3://{BUCKET}/folder") == ["b"]
+    monkeypatch.setattr(s3.time, "sleep", lambda _: None)
+    with deletes_refused("SlowDown"), pytest.raises(StorageError, match=rf"^s3://{BUCKET}/folder/b: .*SlowDown"):
+        storage.delete_tree(f"s3://{BUCKET}/folder")
+    with deletes_refused("SlowDown", times=2):  # which passes
+        storage.delete_tree(f"s3://{BUCKET}/folder")
+    assert storage.list_names(f"s3://{BUCKET}/folder") == []
 
 
 def test_copies_of_local_files(folder: str, tmp_path: Path) -> None:
@@ -340,7 +384,8 @@ def test_an_object_of_json_is_what_was_written_or_an_error(folder, monkeypatch: 
     storage.write_json(location, content)
     assert storage.read_json(location) == content
     sound = storage.read(location)
-    for damaged in (sound.replace(b"2.5", b"3.5"), sound[:-5], b"[]", b"{}", b"\xff", b'{"crc32": "x"}'):
+    deep = b"[" * 200_000
+    for damaged in (sound.replace(b"2.5", b"3.5"), sound[:-5], b"[]", b"{}", b"\xff", b'{"crc32": "x"}', deep):
         storage.write(location, damaged)
         with pytest.raises(ValueError, match=r"."):
             storage.read_json(location)

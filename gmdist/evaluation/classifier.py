@@ -17,8 +17,8 @@ _WEIGHT_DECAY = 0.05
 _SMOOTHING = 0.1  # of labels
 _MOST_SHIFT = 1 / 32  # of an image's side
 _WARMUP = 0.2  # of the steps
-_NUM_SEEN = 150_000  # images, that training passes through
-_FEWEST_PASSES, _MOST_PASSES = 8, 12  # through the data
+_NUM_SEEN = 120_000  # images, that training passes through
+_FEWEST_PASSES, _MOST_PASSES = 6, 12  # through the data
 
 
 def train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> Classifier:

@@ -44,8 +44,11 @@ class Features:
 
     @torch.no_grad()
     def of(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1], as a file of 8 bits a channel would hold them -> float32 [N, D]."""
-        levels = ((images.float() + 1.0) * 127.5).round().clamp(0.0, 255.0)
+        """Images [N, C, H, W] in [-1, 1], as a file of 8 bits a channel would hold them -> float32 [N, D].
+
+        NaN is black: a model that diverges gets bad numbers, and its run goes on.
+        """
+        levels = ((images.float() + 1.0) * 127.5).nan_to_num(0.0).round().clamp(0.0, 255.0)
         with torch.autocast(images.device.type, enabled=False):
             return self.network(levels / 127.5 - 1.0)
 

@@ -1,33 +1,25 @@
-"""Latent caches: the first stage of a run encodes a data set once, in this process or on the workers of a cluster."""
+"""Latent caches: the first stage of a run encodes a data set once, and what was begun is gone on with."""
 
 import math
-import os
 import re
-import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import torch
-from torch import Tensor
 
 from gmdist import runs, storage
 from gmdist.config import Config
-from gmdist.data.batch import as_floats
-from gmdist.data.latent_shards import EncodedShard, ShardEncoder, SourceShard, as_stored, open_source
+from gmdist.data.latent_shards import as_stored, open_source
 from gmdist.data.latents import Record, Transform
 from gmdist.data.ledger import LEDGER_NAME, Ledger, is_unchanged, timeless
 from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
-from gmdist.data.parallel import spread
 from gmdist.data.shard import index_name
-from gmdist.errors import ConfigError, DataError, GmdistError, RunFailedError, StorageError
+from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.families.family import Family
-from gmdist.train.engine import computing
+from gmdist.launch.encoders import Work, encode_shards, encoding
 
-_SHARDS_AT_ONCE = 2  # of a worker: one is read or written while the other goes through the encoder
-_BATCH_SIZE = 32  # where the run has no micro-batch size
 _OVERRIDDEN = ("cluster", "data", "train")
 _OF_THE_MODEL = ("data.image_size", "data.channels")
 _WRITTEN = re.compile(r".+\.(tar|index\.safetensors)")
@@ -104,7 +96,7 @@ def encode(
     tasks = [shard for shard in listing.shards if shard.name not in ledger.entries]
     total = sum(shard.num_bytes for shard in listing.shards)
     done = total - sum(task.num_bytes for task in tasks)
-    with ledger, closing(_encoded(_Work(config, family, destination, record), tasks)) as results:
+    with ledger, closing(encode_shards(Work(config, family, destination, record), tasks)) as results:
         for result in results:
             if result.unreadable:
                 record.unreadable[result.entry.name] = result.unreadable
@@ -138,7 +130,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 def _layouts(run: str, config: Config, family: Family) -> dict[str, tuple[list[int], str]]:
     """Shape and type of what is stored of an image; ConfigError if the family encodes nothing."""
     pixels = torch.zeros(1, config.data.image_size, config.data.image_size, config.data.channels, dtype=torch.uint8)
-    made = _encoding(family, config.train.precision, torch.device("cpu"))(pixels)
+    made = encoding(family, config.train.precision, torch.device("cpu"))(pixels)
     if not made:
         raise ConfigError(
             f"RUN: {run}; family '{config.family_name}' encodes nothing: name the run of a first stage, such as one of "
@@ -173,127 +165,3 @@ def _check_budget(config: Config, source: str, record: Record, num_samples: int)
             f"{source}: {len(lines)} images cannot be read, more than data.max_bad_fraction allows ({allowed} of "
             f"{num_samples}); raise it to go on without them; the first: {lines[0]}"
         )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a worker has to know."""
-
-    config: Config  # the run's
-    family: Family  # on the CPU
-    destination: str
-    record: Record
-
-    def encoder(self) -> ShardEncoder:
-        """Set this process up to encode: its storage, its device, and as many threads as a worker has everywhere."""
-        config = self.config
-        runs.use_storage(config)
-        device = torch.device("cuda") if config.cluster.gpus_per_worker else torch.device("cpu")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("cluster.gpus_per_worker: 1; there is no GPU here: set cluster.gpus_per_worker=0")
-        found = Record.load(self.destination)
-        if found is None or self.record.difference(found) is not None:
-            raise ConfigError(
-                f"DEST: {self.destination}; a worker on {os.uname().nodename} does not see what is in it: on several "
-                "machines, use a shared folder or s3://"
-            )
-        return ShardEncoder(
-            replace(config.data, crop=self.record.transform.crop),
-            _encoding(self.family, config.train.precision, device),
-            self.destination,
-            flip=self.record.flip,
-            batch_size=config.train.micro_batch_size or _BATCH_SIZE,
-        )
-
-
-def _encoding(family: Family, precision: str, device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Encodes pixels uint8 [N, H, W, C] on a device, as precisely as evaluations do; returns arrays on the CPU."""
-    family = family.to(device)
-
-    def call(pixels: Tensor) -> dict[str, Tensor]:
-        with torch.inference_mode(), computing(precision, device) if precision == "bf16" else nullcontext():
-            return {name: array.cpu() for name, array in family.encode(as_floats(pixels.to(device))).items()}
-
-    return call
-
-
-def _encoded(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
-    """The shards as they are done: without Ray where one worker of this machine is all that the config asks for."""
-    cluster = work.config.cluster
-    if not tasks or (cluster.address == "local" and cluster.worker_range[1] == 1):
-        return _here(work, tasks)
-    return _on_cluster(work, tasks)
-
-
-def _here(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
-    """The shards, encoded in this process."""
-    encoder, before = work.encoder(), torch.get_num_threads()
-    # Sums depend on the number of threads, if only in their last bits: it is the same here as on a cluster.
-    torch.set_num_threads(work.config.cluster.cpus_per_worker)
-    try:
-        results = spread(lambda shard: [encoder.shard(shard)], tasks, threads=_SHARDS_AT_ONCE, stopped=encoder.stopped)
-        with closing(results):
-            yield from results
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Worker:
-    """An actor that encodes shards, several at once."""
-
-    def __init__(self, work: _Work, num_threads: int) -> None:
-        self._work, self._lock = work, threading.Lock()
-        self._encoder: ShardEncoder | None = None
-        torch.set_num_threads(num_threads)
-
-    def shard(self, shard: SourceShard) -> EncodedShard:
-        """Encode one shard."""
-        with self._lock:
-            self._encoder = self._encoder or self._work.encoder()  # here, where errors reach the driver as they are
-        return self._encoder.shard(shard)
-
-
-def _on_cluster(work: _Work, tasks: Sequence[SourceShard]) -> Generator[EncodedShard]:
-    """The shards, encoded by workers of a Ray cluster; one that is lost is started again, with what it was at."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    from gmdist.launch.cluster import connected, room
-
-    cluster = work.config.cluster
-    with connected(cluster):
-        least, most = cluster.worker_range
-        count = min(len(tasks), max(least, min(most, room(cluster))))
-        actor = ray.remote(
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_worker,
-            max_concurrency=_SHARDS_AT_ONCE,
-            max_restarts=cluster.max_failures,
-            max_task_retries=cluster.max_failures,
-        )(_Worker)
-        shared = ray.put(work)
-        workers = [actor.remote(shared, cluster.cpus_per_worker) for _ in range(count)]
-        waiting = iter(tasks)
-        running = {
-            worker.shard.remote(shard): worker
-            for worker, shard in zip(workers * _SHARDS_AT_ONCE, waiting, strict=False)
-        }
-        try:
-            while running:
-                (done,), _ = ray.wait(list(running))
-                worker = running.pop(done)
-                for shard in islice(waiting, 1):
-                    running[worker.shard.remote(shard)] = worker
-                yield ray.get(done)
-        except RayTaskError as error:
-            if isinstance(error.cause, GmdistError):
-                raise error.cause from None
-            raise
-        except RayActorError as error:
-            raise RunFailedError(
-                f"{work.destination}: a worker was lost more than {cluster.max_failures} times: killed, out of memory, "
-                "or its machine lost; run the same command again: it goes on where it stopped"
-            ) from error
-        finally:
-            for worker in workers:
-                ray.kill(worker)

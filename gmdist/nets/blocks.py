@@ -62,7 +62,7 @@ def timestep_embedding(
     """
     assert channels % 2 == 0, channels
     half = channels // 2
-    # The order of operations is that of the published networks: at timestep 1000, another rounds the angle by 1e-4.
+    # The order of operations is that of the published networks: another moves the result by 6e-5 at timestep 1000.
     exponents = -math.log(max_period) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
     frequencies = torch.exp(exponents / (half - frequency_shift))
     angles = timesteps.float()[:, None] * frequencies  # [N, half]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _SIDE = 16  # pixels, after the first convolution
+_COLOUR_SCALE = 0.25  # the shape says what it is
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Classifier(nn.Module):
         self.sizes = sizes
         stride = sizes.image_size // _SIDE
         self.body = nn.Sequential(
-            _conv(sizes.channels + 1, 32, 2 * stride + 1, stride),
+            _conv(sizes.channels + 1, 32, (stride + 2) | 1, stride),
             _conv(32, 64, 3, 2),
             _conv(64, 128, 3, 2),
             nn.Flatten(),
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] in [-1, 1] -> features [N, D]."""
-        return self.body(torch.cat([images, _ink(images)], dim=1))
+        return self.body(torch.cat([images * _COLOUR_SCALE, _ink(images)], dim=1))
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [N, D] -> [N, classes]."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import timestep_embedding
+from gmdist.nets.blocks import at_least_fp32, timestep_embedding
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
@@ -159,11 +159,11 @@ class DiT(nn.Module):
             label: int64 [N]; `num_classes` means "no class". For a network with classes, and no other.
 
         Returns:
-            [N, C, H, W], float32. The channels of a learned variance are left out.
+            [N, C, H, W], at least fp32. The channels of a learned variance are left out.
         """
         assert x.shape[2] == x.shape[3] == self.size, (x.shape, self.size)
-        shift = self.config.frequency_shift
-        condition = self.time(timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=shift))  # [N, width]
+        frequencies = timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=self.config.frequency_shift)
+        condition = self.time(frequencies.to(x.dtype))  # [N, width]
         if self.label is not None:
             assert label is not None
             condition = condition + self.label(label)
@@ -172,7 +172,7 @@ class DiT(nn.Module):
             tokens = block(tokens, condition)
         shift_out, scale_out = self.modulation_out(F.silu(condition)).chunk(2, dim=1)
         tokens = self.out(modulate(self.norm_out(tokens), shift_out, scale_out))  # [N, L, patch * patch * channels]
-        return self._joined(tokens)[:, : self.in_channels].float()
+        return at_least_fp32(self._joined(tokens)[:, : self.in_channels])
 
     def _joined(self, tokens: Tensor) -> Tensor:
         """Tokens [N, L, patch * patch * channels], channels last, -> [N, channels, H, W]."""

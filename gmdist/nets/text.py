@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
 # Tokens 0 to 255 are bytes.
@@ -81,19 +82,19 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, config.channels)
-        self.positions = nn.Parameter(torch.empty(config.max_length, config.channels))
+        self.position_embedding = nn.Parameter(torch.empty(config.max_length, config.channels))
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.channels)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N, L] as `tokenize` gives them -> context [N, L, C], float32, and its mask.
+        """Tokens int64 [N, L] as `tokenize` gives them -> context [N, L, C], at least fp32, and its mask.
 
         The mask is bool [N, L], True for tokens, False for padding: what lies in the context there has no meaning.
         """
         mask = tokens != PAD
-        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        x = self.tokens(tokens) + self.position_embedding[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm_out(x).float(), mask
+        return at_least_fp32(self.norm_out(x)), mask

@@ -11,6 +11,7 @@ from gmdist.nets.blocks import (
     ResBlock,
     SelfAttention2d,
     Upsample,
+    at_least_fp32,
     group_norm,
     timestep_embedding,
     widths_problem,
@@ -253,10 +254,10 @@ class UNet(nn.Module):
             vector: [N, E]. For a network with `vector_channels`, and no other.
 
         Returns:
-            [N, C_out, H, W], float32.
+            [N, C_out, H, W], at least fp32.
         """
         assert self.takes_context == (context is not None)
-        embedding = self.time(timestep_embedding(timesteps, self.channels))
+        embedding = self.time(timestep_embedding(timesteps, self.channels).to(x.dtype))
         if self.label is not None:
             assert label is not None
             embedding = embedding + self.label(label)
@@ -275,7 +276,7 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], dim=1), embedding, context, context_mask)
             else:
                 h = module(h)
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        return at_least_fp32(self.conv_out(F.silu(self.norm_out(h))))
 
 
 def _two_layers(in_channels: int, out_channels: int) -> nn.Sequential:

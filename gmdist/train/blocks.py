@@ -33,10 +33,26 @@ def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
         if config.channels_last:
             child.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
         for block in (part for part in child.modules() if isinstance(part, family.blocks)):
-            if config.activation_checkpointing:
-                block.forward = functools.partial(_recomputed, block.forward)
             if config.compile:
-                block.compile()
+                block.forward = _compiled(block, block.forward)
+            if config.activation_checkpointing:  # around what is compiled: telling which pass it is breaks a graph
+                block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _compiled(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's `forward` that is compiled while it trains, and always to the same code.
+
+    A resumed run has not seen the shapes of an earlier preview or evaluation. So these are not compiled, a shape's code
+    does not depend on those that came before it, and no kernel is chosen by its measured time.
+    """
+    # One count for all blocks of a class, each width of a UNet adds to it: past it, blocks stay as they are, unsaid.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+    compiled = torch.compile(forward, dynamic=False, options={"deterministic": True})
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs) if block.training else forward(*args, **kwargs)
+
+    return chosen
 
 
 def _to_channels_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

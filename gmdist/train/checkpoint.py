@@ -6,6 +6,7 @@ with its size and crc32. Nothing in it depends on the time or the place of writi
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,16 @@ from torch import Tensor
 
 from gmdist import storage
 from gmdist.errors import CheckpointError
+from gmdist.train.meta import problem_with
 from gmdist.train.workers import rank, world_size
 
-FORMAT_VERSION = 2
 META_NAME = "meta.json"
 
 _THREADS = 8  # shards that are read at once
 _MOST_HEAD_BYTES = 100_000_000  # safetensors' own limit
+_KEY = re.compile(r"([^|]+)\|(.+)\|(0|[1-9][0-9]*)", re.DOTALL)  # of `tensor_key`
+# What reading a shard that is none comes to.
+_MALFORMED = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # Kinds of tensors in a shard.
 PARAM, EMA_PARAM, STATE, BUFFER, FROZEN, WORKER = "param", "ema", "state.", "buffer", "frozen", "worker"
@@ -39,8 +43,10 @@ def folder_name(step: int) -> str:
 
 def step_of(name: str) -> int | None:
     """The step of a checkpoint folder's name; None for another name."""
-    digits = name.removeprefix("step-")
-    return int(digits) if name.startswith("step-") and digits.isdigit() else None
+    if not re.fullmatch("step-[0-9]{8,}", name):
+        return None
+    step = int(name.removeprefix("step-"))
+    return step if folder_name(step) == name else None
 
 
 def tensor_key(kind: str, name: str, start: int) -> str:
@@ -85,7 +91,8 @@ def find_newest(
             return Found(location, meta, warnings), warnings
         except CheckpointError as error:
             warnings.append(f"skipped an unusable checkpoint: {error}")
-    if warnings and any(storage.exists(storage.join(folder, folder_name(step), META_NAME)) for step in steps):
+    # What has the name counts, whatever it is: an interrupted save leaves nothing of it.
+    if warnings and any(META_NAME in storage.list_names(storage.join(folder, folder_name(step))) for step in steps):
         # Something else than an interrupted save did this; starting at step 0 would throw the run away.
         raise CheckpointError(
             f"{folder}: none of the checkpoints can be used ({warnings[0].partition(': ')[2]}); restore one, "
@@ -110,40 +117,74 @@ def find_together(
 
 
 def read_meta(location: str) -> dict[str, Any]:
-    """A checkpoint's meta.json; CheckpointError if there is none or it is not one."""
+    """A checkpoint's meta.json; CheckpointError if there is none, or it is not one of this step."""
     path = storage.join(location, META_NAME)
     try:
         meta = storage.read_json(path)
-        if meta["format"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format {meta['format']}; this version of gmdist reads {FORMAT_VERSION}")
-        return meta
     except FileNotFoundError as error:
         raise CheckpointError(f"{location}: incomplete, it has no {META_NAME}") from error
-    except (ValueError, KeyError) as error:
+    except storage.NotAFileError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
+    problem = problem_with(meta, step_of(location.rpartition("/")[2]))
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
+    return meta
 
 
 def verify(location: str, meta: dict[str, Any]) -> None:
-    """Read every shard and compare size and crc32; CheckpointError names the first that differs."""
+    """Read every shard, compare size and crc32, look at what it holds; CheckpointError names the first unsound one."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as threads:
+        problems = list(
+            threads.map(lambda shard: _problem_of(storage.join(location, shard["name"]), shard), meta["shards"])
+        )
+    for problem in filter(None, problems):
+        raise CheckpointError(problem)
 
-    def problem_of(shard: dict[str, Any]) -> str | None:
-        path = storage.join(location, shard["name"])
+
+def _problem_of(path: str, shard: dict[str, Any]) -> str | None:
+    """What is wrong with a shard, by what meta.json says of it."""
+    try:
         # What comes from object storage can be damaged on its way.
         for _ in range(storage.READ_ATTEMPTS if storage.is_s3(path) else 1):
-            try:
-                num_bytes, value = storage.checksum(path)
-            except FileNotFoundError:
-                return f"{path}: missing"
+            num_bytes, value = storage.checksum(path)
             if num_bytes != shard["bytes"]:
                 return f"{path}: {num_bytes} bytes instead of {shard['bytes']}"
             if value == shard["crc32"]:
+                _pieces(path)
                 return None
         return f"{path}: damaged (its crc32 differs)"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except storage.NotAFileError as error:
+        return str(error)
+    except _MALFORMED as error:
+        return f"{path}: damaged ({error})"
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as threads:
-        problems = list(threads.map(problem_of, meta["shards"]))
-    for problem in filter(None, problems):
-        raise CheckpointError(problem)
+
+def _pieces(path: str) -> list[tuple[str, str, int, int]]:
+    """What a shard holds: kind, tensor, place of the first element, number of elements; _MALFORMED if it is none."""
+    for attempt in range(storage.READ_ATTEMPTS):
+        try:
+            version = storage.stat(path)
+            most = min(version.num_bytes - 8, _MOST_HEAD_BYTES)
+            size = int.from_bytes(storage.read_range(path, 0, 8, version), "little") if most >= 0 else 0
+            if size > most:
+                raise ValueError("it is no safetensors file")
+            head = json.loads(storage.read_range(path, 8, size, version))
+            return [_piece(key, description) for key, description in head.items() if key != "__metadata__"]
+        except ValueError:
+            if attempt + 1 == storage.READ_ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _piece(key: str, description: dict[str, Any]) -> tuple[str, str, int, int]:
+    place, (count,) = _KEY.fullmatch(key), description["shape"]
+    if place is None or type(count) is not int or count < 0:
+        raise ValueError(f"'{key}' {description['shape']} is not a piece of a tensor")
+    return place[1], place[2], int(place[3]), count
 
 
 class Reader:
@@ -158,18 +199,17 @@ class Reader:
         self._stack = ExitStack()
         self._folder = location
         self._files: dict[str, Any] = {}
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}  # first, count, shard, key
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # first, count, shard; sorted
 
     def __enter__(self) -> "Reader":
         if storage.is_s3(self.location):
             self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
         with self._naming():
             for name in self._shards:
-                for key, description in self._head(name).items():
-                    kind, _, place = key.partition("|")
-                    tensor, _, first = place.rpartition("|")
-                    piece = int(first), int(description["shape"][0]), name, key
-                    self._pieces.setdefault((kind, tensor), []).append(piece)
+                for kind, tensor, first, count in _pieces(storage.join(self.location, name)):
+                    self._pieces.setdefault((kind, tensor), []).append((first, count, name))
+        for pieces in self._pieces.values():
+            pieces.sort()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,25 +223,9 @@ class Reader:
         except FileNotFoundError as error:  # the run goes on, and this one was the oldest
             self._stack.close()
             raise CheckpointError(f"{self.location}: deleted while it was being read") from error
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _MALFORMED as error:
             self._stack.close()
             raise CheckpointError(f"{self.location}: damaged ({error})") from error
-
-    def _head(self, name: str) -> dict[str, Any]:
-        """What a shard holds: the description of each tensor."""
-        path = storage.join(self.location, name)
-        for attempt in range(storage.READ_ATTEMPTS):
-            try:
-                version = storage.stat(path)
-                size = int.from_bytes(storage.read_range(path, 0, 8, version), "little")
-                if size > _MOST_HEAD_BYTES:
-                    raise ValueError(f"{name} is no safetensors file")
-                head = json.loads(storage.read_range(path, 8, size, version))
-                return {key: value for key, value in head.items() if key != "__metadata__"}
-            except ValueError:
-                if attempt + 1 == storage.READ_ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
 
     def _file(self, name: str) -> Any:
         """An open shard."""
@@ -223,18 +247,21 @@ class Reader:
         """Fill `values`, [count], with elements [start, start + count) of a flattened tensor.
 
         Raises:
-            CheckpointError: any of them is not there, or they are of another type.
+            CheckpointError: any of them is not there or is there twice, or they are of another type.
         """
-        count, filled = values.numel(), 0
+        count, filled, position = values.numel(), 0, start
         with self._naming():
-            for first, size, shard, key in self._pieces.get((kind, name), []):
+            for first, size, shard in self._pieces.get((kind, name), []):
                 low, high = max(first, start), min(first + size, start + count)
-                if low < high:
-                    part = self._file(shard).get_slice(key)[low - first : high - first]
-                    if part.dtype != values.dtype:
-                        raise CheckpointError(f"{self.location}: {name} is {part.dtype}; the model has {values.dtype}")
-                    values[low - start : high - start] = part
-                    filled += high - low
+                if low >= high:
+                    continue
+                if low < position:  # or it could make up for a hole in `filled`
+                    raise CheckpointError(f"{self.location}: damaged (has elements of {name} ({kind}) twice)")
+                part = self._file(shard).get_slice(tensor_key(kind, name, first))[low - first : high - first]
+                if part.dtype != values.dtype:
+                    raise CheckpointError(f"{self.location}: {name} is {part.dtype}; the model has {values.dtype}")
+                values[low - start : high - start] = part
+                filled, position = filled + high - low, high
         if filled != count:
             raise CheckpointError(f"{self.location}: has {filled} of {count} elements of {name} ({kind})")
 

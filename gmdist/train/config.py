@@ -19,7 +19,8 @@ class TrainConfig:
     precision: str = "fp32"
     zero_stage: int = 0  # 0: whole copies; 1: DeepSpeed shards optimizer state; 2: gradients too; 3: weights too
     offload_optimizer: bool = False  # the optimizer's state and updates on the host; stages 1 to 3
-    compile: bool = False  # the networks' blocks by torch.compile; not where a loss differentiates a gradient
+    # The networks' blocks by torch.compile, in training; stages 0 to 2, not where a loss differentiates a gradient.
+    compile: bool = False
     activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
     channels_last: bool = False  # convolutions' preferred layout on GPUs
     micro_batch_size: int | None = (
@@ -47,6 +48,11 @@ class TrainConfig:
             raise ConfigError(f"train.zero_stage: {self.zero_stage}; must be 0, 1, 2 or 3")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError("train.offload_optimizer: true with train.zero_stage 0; it takes stage 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "train.compile: true with train.zero_stage 3; DeepSpeed gathers weights between a block's layers, "
+                "which cannot be compiled; take stage 0, 1 or 2"
+            )
         for key in (
             "num_steps",
             "micro_batch_size",

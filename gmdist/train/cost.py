@@ -34,24 +34,34 @@ _PROFILE_AFTER = 5  # steps: the first ones allocate and compile
 
 
 class FlopCount:
-    """The FLOPs of the model in a step, counted on the first micro-batch of each phase."""
+    """The FLOPs of the model for a sample, counted on the first micro-batch of each phase."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, float] = {}  # of a micro-batch, over the steps between two of the phase
+        self._counts: dict[str, float] = {}  # of a sample and a phase, over the steps between two of the phase
 
     @contextmanager
-    def counting(self, phase: Phase) -> Iterator[None]:
-        """Count what is computed meanwhile, the first time that a phase comes."""
+    def counting(self, phase: Phase, num_samples: int) -> Iterator[None]:
+        """Count what is computed meanwhile for a micro-batch, the first time that a phase comes."""
         if phase.name in self._counts:
             yield
             return
+        # Compiled blocks hide their products, and round otherwise than plain ones: a run that goes on must not count
+        # again, or it would end with other bits. So checkpoints hold the counts.
         with _Counter() as counter, torch.compiler.set_stance("force_eager"):
             yield
-        self._counts[phase.name] = counter.flops / phase.every
+        self._counts[phase.name] = counter.flops / phase.every / num_samples
 
-    def a_step(self, num_micro_batches: int) -> float:
-        """On this worker, in the mean."""
-        return sum(self._counts.values()) * num_micro_batches
+    def a_sample(self) -> float:
+        """In the mean over the steps."""
+        return sum(self._counts.values())
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return dict(self._counts)
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on with the counts of a checkpoint."""
+        self._counts = dict(state)
 
 
 class _Counter(TorchDispatchMode):

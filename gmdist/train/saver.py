@@ -14,7 +14,8 @@ from torch import Tensor
 from gmdist import storage
 from gmdist.checksum import crc32
 from gmdist.errors import CheckpointError, GmdistError, StorageError
-from gmdist.train.checkpoint import FORMAT_VERSION, META_NAME, folder_name, read_meta, step_of
+from gmdist.train.checkpoint import META_NAME, folder_name, read_meta, step_of
+from gmdist.train.meta import FORMAT_VERSION, shard_name
 from gmdist.train.workers import rank, world_size
 
 # The names of safetensors (its format is described at https://huggingface.co/docs/safetensors).
@@ -137,7 +138,12 @@ class Saver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait for the save that is under way; CheckpointError if it failed."""
+        """Wait for the save that is under way.
+
+        Raises:
+            CheckpointError: it failed.
+            StorageError: it is complete, but an older checkpoint cannot be deleted.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -151,7 +157,7 @@ class Saver:
 
     def _write(self, step: int, content: memoryview, meta: dict[str, Any]) -> None:
         location = storage.join(self._folder, folder_name(step))
-        name = f"shard-{rank():05d}-of-{world_size():05d}.safetensors"
+        name = shard_name(rank(), world_size())
 
         def write_shard() -> dict[str, Any]:
             storage.write(storage.join(location, name), content)
@@ -189,9 +195,7 @@ class Saver:
 
     def _delete(self, step: int) -> None:
         """Delete a checkpoint; one that is deleted in part is incomplete, not damaged."""
-        location = storage.join(self._folder, folder_name(step))
-        storage.delete(storage.join(location, META_NAME))
-        storage.delete_tree(location)
+        storage.delete_tree(storage.join(self._folder, folder_name(step)), first=META_NAME)
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps; while nothing is being saved."""

@@ -66,6 +66,8 @@ def load_state(reader: Reader, family: Family, units: Mapping[str, Unit], ema: E
                         f"set optim.{name}.name as it was, or choose another run.dir"
                     )
                 reader.read(STATE + key, fragment.name, fragment.start, values)
+        if name not in reader.meta["updates"]:
+            raise CheckpointError(f"{reader.location}: damaged (it does not say how many updates {name} has had)")
         unit.num_updates = reader.meta["updates"][name]
         unit.publish()
     for fragment, average in zip(ema.fragments, ema.averages, strict=True):

@@ -96,6 +96,7 @@ class Trainer:
         }
         self.ema = EMA([self.units[name] for name in family.averaged], config.ema_halflife_kimg, config.ema_ramp)
         self._averages = Averages(self.device)
+        self._flops = FlopCount()
         if found is not None:
             self._load(found)
         self._saver = Saver(
@@ -104,7 +105,6 @@ class Trainer:
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
-        self._flops = FlopCount()
         self._quarantine = Quarantine(run_dir)
         self._waited_s = 0.0
         self._counted = data.counters()
@@ -125,7 +125,7 @@ class Trainer:
             for i, micro_batch in enumerate(micro_batches):
                 # Dropout is the one user of torch's generator: begun anew, it does not depend on where a run resumed.
                 torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
-                with self._flops.counting(phase):
+                with self._flops.counting(phase, len(micro_batch["key"])):
                     metrics = unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches))
                 self._averages.add(metrics)
             norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
@@ -289,7 +289,7 @@ class Trainer:
         images_per_s = steps * self.batch_size / seconds
         found = {"images_per_s": images_per_s, "images_per_s_worker": images_per_s / world_size()}
         found["memory_gib"] = peak_memory_gib(self.device)
-        flops = self._flops.a_step(self.batch_size // world_size() // self.micro_batch_size)
+        flops = self._flops.a_sample() * (self.batch_size // world_size())
         found["tflops_worker"] = flops * steps / seconds / 1e12
         peak = peak_flops(self.device, self.config.precision)
         if peak is not None:
@@ -358,6 +358,7 @@ class Trainer:
             "left_out": self._left_out,
             "skips": self._skips.state(),
             "averages": self._averages.gather(),
+            "flops": self._flops.state(),
             "batch_size": self.batch_size,
             "order_digest": self._total_digest(),
             "evaluation": self._evaluated[1] if self._evaluated[0] == self.step else {},
@@ -382,6 +383,7 @@ class Trainer:
         self._left_out = [(first, stop) for first, stop in meta["left_out"]]
         self._skips.load(meta["skips"])
         self._averages.restore(meta["averages"])
+        self._flops.load(meta["flops"])
         # The digest is a sum over workers: one of them carries what was there before.
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
 

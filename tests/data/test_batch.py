@@ -52,10 +52,10 @@ def test_large_samples_are_read_one_at_a_time(plain: str, monkeypatch: pytest.Mo
         most = max(most, waiting)
         return read(*arguments)
 
-    def count_decode(*arguments):
+    def count_decode(*arguments, **options):
         nonlocal waiting
         waiting -= 1
-        return decode(*arguments)
+        return decode(*arguments, **options)
 
     monkeypatch.setattr(Shards, "read", count_read)
     monkeypatch.setattr(batch.BatchMaker, "decode", count_decode)

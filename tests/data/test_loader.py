@@ -156,6 +156,17 @@ def test_a_sweep_over_a_mix_takes_each_sample_once(plain: str, other: str) -> No
     assert {number: found[number] for number in range(COUNT)} == alone
 
 
+def test_a_sweep_of_some_samples_is_spread_over_all(plain: str, other: str) -> None:
+    mix = [MixedConfig(plain, 3), MixedConfig(other, 1)]
+    whole, _, _ = merged([list(Loader(settings(None), mix).sweep(8))])
+    for world_size in (1, 3):
+        parts = [list(Loader(settings(None), mix, rank, world_size).sweep(8, 10)) for rank in range(world_size)]
+        found, _, _ = merged(parts)
+        assert sorted(found) == [i * 2 * COUNT // 10 for i in range(10)]
+        assert found == {number: whole[number] for number in found}
+    assert merged([list(Loader(settings(None), mix).sweep(8, 10**9))])[0] == whole
+
+
 def test_arrays_of_a_mix_have_one_layout(plain: str, tmp_path: Path) -> None:
     def array(shape: tuple[int, ...]) -> bytes:
         content = io.BytesIO()

@@ -41,6 +41,7 @@ def test_images_are_described_as_files_of_8_bits_hold_them(tmp_path: Path) -> No
     features = load_features(_random(tmp_path))
     pictures = patterns(4, seed=3)[0].float() / 127.5 - 1.0
     assert torch.equal(features.of(pictures + 0.4 / 127.5), features.of(pictures))
+    assert torch.equal(features.of(pictures * float("nan")), features.of(torch.full_like(pictures, -1.0)))
     assert torch.equal(features.of(pictures * 3.0), features.of((pictures * 3.0).clamp(-1.0, 1.0)))
 
 

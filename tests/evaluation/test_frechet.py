@@ -1,10 +1,14 @@
 """The Frechet distance: closed forms, scipy, singular covariances; moments streamed and merged over workers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from gmdist.data.config import DataConfig
+from gmdist.data.loader import Loader
 from gmdist.evaluation.frechet import Moments, frechet_distance
 from tests.support import run_workers
 
@@ -65,6 +69,22 @@ def test_is_nothing_between_equals_and_symmetric() -> None:
         assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-10)
         assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-10)
         assert frechet_distance(one, other) > 0.1
+
+
+def test_collapsed_images_have_a_distance_too() -> None:
+    spread, collapsed = moments(features(50, 6, seed=8)), moments(torch.ones(20, 6))
+    exact = (spread.mean - 1.0).square().sum() + spread.covariance.trace()
+    assert frechet_distance(collapsed, spread) == pytest.approx(float(exact), rel=1e-12)
+    assert frechet_distance(collapsed, collapsed) == 0.0
+
+
+def test_halves_of_the_digits_are_near_each_other(digits: Path) -> None:
+    config = DataConfig(64, 32, f"{digits}/train", channels=1)
+    sweep = Loader(config, f"{digits}/train").sweep(64)
+    rows = torch.cat([torch.nn.functional.avg_pool2d(loaded.batch["image"], 4).flatten(1) for loaded in sweep])
+    halves = moments(rows[::2]), moments(rows[1::2])
+    mirrored = moments(rows[1::2].view(-1, 8, 8).flip(2).flatten(1))
+    assert frechet_distance(*halves) < 0.05 * frechet_distance(halves[0], mirrored)
 
 
 def merge(rank: int, world_size: int) -> None:

@@ -24,7 +24,7 @@ from gmdist.data.shard import walk
 from gmdist.data.transform import flips
 from gmdist.errors import ConfigError, DataError, RunFailedError
 from gmdist.images import png
-from gmdist.launch import encode as launch_encode
+from gmdist.launch import encoders
 from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, draw
 from gmdist.report.page import write as write_report
@@ -168,9 +168,9 @@ def test_an_interrupt_keeps_what_is_done(stage: str, images: str, cache: str, tm
     with pytest.raises(KeyboardInterrupt):
         encode(stage, images, str(tmp_path), ALONE, on_progress=interrupt)
     encoded = []
-    original = launch_encode.ShardEncoder.shard
+    original = encoders.ShardEncoder.shard
     monkeypatch.setattr(
-        launch_encode.ShardEncoder, "shard", lambda self, shard: encoded.append(shard.name) or original(self, shard)
+        encoders.ShardEncoder, "shard", lambda self, shard: encoded.append(shard.name) or original(self, shard)
     )
     encode(stage, images, str(tmp_path), ALONE)
     assert 1 <= len(encoded) < SHARDS
@@ -192,7 +192,7 @@ def test_two_workers_make_the_same_bytes(ray_cluster, stage: str, images: str, c
         encode(stage, str(tmp_path / "images"), str(tmp_path / "bad"), ["cluster.num_workers=2"])
 
 
-class Mortal(launch_encode._Worker):
+class Mortal(encoders.Encoder):
     """Is killed once."""
 
     def shard(self, shard):
@@ -205,7 +205,7 @@ class Mortal(launch_encode._Worker):
 
 @pytest.mark.ray
 def test_a_lost_worker_starts_again(ray_cluster, stage: str, images: str, cache: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(launch_encode, "_Worker", Mortal)
+    monkeypatch.setattr(encoders, "Encoder", Mortal)
     command = [stage, images, str(tmp_path / "out")]
     with pytest.raises(RunFailedError, match="a worker was lost more than 0 times"):
         encode(*command, ["cluster.num_workers=2", "cluster.max_failures=0"])

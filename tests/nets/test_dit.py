@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gmdist.nets.blocks import timestep_embedding
 from gmdist.nets.dit import DiT, DiTConfig, dit_base, dit_large, dit_small, dit_xl, position_embedding
@@ -38,6 +39,13 @@ def test_published_sizes(config: DiTConfig, parameters: int) -> None:
     with torch.device("meta"):
         network = DiT(config, 4, 1000, 32)
     assert sum(parameter.numel() for parameter in network.parameters()) + network.positions.numel() == parameters
+
+
+def test_published_work() -> None:
+    # Peebles 2023, Tab. 4: 118.64 G multiplications for one image of 256 pixels; 2 FLOPs each.
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        DiT(dit_xl(), 4, 1000, 32)(torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(2 * 118.64, rel=1e-3)
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, qk_norm=True)])

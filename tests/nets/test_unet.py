@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gmdist.nets.unet import (
     UNet,
@@ -69,6 +70,16 @@ def test_published_sizes(config: UNetConfig, in_channels: int, parameters: int, 
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert {norm.num_groups for norm in norms} == {32}
     assert {norm.eps for norm in norms} == {1e-5, 1e-6}
+
+
+@pytest.mark.parametrize(("side", "gflops"), [(32, 180.1), (64, 803.3)])
+def test_published_work(side: int, gflops: float) -> None:
+    # A forward of Stable Diffusion 1 on one image of 256 and of 512 pixels, 2 FLOPs a multiplication: so it has its
+    # transformers at the right resolutions.
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = UNet(stable_diffusion_1(), 4)
+        network(torch.empty(1, 4, side, side), torch.empty(1), context=torch.empty(1, 77, 768))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, rel=1e-3)
 
 
 def test_gradients_reach_every_parameter() -> None:

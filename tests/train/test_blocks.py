@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,9 @@ from gmdist.train.blocks import prepare
 from gmdist.train.config import TrainConfig
 from gmdist.train.cost import FlopCount
 from tests.support import SIZE, SMALL, Linear, fit, make_trainer, small_family, tree_bytes
+
+Graphs = list[list[Any]]  # the inputs of each
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile's C++")
 
 
 def losses(run: Path) -> list[float]:
@@ -66,15 +73,93 @@ class Penalized(Linear):
         return loss, {"loss": loss.detach()}
 
 
+@needs_compiler
 def test_compiled_blocks_train_as_plain_ones(tmp_path: Path) -> None:
     weights = []
     for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
         trainer = make_trainer(Penalized(), tmp_path / str(compiled), num_steps=4, compile=compiled)
         trainer.fit()
-        assert (trainer.family.network[1]._compiled_call_impl is not None) == compiled
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled
         weights.append(torch.cat([p.detach().flatten() for p in trainer.family.parameters()]))
         trainer.close()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    """What torch.compile captures meanwhile. Its code is torch's own, but for a factor that shows where it ran."""
+    captured: Graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        captured.append(inputs)
+        return lambda *inputs: [1.001 * output for output in module.forward(*inputs)]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance(force_backend=backend):
+        yield captured
+    torch._dynamo.reset()
+
+
+class Layer(torch.nn.Module):
+    """A layer that widens by one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width + 1)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class Widening(Linear):
+    """More kinds of a block than torch.compile follows of itself; a preview has another batch size than a step."""
+
+    blocks = (Layer,)
+    widths = range(1, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [Layer(width) for width in self.widths]
+        self.network = torch.nn.Sequential(torch.nn.Linear(SIZE * SIZE, 1), *layers, torch.nn.Linear(10, 1))
+
+    def sample(self, keys, condition=None):
+        images = torch.zeros(len(keys), 1, SIZE, SIZE)
+        return images + self.network(images.flatten(1))[:, :, None, None]
+
+    def evaluate(self, batch):
+        return self.loss(batch, 0)[1]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_compiled_run_that_goes_on_ends_with_the_same_bits(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
+    """Whatever each of its processes has counted, shown and evaluated before."""
+    settings = {"activation_checkpointing": recomputed, "sample_every": 2, "evaluate_every": 2, "checkpoint_every": 4}
+    fit(Widening(), tmp_path / "plain", num_steps=4, **settings)
+    for name, ends in (("whole", [4]), ("cut", [1, 4])):
+        for end in ends:
+            torch._dynamo.reset()  # as a new process
+            fit(Widening(), tmp_path / name, num_steps=end, compile=True, **settings)
+    last = Path("checkpoints/step-00000004/shard-00000-of-00001.safetensors")
+    plain, whole, cut = ((tmp_path / name / last).read_bytes() for name in ("plain", "whole", "cut"))
+    assert cut == whole != plain
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_each_kind_of_block_is_one_graph(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
+    fit(Widening(), tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
+    assert len(graphs) == len(Widening.widths)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_code_of_a_shape_does_not_depend_on_those_before(graphs: Graphs) -> None:
+    family = Widening()
+    prepare(family, ["network"], TrainConfig(num_steps=1, compile=True))
+    for num_samples in (8, 5):
+        family.network(torch.zeros(num_samples, SIZE * SIZE))
+    assert len(graphs) == 2 * len(Widening.widths)
+    assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
 def test_flops_are_those_of_the_products(tmp_path: Path) -> None:
@@ -87,6 +172,16 @@ def test_flops_are_those_of_the_products(tmp_path: Path) -> None:
     assert line["tflops_worker"] == pytest.approx(4 * flops * steps_per_s / 1e12, rel=1e-6)
 
 
+def test_a_run_goes_on_with_its_counts(tmp_path: Path) -> None:
+    """Of a sample: micro-batches of another size have others."""
+    fit(Linear(), tmp_path, num_steps=2, micro_batch_size=2)
+    fit(Linear(), tmp_path, num_steps=4, micro_batch_size=4, log_every=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    a_sample = [line["tflops_worker"] / line["images_per_s"] for line in lines]
+    assert len(lines) == 3
+    assert a_sample == pytest.approx([a_sample[0]] * 3, rel=1e-6)
+
+
 def test_recomputation_is_not_counted() -> None:
     counts = []
     for recomputed in (False, True):
@@ -96,9 +191,9 @@ def test_recomputation_is_not_counted() -> None:
         image = torch.zeros(2, 1, SIZE, SIZE)
         batch = {"image": image, "label": torch.tensor([0, 1]), "key": torch.tensor([0, 1])}
         phase: Phase = family.phases()[0]
-        with count.counting(phase):
+        with count.counting(phase, num_samples=2):
             phase.loss(batch, 0)[0].backward()
-        counts.append(count.a_step(1))
+        counts.append(count.a_sample())
     assert counts[0] == counts[1] > 0
 
 

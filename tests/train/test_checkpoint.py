@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from gmdist import storage
-from gmdist.errors import CheckpointError, ConfigError
-from gmdist.train import checkpoint
-from gmdist.train.checkpoint import Reader, find_newest, tensor_key
+from gmdist.checksum import crc32
+from gmdist.errors import CheckpointError, ConfigError, StorageError
+from gmdist.train.checkpoint import Reader, find_newest, read_meta, tensor_key, verify
 from gmdist.train.optim import OptimConfig
 from gmdist.train.saver import Saver
-from tests.support import Linear, fit, make_trainer, tree_bytes
+from tests.support import Linear, deletes_refused, fit, make_trainer, tree_bytes
 
 
 @pytest.fixture
@@ -85,6 +86,91 @@ def test_a_changed_meta_is_not_believed(run: Path, key: str) -> None:
         assert "damaged" in warnings[0]
 
 
+def put(checkpoint: Path, head: bytes, num_bytes: int | None = None) -> None:
+    """Replace the shard by one that is nothing but a head, and let meta.json vouch for it."""
+    content = (len(head) if num_bytes is None else num_bytes).to_bytes(8, "little") + head
+    next(checkpoint.glob("*.safetensors")).write_bytes(content)
+    meta = storage.read_json(str(checkpoint / "meta.json"))
+    meta["shards"][0] |= {"bytes": len(content), "crc32": crc32(content)}
+    storage.write_json(str(checkpoint / "meta.json"), meta)
+
+
+def in_place_of(path: Path, make: Callable[[Path], None]) -> None:
+    """Put something else where a file or folder is."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
+
+
+def a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+UNSOUND: dict[str, Callable[[Path], None]] = {
+    "meta.json: Is a directory": lambda newest: in_place_of(newest / "meta.json", Path.mkdir),
+    "meta.json: Too many levels": lambda newest: in_place_of(newest / "meta.json", a_circle),
+    "of-00001.safetensors: Is a directory": lambda newest: in_place_of(next(newest.glob("sh*")), Path.mkdir),
+    "of-00001.safetensors: Too many levels": lambda newest: in_place_of(next(newest.glob("sh*")), a_circle),
+    "meta.json: Not a directory": lambda newest: in_place_of(newest, Path.touch),
+    "6/meta.json: Too many levels": lambda newest: in_place_of(newest, a_circle),
+    "meta.json: damaged (RecursionError": lambda newest: (newest / "meta.json").write_text("[" * 200_000),
+    "safetensors: damaged (maximum recursion": lambda newest: put(newest, b"[" * 100_000),
+    "safetensors: damaged ('list' object": lambda newest: put(newest, b"[]"),
+    "safetensors: damaged (it is no safetensors file)": lambda newest: put(newest, b"{}", num_bytes=3),
+    "'param|a|0' [-1] is not a piece": lambda newest: put(newest, b'{"param|a|0":{"shape":[-1]}}'),
+    "'param|a|00' [1] is not a piece": lambda newest: put(newest, b'{"param|a|00":{"shape":[1]}}'),
+    "'param|a|-5' [1] is not a piece": lambda newest: put(newest, b'{"param|a|-5":{"shape":[1]}}'),
+    "'param' [1] is not a piece": lambda newest: put(newest, b'{"param":{"shape":[1]}}'),
+    "not enough values": lambda newest: put(newest, b'{"param|a|0":{"shape":[]}}'),
+    "too many values": lambda newest: put(newest, b'{"param|a|0":{"shape":[1,1]}}'),
+}
+
+
+@pytest.mark.parametrize("words", UNSOUND)
+def test_what_is_no_checkpoint_is_skipped_whatever_it_is(run: Path, words: str) -> None:
+    newest = run / "checkpoints/step-00000006"
+    UNSOUND[words](newest)
+    found, warnings = find_newest(str(run))
+    assert found is not None
+    assert found.meta["step"] == 3
+    assert len(warnings) == 1
+    assert words in warnings[0]
+    assert "\n" not in warnings[0]
+    with pytest.raises(CheckpointError):  # one that is named
+        verify(str(newest), read_meta(str(newest)))
+    assert fit(Linear(), run, keep_checkpoints=2).finished  # and it is replaced
+    assert find_newest(str(run))[1] == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, a_circle], ids=["folder", "circle"])
+def test_a_run_whose_only_meta_is_something_else_is_left_alone(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    fit(Linear(), tmp_path, num_steps=3)
+    in_place_of(tmp_path / "checkpoints/step-00000003/meta.json", make)
+    with pytest.raises(CheckpointError, match="none of the checkpoints can be used"):
+        fit(Linear(), tmp_path)
+
+
+def test_a_checkpoint_on_another_disk_is_let_go(run: Path, tmp_path: Path) -> None:
+    shutil.move(run / "checkpoints/step-00000003", tmp_path / "elsewhere")
+    (run / "checkpoints/step-00000003").symlink_to(tmp_path / "elsewhere")
+    there = tree_bytes(tmp_path / "elsewhere")
+    fit(Linear(), run, num_steps=9, keep_checkpoints=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000009"]
+    assert tree_bytes(tmp_path / "elsewhere") == there
+
+
+def test_a_checkpoint_that_cannot_be_pruned_is_named_and_the_new_one_stays(bucket) -> None:
+    run = "s3://pictures/run"
+    fit(Linear(), run, num_steps=3)
+    words = r"^s3://pictures/run/checkpoints/step-00000003/shard-00000-of-00001\.safetensors: access denied; check"
+    with deletes_refused("AccessDenied"), pytest.raises(StorageError, match=words):
+        fit(Linear(), run, keep_checkpoints=1)
+    found, warnings = find_newest(run)
+    assert found is not None
+    assert (found.meta["step"], warnings) == (6, [])
+    fit(Linear(), run, num_steps=9, keep_checkpoints=1)
+    assert storage.list_names(f"{run}/checkpoints") == ["step-00000009"]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(run: Path) -> None:
     for shard in run.glob("checkpoints/*/*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-1])
@@ -147,6 +233,27 @@ def test_ranges_are_read_across_shards(tmp_path: Path) -> None:
             reader.read("param", "a|b", 0, torch.zeros(2, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        ([(0, 4), (0, 4)], "has elements of a .* twice"),  # as many as were asked for
+        ([(0, 5), (4, 7)], "has elements of a .* twice"),
+        ([(0, 8), (2, 3)], "has elements of a .* twice"),
+        ([(0, 3), (4, 8)], "has 7 of 8 elements of a"),
+        ([(1, 8)], "has 7 of 8 elements of a"),
+        ([(0, 7)], "has 7 of 8 elements of a"),
+    ],
+)
+def test_a_hole_is_not_made_up_for(tmp_path: Path, pieces: list[tuple[int, int]], words: str) -> None:
+    shards = []
+    for number, (start, stop) in enumerate(pieces):
+        content = save_safetensors({tensor_key("param", "a", start): torch.arange(start, stop, dtype=torch.float32)})
+        storage.write(str(tmp_path / f"{number}"), content)
+        shards.append({"name": f"{number}", "bytes": len(content)})
+    with Reader(str(tmp_path), {"shards": shards}) as reader, pytest.raises(CheckpointError, match=words):
+        reader.read("param", "a", 0, torch.zeros(8))
+
+
 def test_what_interrupted_saves_left_does_not_count_as_kept(tmp_path: Path) -> None:
     fit(Linear(), tmp_path, num_steps=4, checkpoint_every=2)
     (tmp_path / "checkpoints/step-00000005").mkdir()
@@ -196,7 +303,7 @@ def test_saving_does_not_see_later_changes(tmp_path: Path) -> None:
     tensor.fill_(1.0)
     saver.close()
     location = str(tmp_path / "checkpoints/step-00000001")
-    with Reader(location, checkpoint.read_meta(location)) as reader:
+    with Reader(location, storage.read_json(f"{location}/meta.json")) as reader:
         values = torch.ones(1000)
         reader.read("param", "a", 0, values)
         assert values.sum() == 0

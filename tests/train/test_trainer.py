@@ -230,6 +230,7 @@ def test_micro_batch_sizes() -> None:
     [
         ({"zero_stage": 4}, "train.zero_stage: 4"),
         ({"offload_optimizer": True}, "train.offload_optimizer: true with train.zero_stage 0"),
+        ({"compile": True, "zero_stage": 3}, "train.compile: true with train.zero_stage 3"),
         ({"precision": "fp16"}, "train.precision: 'fp16'"),
         ({"num_steps": 0}, "train.num_steps: 0"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints: 0"),
