@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,27 +44,28 @@ def test_black_is_minus_one_and_white_is_one(tmp_path: Path) -> None:
 
 def test_large_samples_are_read_one_at_a_time(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a batch of them would fill the memory: what was read and is not decoded yet is counted nowhere."""
-    waiting, most = 0, 0
+    waiting: Counter[int] = Counter()  # by thread, as each fills a batch; others may still be at one that nobody takes
+    most: Counter[int] = Counter()
     read, decode = Shards.read, batch.BatchMaker.decode
 
     def count_read(*arguments):
-        nonlocal waiting, most
-        waiting += 1
-        most = max(most, waiting)
+        thread = threading.get_ident()
+        waiting[thread] += 1
+        most[thread] = max(most[thread], waiting[thread])
         return read(*arguments)
 
     def count_decode(*arguments, **options):
-        nonlocal waiting
-        waiting -= 1
+        waiting[threading.get_ident()] -= 1
         return decode(*arguments, **options)
 
     monkeypatch.setattr(Shards, "read", count_read)
     monkeypatch.setattr(batch.BatchMaker, "decode", count_decode)
     for limit_bytes, expected in ((1, 1), (1 << 20, BATCH)):
         monkeypatch.setattr(batch, "_READ_BYTES", limit_bytes)
-        waiting = most = 0
+        waiting.clear()
+        most.clear()
         assert merged(load(plain, 2, num_threads=1, prefetch_batches=1))[2] == []
-        assert most == expected
+        assert max(most.values()) == expected
 
 
 def test_without_classes_labels_are_not_read(tmp_path: Path) -> None:
