@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(".parity"), help="the folder that diffusers is installed in")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sampling-rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", metavar="TASK", help=f"of {', '.join(dict.fromkeys(t for t, _ in TASKS))}")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="as 'unet fp32', 'sample dit fp32'")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -333,7 +333,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gmdist-diffusion-") as scratch:
         draw(Path(scratch))
         for task, precision in TASKS:
-            if options.only and task not in options.only:
+            if options.only and f"{task} {precision}" not in options.only:
                 continue
             rounds = options.sampling_rounds if task.startswith("sample") else options.rounds
             print(row(task, precision, measure(task, precision, rounds, Path(scratch), options.peers)), flush=True)

@@ -164,6 +164,8 @@ class Transformer2d(nn.Module):
             tokens = self.project_in(h.flatten(2).transpose(1, 2))  # [N, HW, C]
         else:
             tokens = self.project_in(h).flatten(2).transpose(1, 2)
+        # Sums keep the layout of their first operand: tokens of strided channels would be copied before every norm.
+        tokens = tokens.contiguous()
         for block in self.blocks:
             tokens = block(tokens, context, mask)
         if self.linear_projections:
