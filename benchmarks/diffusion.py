@@ -243,6 +243,12 @@ class Peer:
     values: list[float] = dataclasses.field(default_factory=list)
     gib: float = 0.0
 
+    def wait(self) -> None:
+        """Until it has its weights."""
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != "ready\n":
+            raise SystemExit(f"it did not start; run it to see why: {self.process.args}")
+
     def step(self, is_counted: bool) -> None:
         """Let it make one."""
         assert self.process.stdin is not None
@@ -257,7 +263,7 @@ class Peer:
 
 
 def start(side: str, task: str, precision: str, folder: Path, peers: Path) -> Peer:
-    """A side that has loaded its weights."""
+    """A side that loads its weights."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     if SIDES[side][0] == "theirs":
@@ -268,9 +274,6 @@ def start(side: str, task: str, precision: str, folder: Path, peers: Path) -> Pe
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-        raise SystemExit(f"{side} of {task} did not start; run it to see why: {' '.join(command)}")
     return Peer(process)
 
 
@@ -278,6 +281,8 @@ def measure(task: str, precision: str, rounds: int, folder: Path, peers: Path) -
     """All sides in turn; a step of training once before anything is counted."""
     is_warm = task.startswith("sample ")
     found = {side: start(side, task, precision, folder, peers) for side in SIDES}
+    for peer in found.values():
+        peer.wait()
     for number in range(rounds if is_warm else rounds + 1):
         for peer in found.values():
             peer.step(is_counted=is_warm or number > 0)
