@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -95,3 +95,6 @@ parity: setup .parity/installed
 
 bench-loader: setup .s3/installed .peers/installed
 	$(BIN)/python benchmarks/loader.py --peers .peers/bin/python --s3 .s3/bin/python
+
+bench-diffusion: setup .parity/installed
+	$(BIN)/python benchmarks/diffusion.py --peers .parity

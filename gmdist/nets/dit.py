@@ -167,7 +167,8 @@ class DiT(nn.Module):
         if self.label is not None:
             assert label is not None
             condition = condition + self.label(label)
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [N, L, width]
+        # The sum keeps the layout of its first operand, and so do all that follow: channels have to be last in it.
+        tokens = self.positions + self.patches(x).flatten(2).transpose(1, 2)  # [N, L, width]
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift_out, scale_out = self.modulation_out(F.silu(condition)).chunk(2, dim=1)

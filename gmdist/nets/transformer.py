@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import group_norm, zero_init
+from gmdist.nets.blocks import attention, group_norm, zero_init
 
 
 def heads_problem(channels: int, num_heads: int) -> str | None:
@@ -81,7 +81,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         [N, L, C].
     """
     seen = None if mask is None else mask[:, None, None, :]  # [N, 1, 1, M]
-    return F.scaled_dot_product_attention(query, key, value, seen).transpose(1, 2).flatten(2)
+    return attention(query, key, value, seen).transpose(1, 2).flatten(2)
 
 
 class GatedFeedForward(nn.Module):
@@ -164,6 +164,8 @@ class Transformer2d(nn.Module):
             tokens = self.project_in(h.flatten(2).transpose(1, 2))  # [N, HW, C]
         else:
             tokens = self.project_in(h).flatten(2).transpose(1, 2)
+        # Sums keep the layout of their first operand: tokens of strided channels would be copied before every norm.
+        tokens = tokens.contiguous()
         for block in self.blocks:
             tokens = block(tokens, context, mask)
         if self.linear_projections:
