@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,18 +43,17 @@ def test_black_is_minus_one_and_white_is_one(tmp_path: Path) -> None:
 
 def test_large_samples_are_read_one_at_a_time(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a batch of them would fill the memory: what was read and is not decoded yet is counted nowhere."""
-    waiting: Counter[int] = Counter()  # by thread, as each fills a batch; others may still be at one that nobody takes
-    most: Counter[int] = Counter()
+    own = threading.local()  # a thread reads and decodes its samples; others may still be at a batch that nobody takes
+    waiting: list[int] = []
     read, decode = Shards.read, batch.BatchMaker.decode
 
     def count_read(*arguments):
-        thread = threading.get_ident()
-        waiting[thread] += 1
-        most[thread] = max(most[thread], waiting[thread])
+        own.waiting = getattr(own, "waiting", 0) + 1
+        waiting.append(own.waiting)
         return read(*arguments)
 
     def count_decode(*arguments, **options):
-        waiting[threading.get_ident()] -= 1
+        own.waiting = getattr(own, "waiting", 0) - 1
         return decode(*arguments, **options)
 
     monkeypatch.setattr(Shards, "read", count_read)
@@ -63,9 +61,8 @@ def test_large_samples_are_read_one_at_a_time(plain: str, monkeypatch: pytest.Mo
     for limit_bytes, expected in ((1, 1), (1 << 20, BATCH)):
         monkeypatch.setattr(batch, "_READ_BYTES", limit_bytes)
         waiting.clear()
-        most.clear()
         assert merged(load(plain, 2, num_threads=1, prefetch_batches=1))[2] == []
-        assert max(most.values()) == expected
+        assert max(waiting) == expected
 
 
 def test_without_classes_labels_are_not_read(tmp_path: Path) -> None:
