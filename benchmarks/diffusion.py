@@ -5,7 +5,8 @@
 Each side is a process of its own with one thread on the CPU; they take turns, a step each, and ratios are medians over
 the turns. Time is what the process gets of the processor, which on a quiet machine is the wall clock's. "As it comes"
 is diffusers as its training scripts run it: the C library's allocator, contiguous tensors, its default attention.
-"Tuned" is the faster of its two layouts under the allocator's settings that our workers have. Neither side is compiled.
+"Tuned" is the faster of its two layouts under the allocator's settings that our workers have, and ours is the faster of
+our two; nhwc marks channels last. Neither side is compiled.
 """
 
 import argparse
