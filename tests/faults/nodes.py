@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -25,10 +26,19 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens at, and that no connection will be given before it is used.
+
+    A node whose agent finds its port taken dies, seconds after it was there. So it is neither one of those that the
+    kernel gives (from 32768 on), nor one of those that Ray gives its workers (to 19999).
+    """
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class Nodes:
@@ -50,11 +60,12 @@ class Nodes:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
-                urllib.request.urlopen(f"{self.dashboard}/api/version").close()
-                return self
+                if self._alive():
+                    return self
             except (urllib.error.URLError, ConnectionError):
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+                pass  # its server is not up yet
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def __exit__(self, *_: object) -> None:
         while self._groups:
@@ -62,11 +73,12 @@ class Nodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, num_cpus: int) -> str:
-        """Start a node; returns its id once it is there."""
+        """Start a node; returns its id once it and its processors are there."""
         before = self._alive()
         self._start(num_cpus, f"--address={self.address}")
         deadline = time.monotonic() + DEADLINE_S
         while not self._alive() - before:
+            assert self._groups[-1].poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         (node,) = self._alive() - before
@@ -75,7 +87,7 @@ class Nodes:
     def _alive(self) -> set[str]:
         with urllib.request.urlopen(f"{self.dashboard}/api/v0/nodes") as answer:
             nodes = json.load(answer)["data"]["result"]["result"]
-        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+        return {node["node_id"] for node in nodes if node["state"] == "ALIVE" and node["resources_total"]}
 
     def announce_end(self, node: str, in_s: int) -> None:
         """Tell Ray that a node will be taken away, as the watchers of spot machines do."""

@@ -1,5 +1,6 @@
 """Whole runs of the command, as a user starts them: killed, interrupted, without space, and as a job."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from gmdist.runs import train_worker
 from tests.faults.nodes import Nodes, environment
 from tests.support import tree_bytes
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/digits/autoencoder_kl.yaml"
@@ -108,17 +110,30 @@ def test_an_interrupted_and_killed_run_ends_with_the_same_bits(digits: Path, tmp
     assert digest_of(ended.stdout) == digest_of(undisturbed[1])
 
 
+def wait_for_child(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """Wait until a command has a process of this name; returns all that it has."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        assert time.monotonic() < deadline
+        children = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(name in child.name() for child in children):
+                return children
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("started", ["gcs_server", "raylet", "ray::"])  # in the middle of Ray's start, and after it
+def test_a_signal_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path, number: int, started: str) -> None:
     process = start(command(digits, tmp_path / "run"))
     assert process.stdout.readline() == "autoencoder_kl: starting\n"
-    time.sleep(2.0)
+    children = wait_for_child(process, started)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     assert output.splitlines()[-1] == "gmdist: stopped"
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+    assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
 
 
 def go_on(digits: Path, run: Path, *more: str) -> str:

@@ -82,7 +82,7 @@ def test_nodes_come_and_go(digits: Path, tmp_path: Path) -> None:
             step = newest_step(run)
             watched.wait_for(lambda: newest_step(run) >= step + WINDOW, f"{WINDOW} steps after {step}")
 
-        watched.wait_for(lambda: num_workers(run) == 2, "two workers")  # a node may be there before its processors
+        watched.wait_for(lambda: num_workers(run) == 2, "two workers")
         go_on()
         nodes.kill(-1)
         watched.wait_for_lines("going on with 1 workers instead of 2")

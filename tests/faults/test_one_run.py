@@ -94,26 +94,37 @@ def corrupt_and_kill(run: Path) -> None:
     send(signal.SIGKILL, WORKER)(run)
 
 
+CONTROLLER = b"ray::TrainController"
+CONTROLLER_DIED = "the process that controls the workers died"
 DIED = "a worker does not answer: killed, out of memory, stuck for cluster.timeout_s, or its machine lost"
 # At the step of a checkpoint: a fault, and what the user reads of it.
 FAULTS: dict[int, tuple[Callable[[Path], None], str]] = {
     60: (send(signal.SIGKILL, WORKER), DIED),
     120: (send(signal.SIGSTOP, WORKER), DIED),
-    180: (send(signal.SIGKILL, b"ray::TrainController"), "the process that controls the workers died"),
+    180: (send(signal.SIGKILL, CONTROLLER), CONTROLLER_DIED),
     240: (send(signal.SIGKILL, b"ray::Mailbox"), "the process between the command and its workers died"),
     300: (corrupt_and_kill, DIED),
 }
 
 
 def disturb(run: Path, done: list[int], ended: threading.Event) -> None:
-    while not processes(WORKER):
-        if ended.wait(0.01):
-            return
-    send(signal.SIGKILL, WORKER)(run)  # before it has done anything
-    for step, (fault, _) in FAULTS.items():
-        while not (run / f"checkpoints/step-{step:08d}/meta.json").exists():
+    def wait_until(ready: Callable[[], object]) -> bool:
+        """False when all is over."""
+        while not ready():
             if ended.wait(0.01):
-                return
+                return False
+        return True
+
+    # Before they have done anything: the controller, whose workers are just being born, and then a worker.
+    for title in (CONTROLLER, WORKER):
+        if not wait_until(lambda: processes(WORKER)):
+            return
+        send(signal.SIGKILL, title)(run)
+        if not wait_until(lambda: not processes(WORKER)):
+            return
+    for step, (fault, _) in FAULTS.items():
+        if not wait_until((run / f"checkpoints/step-{step:08d}/meta.json").exists):
+            return
         fault(run)
         done.append(step)
 
@@ -143,10 +154,12 @@ def test_a_run_that_everything_happens_to_ends_with_the_same_bits(
         thread.join()
     assert outcome.finished
     assert done == list(FAULTS), messages
-    restarts = [message for message in messages if "restart 1 of 3" in message]
-    expected = [DIED, "RuntimeError: a fault of the test", *(words for _, words in FAULTS.values())]
+    restarts = [message for message in messages if "restart " in message]
+    expected = [(1, CONTROLLER_DIED), (2, DIED), (1, "RuntimeError: a fault of the test")]  # the second had no progress
+    expected += [(1, words) for _, words in FAULTS.values()]
     assert len(restarts) == len(expected), messages
-    for message, words in zip(restarts, expected, strict=True):
+    for message, (count, words) in zip(restarts, expected, strict=True):
+        assert f"restart {count} of 3" in message
         assert words in message
     skipped = [message for message in messages if "skipped an unusable checkpoint" in message]
     assert len(skipped) == 1

@@ -1,11 +1,15 @@
 """Connecting to a cluster: what is not there is said at once."""
 
+import os
 import socket
+from typing import Any
 
 import pytest
+import ray
 
+from gmdist.config import ClusterConfig
 from gmdist.errors import ConfigError
-from gmdist.launch.cluster import _probe
+from gmdist.launch.cluster import _connect, _probe
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
@@ -17,3 +21,16 @@ def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         _probe(f"127.0.0.1:{server.getsockname()[1]}")
     _probe("auto")
+
+
+def test_a_cluster_of_its_own_has_processors_for_the_least_workers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another's")
+    for workers in (1, (2, 64), (6, 64)):
+        _connect(ClusterConfig(num_workers=workers, cpus_per_worker=2))
+    assert [options["num_cpus"] for options in started] == [4, 4, 12]
+    assert {options["_node_ip_address"] for options in started} == {"127.0.0.1"}
+    assert os.environ["RAY_AUTH_TOKEN"] not in ("another's", "")
