@@ -4,17 +4,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gmdist.config import Config
+from gmdist.data.config import MixedConfig
 from gmdist.data.loader import Loader
 from gmdist.evaluation.features import Features, beside, load_features
-from gmdist.evaluation.measure import Evaluator, Images
+from gmdist.evaluation.measure import Captions, Evaluator, Images
 from gmdist.families.family import Batch
 
 
 def reference_of(config: Config) -> str:
     """Where the real images are: the config's, else data.test, else the (first) training data."""
     return config.evaluation.reference or config.data.test or config.data.trained_on[0].train
+
+
+def _reference(config: Config) -> str | list[MixedConfig]:
+    named = config.evaluation.reference or config.data.test
+    return config.data.trained_on if named is None else named
 
 
 def open_features(config: Config) -> Features:
@@ -46,8 +53,7 @@ def open_evaluator(
     features = open_features(config)
     # Images alone are read of them.
     data = replace(config.data, image=True, num_classes=None, caption=None, arrays=())
-    named = config.evaluation.reference or config.data.test
-    reference = Loader(data, config.data.trained_on if named is None else named, rank, world_size)
+    reference = Loader(data, _reference(config), rank, world_size)
     most = config.evaluation.num_reference_images
     return Evaluator(
         config.evaluation,
@@ -56,6 +62,7 @@ def open_evaluator(
         None if held_out is None else _images(held_out, min(most, held_out.num_samples), device),
         config.data.num_classes or 0,
         device,
+        None if config.data.caption is None else _captions(config, device),
     )
 
 
@@ -64,3 +71,15 @@ def _images(loader: Loader, count: int, device: torch.device) -> Images:
         return (loaded.batch_on(device) for loaded in loader.sweep(batch_size, count))
 
     return Images(count, batches)
+
+
+def _captions(config: Config, device: torch.device) -> Captions:
+    """Captions of the real images, and their labels where the data has any: spread evenly, then once more."""
+    loader = Loader(replace(config.data, image=False, arrays=()), _reference(config))
+    count = min(config.evaluation.num_images, loader.num_samples)
+
+    def batches(numbers: list[Tensor]) -> Iterator[Batch]:
+        parts = [number.cpu().numpy() % count * loader.num_samples // count for number in numbers]
+        return (loaded.batch_on(device) for loaded in loader.at(parts))
+
+    return batches

@@ -93,8 +93,11 @@ class Loader:
         """
         count = min(count or self.num_samples, self.num_samples)
         numbers = owned(0, count, self._rank, self._world_size) * self.num_samples // count
-        parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        yield from self._ahead(lambda: iter(parts), self._one_after_the_other)
+        yield from self.at([numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)])
+
+    def at(self, parts: list[Int64Array]) -> Iterator[Loaded]:
+        """The samples of these numbers, part by part, in the order of a sweep: 0 to num_samples - 1, [N] each."""
+        return self._ahead(lambda: iter(parts), self._one_after_the_other)
 
     def first(self, count: int) -> Loaded:
         """The samples with the numbers 0 ... count - 1: the same on every worker."""

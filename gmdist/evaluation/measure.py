@@ -15,7 +15,7 @@ from gmdist.evaluation.frechet import Moments, frechet_distance
 from gmdist.evaluation.gather import gathered, place, summed
 from gmdist.evaluation.kernel import kernel_distance
 from gmdist.evaluation.manifold import precision_recall
-from gmdist.families.family import Batch, Condition, Family
+from gmdist.families.family import Batch, Condition, Family, captions
 
 _Part = TypeVar("_Part")
 Beat = Callable[[], None]  # called now and then: this worker is not stuck
@@ -27,6 +27,10 @@ class Images:
 
     num_images: int  # over all workers
     batches: Callable[[int], Iterator[Batch]]  # this worker's, so many at once, on its device
+
+
+# For the numbers [N] of images, batch by batch: batches with a caption, and perhaps a label, for each of them.
+Captions = Callable[[list[Tensor]], Iterator[Batch]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Evaluator:
         held_out: Images | None,
         num_classes: int,
         device: torch.device,
+        captions: Captions | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -58,6 +63,7 @@ class Evaluator:
             held_out: the images that are reconstructed; None: there are none.
             num_classes: labels to generate, in turn; 0: none.
             device: that images are made on.
+            captions: what generated images are to show, with the labels of those; None: labels in turn.
 
         Raises:
             DataError: too few real images.
@@ -68,7 +74,7 @@ class Evaluator:
             )
         self.config, self.device, self.num_classes = config, device, num_classes
         self.features = features.to(device)
-        self._reference, self._held_out = reference, held_out
+        self._reference, self._held_out, self._captions = reference, held_out, captions
         self._real: _Described | None = None
         self._originals: _Described | None = None
 
@@ -120,7 +126,7 @@ class Evaluator:
             beat()
 
     def _generate(self, family: Family, beat: Beat, found: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images that `gmdist sample` draws too: numbers 0 to N - 1, labels in turn.
+        """The images that `gmdist sample` draws too: numbers 0 to N - 1, labels in turn, or under captions.
 
         At the end `found` has the label agreement. Which images are made together does not depend on the workers, so
         neither do their bits.
@@ -129,28 +135,45 @@ class Evaluator:
         follows_labels = self._follows_labels(family)
         agreeing = torch.zeros((), dtype=torch.float64, device=self.device)
         rank, size = place()
-        rounds = -(-len(numbers) // size)
-        for number, is_own in _in_step(iter(numbers[rank::size]), rounds, numbers[0]):
-            label = torch.remainder(number, self.num_classes) if self.num_classes else None
-            features = self.features.of(family.sample(number, Condition(label)))
+        rounds, own = -(-len(numbers) // size), numbers[rank::size]
+        asked = zip(own, self._asked(list(own)), strict=True)
+        for (number, condition), is_own in _in_step(asked, rounds, (numbers[0], Condition())):
+            features = self.features.of(family.sample(number, condition))
             beat()
             if not is_own:
                 continue
             classes = self.features.classes(features)
-            if follows_labels and classes is not None and label is not None:
-                agreeing += classes.eq(label).sum()
+            if follows_labels and classes is not None and condition.label is not None:
+                agreeing += classes.eq(condition.label).sum()
             yield number, features
         if follows_labels:
             found["label_agreement"] = float(summed(agreeing)) / self.config.num_images
 
+    def _asked(self, numbers: list[Tensor]) -> Iterator[Condition]:
+        """What the images of these numbers [N] are to show, batch by batch."""
+        if self._captions is not None:
+            for batch in self._captions(numbers):
+                yield Condition(batch.get("label"), tuple(captions(batch)))
+        else:
+            for number in numbers:
+                yield Condition(torch.remainder(number, self.num_classes) if self.num_classes else None)
+
     def _follows_labels(self, family: Family) -> bool:
-        """Whether a classifier can say if images show their label: the same key with another label is another image."""
+        """Whether a classifier can say if images show their label.
+
+        It knows the labels, and the same key with another label, or another caption, is another image.
+        """
         network = self.features.network
         known = getattr(getattr(network, "sizes", None), "num_classes", 0)
         if self.num_classes < 2 or known != self.num_classes:
             return False
         key = torch.zeros(1, dtype=torch.int64, device=self.device)
-        one, other = (family.sample(key, Condition(torch.full_like(key, label))) for label in (0, 1))
+        one, other = (
+            family.sample(
+                key, Condition(torch.full_like(key, label), None if self._captions is None else (str(label),))
+            )
+            for label in (0, 1)
+        )
         return not torch.equal(one, other)
 
     def _of_reconstructions(self, family: Family, beat: Beat) -> dict[str, float]:

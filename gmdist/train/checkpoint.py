@@ -6,6 +6,7 @@ with its size and crc32. Nothing in it depends on the time or the place of writi
 """
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmdist import storage
@@ -30,7 +31,19 @@ _THREADS = 8  # shards that are read at once
 _MOST_HEAD_BYTES = 100_000_000  # safetensors' own limit
 _KEY = re.compile(r"([^|]+)\|(.+)\|(0|[1-9][0-9]*)", re.DOTALL)  # of `tensor_key`
 # What reading a shard that is none comes to.
-_MALFORMED = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_DTYPES = {  # by safetensors' names for them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 # Kinds of tensors in a shard.
 PARAM, EMA_PARAM, STATE, BUFFER, FROZEN, WORKER = "param", "ema", "state.", "buffer", "frozen", "worker"
@@ -163,8 +176,26 @@ def _problem_of(path: str, shard: dict[str, Any]) -> str | None:
         return f"{path}: damaged ({error})"
 
 
-def _pieces(path: str) -> list[tuple[str, str, int, int]]:
-    """What a shard holds: kind, tensor, place of the first element, number of elements; _MALFORMED if it is none."""
+@dataclass(frozen=True)
+class _Piece:
+    """Consecutive elements of one flattened tensor in a shard."""
+
+    shard: str  # its name
+    kind: str
+    tensor: str  # the name of what it belongs to
+    first: int  # the place of the first element in the tensor
+    count: int
+    dtype: torch.dtype
+    offset: int  # of its first byte in the shard
+
+    @property
+    def stop(self) -> int:
+        """The place after the last element in the tensor."""
+        return self.first + self.count
+
+
+def _pieces(path: str) -> list[_Piece]:
+    """What a shard holds; _MALFORMED if it is none."""
     for attempt in range(storage.READ_ATTEMPTS):
         try:
             version = storage.stat(path)
@@ -173,18 +204,24 @@ def _pieces(path: str) -> list[tuple[str, str, int, int]]:
             if size > most:
                 raise ValueError("it is no safetensors file")
             head = json.loads(storage.read_range(path, 8, size, version))
-            return [_piece(key, description) for key, description in head.items() if key != "__metadata__"]
+            body = 8 + size, version.num_bytes
+            name = path.rpartition("/")[2]
+            return [_piece(name, key, value, *body) for key, value in head.items() if key != "__metadata__"]
         except ValueError:
             if attempt + 1 == storage.READ_ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _piece(key: str, description: dict[str, Any]) -> tuple[str, str, int, int]:
+def _piece(shard: str, key: str, description: dict[str, Any], start: int, stop: int) -> _Piece:
+    """A piece by its entry in the head of a shard whose tensors are in bytes [start, stop)."""
     place, (count,) = _KEY.fullmatch(key), description["shape"]
     if place is None or type(count) is not int or count < 0:
         raise ValueError(f"'{key}' {description['shape']} is not a piece of a tensor")
-    return place[1], place[2], int(place[3]), count
+    dtype, (low, high) = _DTYPES[description["dtype"]], description["data_offsets"]
+    if not 0 <= low <= high <= stop - start or high - low != count * dtype.itemsize:
+        raise ValueError(f"'{key}' {description['shape']} is not in bytes {low} to {high}")
+    return _Piece(shard, place[1], place[2], int(place[3]), count, dtype, start + low)
 
 
 class Reader:
@@ -198,18 +235,18 @@ class Reader:
         self._shards = {shard["name"]: shard for shard in meta["shards"]}
         self._stack = ExitStack()
         self._folder = location
-        self._files: dict[str, Any] = {}
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # first, count, shard; sorted
+        self._files: dict[str, int] = {}  # descriptors
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}  # of a kind and a tensor, sorted
 
     def __enter__(self) -> "Reader":
         if storage.is_s3(self.location):
             self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gmdist-checkpoint-"))
         with self._naming():
             for name in self._shards:
-                for kind, tensor, first, count in _pieces(storage.join(self.location, name)):
-                    self._pieces.setdefault((kind, tensor), []).append((first, count, name))
+                for piece in _pieces(storage.join(self.location, name)):
+                    self._pieces.setdefault((piece.kind, piece.tensor), []).append(piece)
         for pieces in self._pieces.values():
-            pieces.sort()
+            pieces.sort(key=lambda piece: (piece.first, piece.count))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -227,8 +264,8 @@ class Reader:
             self._stack.close()
             raise CheckpointError(f"{self.location}: damaged ({error})") from error
 
-    def _file(self, name: str) -> Any:
-        """An open shard."""
+    def _file(self, name: str) -> int:
+        """The descriptor of an open shard."""
         if name not in self._files:
             path = f"{self._folder}/{name}"
             if storage.is_s3(self.location):
@@ -236,7 +273,7 @@ class Reader:
                 content = storage.read_checked(storage.join(self.location, name), shard["bytes"], shard["crc32"])
                 with storage.naming(path):
                     Path(path).write_bytes(content)
-            self._files[name] = self._stack.enter_context(safe_open(path, "pt"))
+            self._files[name] = self._stack.enter_context(open(path, "rb", buffering=0)).fileno()
         return self._files[name]
 
     def has(self, kind: str, name: str) -> bool:
@@ -251,19 +288,34 @@ class Reader:
         """
         count, filled, position = values.numel(), 0, start
         with self._naming():
-            for first, size, shard in self._pieces.get((kind, name), []):
-                low, high = max(first, start), min(first + size, start + count)
+            for piece in self._pieces.get((kind, name), []):
+                low, high = max(piece.first, start), min(piece.stop, start + count)
                 if low >= high:
                     continue
                 if low < position:  # or it could make up for a hole in `filled`
                     raise CheckpointError(f"{self.location}: damaged (has elements of {name} ({kind}) twice)")
-                part = self._file(shard).get_slice(tensor_key(kind, name, first))[low - first : high - first]
-                if part.dtype != values.dtype:
-                    raise CheckpointError(f"{self.location}: {name} is {part.dtype}; the model has {values.dtype}")
-                values[low - start : high - start] = part
+                if piece.dtype != values.dtype:
+                    raise CheckpointError(f"{self.location}: {name} is {piece.dtype}; the model has {values.dtype}")
+                part = values.detach()[low - start : high - start]
+                _fill(part, self._file(piece.shard), piece.offset + (low - piece.first) * piece.dtype.itemsize)
                 filled, position = filled + high - low, high
         if filled != count:
             raise CheckpointError(f"{self.location}: has {filled} of {count} elements of {name} ({kind})")
+
+
+def _fill(values: Tensor, file: int, offset: int) -> None:
+    """Fill a tensor [n] with the bytes of a file from an offset on; on the host they go straight where they belong."""
+    on_host = (
+        values if values.device.type == "cpu" and values.is_contiguous() else torch.empty_like(values, device="cpu")
+    )
+    rest = on_host.view(torch.uint8).numpy().data
+    while rest:
+        count = os.preadv(file, [rest], offset)
+        if count == 0:
+            raise ValueError("a shard was cut while it was being read")
+        rest, offset = rest[count:], offset + count
+    if on_host is not values:
+        values.copy_(on_host)
 
 
 def check_shapes(location: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> None:

@@ -166,9 +166,14 @@ class ZeroUnit(Unit):
         """The master weights that this worker holds, flat, a group of the optimizer each."""
         if hasattr(self._zero, "fp32_partitioned_groups_flat"):  # stage 3
             return self._zero.fp32_partitioned_groups_flat
-        if hasattr(self._zero, "fp32_groups_flat_partition"):  # with bf16, stage 1 is another class of DeepSpeed's
+        if self._is_bf16_stage_1:
             return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
+
+    @property
+    def _is_bf16_stage_1(self) -> bool:
+        """Whether this is DeepSpeed's other class, that it has for stage 1 with bf16 alone."""
+        return hasattr(self._zero, "fp32_groups_flat_partition")
 
     def _fragment(self, name: str, start: int, partition: Tensor, offset: int, count: int) -> Fragment:
         """Elements [offset, offset + count) of a partition, which are a parameter's from `start` on."""
@@ -184,7 +189,14 @@ class ZeroUnit(Unit):
         return self.held()
 
     def publish(self) -> None:
-        self._zero.update_lp_params()
+        zero = self._zero
+        everyones = zero.bf16_partitioned_groups if self._is_bf16_stage_1 else zero.parallel_partitioned_bit16_groups
+        for partitions, own in zip(everyones, self._partitions(), strict=True):
+            partitions[rank()].data.copy_(own.data)
+            # Between processors gloo's broadcasts take a quarter of the time of its all-gather, which DeepSpeed's
+            # update_lp_params uses.
+            for owner, partition in enumerate(partitions):
+                dist.broadcast(partition.data, src=owner)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self._zero.optimizer

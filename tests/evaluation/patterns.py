@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist import rng
-from gmdist.families.family import Family
+from gmdist.families.family import Batch, Family
 
 SIZE, CLASSES = 16, 4
 
@@ -22,6 +22,21 @@ def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
     keys = torch.arange(count)
     labels = keys % CLASSES
     return ((drawn(keys, labels, seed) + 1.0) * 127.5).round().to(torch.uint8), labels
+
+
+def captioned(labels: Tensor) -> Batch:
+    """A batch of captions, "pattern 0" to "pattern 3", and their labels."""
+    texts = [b"pattern %d" % label for label in labels.tolist()]
+    return {"label": labels, "caption": torch.tensor([list(text) for text in texts], dtype=torch.uint8)}
+
+
+class Reader(Family):
+    """Makes what its prompts say, and black images without any."""
+
+    def sample(self, keys, condition=None):
+        if condition is None or condition.prompts is None:
+            return torch.full((len(keys), 1, SIZE, SIZE), -1.0)
+        return drawn(keys, torch.tensor([int(prompt[-1]) for prompt in condition.prompts]), seed=3)
 
 
 class Painter(Family):

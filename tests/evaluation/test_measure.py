@@ -11,7 +11,7 @@ from gmdist.evaluation.config import METRICS, EvaluationConfig
 from gmdist.evaluation.features import Features, load_features, save_classifier
 from gmdist.evaluation.measure import Evaluator, Images
 from gmdist.families.family import Batch
-from tests.evaluation.patterns import CLASSES, Painter, drawn, patterns
+from tests.evaluation.patterns import CLASSES, Painter, Reader, captioned, drawn, patterns
 from tests.support import run_workers
 
 CPU = torch.device("cpu")
@@ -66,6 +66,21 @@ def test_tells_good_images_from_bad_ones(classifier: str) -> None:
     assert measure(Painter(seed=2)) == good  # what is kept of the real images stays right
 
 
+def asked_backwards(numbers: list[torch.Tensor]) -> Iterator[Batch]:
+    """Captions whose labels are not in turn."""
+    return (captioned((CLASSES - 1 - number) % CLASSES) for number in numbers)
+
+
+def test_captions_are_the_prompts(classifier: str) -> None:
+    config = EvaluationConfig(("fid",), num_images=90, batch_size=20)
+    features = load_features(classifier)
+    found = Evaluator(config, features, real(100), None, CLASSES, CPU, asked_backwards)(Reader())
+    labels_alone = Evaluator(config, features, real(100), None, CLASSES, CPU)(Reader())
+    assert found["label_agreement"] == 1.0
+    assert "label_agreement" not in labels_alone
+    assert found["fid"] < 0.1 * labels_alone["fid"]
+
+
 def test_reconstructions_are_measured_where_there_are_any(classifier: str) -> None:
     measure = evaluator(load_features(classifier), metrics=("fid",))
     found = measure(Painter(seed=2, reconstructs=True))
@@ -103,6 +118,18 @@ def share(rank: int, world_size: int, classifier: str, expected: dict[str, float
     found = measure(Counting(seed=2, wrong=9, reconstructs=True))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert len(calls) == 2 + 2  # each as often, though there are five batches for three workers
+
+
+def share_of_captions(rank: int, world_size: int, classifier: str, expected: dict[str, float]) -> None:
+    config = EvaluationConfig(("fid",), num_images=50, batch_size=20)
+    measure = Evaluator(config, load_features(classifier), real(100, rank, world_size), None, 4, CPU, asked_backwards)
+    assert measure(Reader()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_workers_share_captions_some_without_any(classifier: str) -> None:
+    config = EvaluationConfig(("fid",), num_images=50, batch_size=20)
+    expected = Evaluator(config, load_features(classifier), real(100), None, CLASSES, CPU, asked_backwards)(Reader())
+    run_workers(share_of_captions, 4, classifier, expected)
 
 
 def test_workers_make_their_shares(classifier: str) -> None:

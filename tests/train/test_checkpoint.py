@@ -95,6 +95,12 @@ def put(checkpoint: Path, head: bytes, num_bytes: int | None = None) -> None:
     storage.write_json(str(checkpoint / "meta.json"), meta)
 
 
+def head(dtype: str, start: int, stop: int) -> bytes:
+    """Of a shard with one element of a tensor."""
+    description = {"dtype": dtype, "shape": [1], "data_offsets": [start, stop]}
+    return json.dumps({"param|a|0": description}).encode()
+
+
 def in_place_of(path: Path, make: Callable[[Path], None]) -> None:
     """Put something else where a file or folder is."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -121,6 +127,10 @@ UNSOUND: dict[str, Callable[[Path], None]] = {
     "'param|a|-5' [1] is not a piece": lambda newest: put(newest, b'{"param|a|-5":{"shape":[1]}}'),
     "'param' [1] is not a piece": lambda newest: put(newest, b'{"param":{"shape":[1]}}'),
     "not enough values": lambda newest: put(newest, b'{"param|a|0":{"shape":[]}}'),
+    "'param|a|0' [1] is not in bytes 0 to 4": lambda newest: put(newest, head("F32", 0, 4)),
+    "'param|a|0' [1] is not in bytes 0 to 0": lambda newest: put(newest, head("F32", 0, 0)),
+    "'param|a|0' [1] is not in bytes -4 to 0": lambda newest: put(newest, head("F32", -4, 0)),
+    "damaged ('F4')": lambda newest: put(newest, head("F4", 0, 0)),
     "too many values": lambda newest: put(newest, b'{"param|a|0":{"shape":[1,1]}}'),
 }
 
