@@ -10,7 +10,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from gmdist import rng
 from gmdist.nets.classifier import Classifier, ClassifierSizes
 
-VERSION = 1  # of what follows: another makes another classifier
+VERSION = 2  # of what follows: another makes another classifier
 _BATCH_SIZE = 128
 _LR = 6e-3
 _WEIGHT_DECAY = 0.05
