@@ -15,6 +15,8 @@ SIZE, CHANNELS, CLASSES, COUNT = 16, 3, 4, 16
 FIRST_STAGE = [
     "family.autoencoder={channels: 16, multipliers: [1, 1], num_res_blocks: 1, latent_channels: 2}",
     "family.learned_logvar=true",
+    "family.kl_weight=1.0e-3",
+    "family.perceptual.name=none",
 ]
 _SIZES = "channels: 16, multipliers: [1, 2], num_res_blocks: 1, attention_levels: [0], num_heads: 2, norm_groups: 4"
 UNET = f"family.unet={{{_SIZES}}}"
@@ -41,6 +43,8 @@ def settings(config: str, data: str, run: Path, *more: str) -> list[str]:
     child = "autoencoder" if config == "autoencoder_kl" else "denoiser"
     optim = f"optim={{{child}: {{lr: 0.02}}}}"
     family = FIRST_STAGE if config == "autoencoder_kl" else []
+    if config == "latent_diffusion":
+        family = ["family.diffusion.sampler.guidance_interval=null"]  # diffusers has none
     where = [f"data.train={data}", f"run.dir={run}"]
     return [str(CONFIGS / f"{config}.yaml"), *_TRAIN, *_IMAGES, optim, *family, *where, *more]
 

@@ -72,7 +72,9 @@ def array(content: bytes) -> np.ndarray:
 
 def train_first_stage(folder: Path, data: str, *more: str) -> str:
     shape = "family.autoencoder={channels: 8, multipliers: [1, 2], num_res_blocks: 1, latent_channels: 2}"
-    settings = [shape, *TRAIN, *DATA, f"data.train={data}", f"run.dir={folder}", "train.num_steps=3"]
+    # After three steps latents must already depend on the image.
+    loss = ["family.kl_weight=1.0e-3", "family.perceptual.name=none", "optim.autoencoder.lr=1.0e-3"]
+    settings = [shape, *loss, *TRAIN, *DATA, f"data.train={data}", f"run.dir={folder}", "train.num_steps=3"]
     train_worker(load(str(CONFIGS / "autoencoder_kl.yaml"), [*settings, "train.checkpoint_every=1", *more]), CPU)
     return str(folder)
 

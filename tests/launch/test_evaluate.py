@@ -56,7 +56,8 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
 def test_training_and_the_command_say_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = logged(trained)
     assert list(found) == [2, 4]
-    assert list(found[4]) == ["kl_nats", "l1", "psnr_db", "ssim", "fid", "rfid", "kid", "precision", "recall"]
+    own, generated = ["kl_nats", "l1", "perceptual", "psnr_db", "ssim"], ["fid", "rfid", "kid", "precision", "recall"]
+    assert list(found[4]) == own + generated
     assert main(["evaluate", str(trained)]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
     assert report["metrics"] == pytest.approx(found[4], rel=1e-6)
@@ -67,7 +68,7 @@ def test_training_and_the_command_say_the_same(trained: Path, capsys: pytest.Cap
     assert len(report["features_fingerprint"]) == 32
     printed = capsys.readouterr().out
     assert f"{trained}/checkpoints/step-00000004: 24 generated images" in printed
-    assert f"  rfid       {found[4]['rfid']:.6g}" in printed
+    assert f"  rfid        {found[4]['rfid']:.6g}" in printed
 
 
 def test_the_best_checkpoint_is_that_of_the_best_reconstructions(trained: Path) -> None:
@@ -85,7 +86,7 @@ def test_options_take_the_place_of_settings(trained: Path, digits: Path, tmp_pat
     command = ["evaluate", checkpoint, "--metrics", "pr", "--num-images", "8", "--batch-size", "3"]
     assert main([*command, "--features", other]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
-    assert list(report["metrics"]) == ["kl_nats", "l1", "psnr_db", "ssim", "precision", "recall"]
+    assert list(report["metrics"]) == ["kl_nats", "l1", "perceptual", "psnr_db", "ssim", "precision", "recall"]
     assert (report["num_images"], report["features"]) == (8, other)
 
 
