@@ -128,7 +128,7 @@ class _Pieces(io.RawIOBase):
         return num_bytes
 
 
-def open_read(location: str, version: Stat, stopped: Event | None = None) -> BinaryIO:
+def open_read(location: str, version: Stat, stopped: Event | None = None) -> io.BufferedReader:
     """A file to be read from its start to its end; an object in storage in pieces of 8 MiB.
 
     Reading an object raises StorageErrors: `s3.ChangedError` if it is not that version any more, and one when `stopped`
@@ -144,7 +144,7 @@ def checksum(location: str) -> tuple[int, int]:
     """Size in bytes and crc32 of a file, read in pieces that stay in the processor's cache."""
     num_bytes, value, piece = 0, 0, memoryview(bytearray(_CACHED_BYTES))
     with naming(location), open_read(location, stat(location)) as file:
-        while count := file.readinto(piece):  # type: ignore[attr-defined]
+        while count := file.readinto(piece):
             num_bytes, value = num_bytes + count, crc32(piece[:count], value)
     return num_bytes, value
 

@@ -20,6 +20,22 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small data set of noise with labels and captions. Read only."""
+    from tests.exporting import write_images
+
+    return write_images(tmp_path_factory.mktemp("noise"))
+
+
+@pytest.fixture(scope="session")
+def noise_stage(noise: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A first stage after two steps on it. Read only."""
+    from tests.exporting import train
+
+    return train("autoencoder_kl", noise, tmp_path_factory.mktemp("noise-stage") / "run")
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch):
     """A client of an S3 inside this process, with one bucket: s3://pictures."""

@@ -14,26 +14,16 @@ from gmdist.errors import ConfigError
 from gmdist.interchange.diffusers import read_folder
 from gmdist.launch.export import export
 from gmdist.runs import build_family, check_start, open_run, read_config, train_worker
-from tests.exporting import DIT, UNET, settings, train, write_images
+from tests.exporting import DIT, UNET, settings, train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def stage(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train("autoencoder_kl", data, tmp_path_factory.mktemp("stage") / "run")
-
-
-@pytest.fixture(scope="module")
-def dit(data: str, stage: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def dit(noise: str, noise_stage: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A transformer's run on its latents."""
     run = tmp_path_factory.mktemp("dit") / "run"
-    return train("latent_diffusion", data, run, f"family.first_stage={stage}", *DIT)
+    return train("latent_diffusion", noise, run, f"family.first_stage={noise_stage}", *DIT)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +35,10 @@ def exported(dit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(data: str, stage: str, tmp_path: Path) -> list[str]:
+def start(noise: str, noise_stage: str, tmp_path: Path) -> list[str]:
     """Arguments of a new run of the transformer."""
-    more = [f"family.first_stage={stage}", *DIT, "train.seed=9"]
-    return settings("latent_diffusion", data, tmp_path / "new", *more)
+    more = [f"family.first_stage={noise_stage}", *DIT, "train.seed=9"]
+    return settings("latent_diffusion", noise, tmp_path / "new", *more)
 
 
 def test_one_file_with_the_averaged_weights(dit: str, tmp_path: Path) -> None:
@@ -85,23 +75,23 @@ def test_a_pipeline_of_diffusers(dit: str, exported: Path) -> None:
     assert scheduler["beta_schedule"] == "squaredcos_cap_v2"
 
 
-def test_a_first_stage_leaves_its_loss_behind(stage: str, tmp_path: Path) -> None:
-    export(stage, str(tmp_path), "diffusers")
+def test_a_first_stage_leaves_its_loss_behind(noise_stage: str, tmp_path: Path) -> None:
+    export(noise_stage, str(tmp_path), "diffusers")
     assert storage.list_names(str(tmp_path)) == ["config.json", WEIGHTS]
     spec, state = read_folder(tmp_path)
     assert spec.latent_scale == 1.0
-    assert set(state) == set(open_run(stage)[1].autoencoder.state_dict()) - {"logvar"}
+    assert set(state) == set(open_run(noise_stage)[1].autoencoder.state_dict()) - {"logvar"}
 
 
-def test_to_object_storage(stage: str, bucket, tmp_path: Path) -> None:
-    export(stage, str(tmp_path), "diffusers")
-    export(stage, "s3://pictures/exports/first", "diffusers")
+def test_to_object_storage(noise_stage: str, bucket, tmp_path: Path) -> None:
+    export(noise_stage, str(tmp_path), "diffusers")
+    export(noise_stage, "s3://pictures/exports/first", "diffusers")
     names = storage.list_names("s3://pictures/exports/first")
     assert names == ["config.json", WEIGHTS]
     for name in names:
         assert storage.read(f"s3://pictures/exports/first/{name}") == (tmp_path / name).read_bytes()
     with pytest.raises(ConfigError, match="s3://pictures/exports/first: holds other files already"):
-        export(stage, "s3://pictures/exports/first", "safetensors")
+        export(noise_stage, "s3://pictures/exports/first", "safetensors")
 
 
 @pytest.mark.parametrize(("format", "last"), [("diffusers", "model_index.json"), ("safetensors", "config.yaml")])
@@ -127,26 +117,26 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *command: str) -> str
     return problem
 
 
-def test_wrong_commands(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_commands(noise_stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     assert "--format: 'onnx'; must be one of safetensors, diffusers" in refused(
-        capsys, 2, "export", stage, out, "--format", "onnx"
+        capsys, 2, "export", noise_stage, out, "--format", "onnx"
     )
     assert "not a run" in refused(capsys, 2, "export", str(tmp_path), out, "--format", "diffusers")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    line = refused(capsys, 2, "export", stage, str(tmp_path / "full"), "--format", "safetensors")
+    line = refused(capsys, 2, "export", noise_stage, str(tmp_path / "full"), "--format", "safetensors")
     assert "holds other files already (notes.txt, ...): choose another folder" in line
-    line = refused(capsys, 2, "export", stage, str(tmp_path / "full/notes.txt"), "--format", "safetensors")
+    line = refused(capsys, 2, "export", noise_stage, str(tmp_path / "full/notes.txt"), "--format", "safetensors")
     assert "is a file" in line
-    assert main(["export", stage, out, "--format", "diffusers"]) == 0
+    assert main(["export", noise_stage, out, "--format", "diffusers"]) == 0
     assert capsys.readouterr().out == f"{out}: step 2 as diffusers' AutoencoderKL\n"
 
 
 def test_what_diffusers_has_no_pipeline_for(
-    data: str, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    noise: str, noise_stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    latents = ["latent_diffusion", f"family.first_stage={stage}", UNET]
+    latents = ["latent_diffusion", f"family.first_stage={noise_stage}", UNET]
     bytes_ = ["family.conditioning={kind: text, text: {transformer: {channels: 16, depth: 1, num_heads: 2}}}"]
     kinds = {
         "told classes": latents,
@@ -160,7 +150,7 @@ def test_what_diffusers_has_no_pipeline_for(
         "0 classes": [*latents, *DIT, "family.conditioning={kind: none}"],
     }
     for number, (reason, (config, *more)) in enumerate(kinds.items()):
-        run = train(config, data, tmp_path / f"run-{number}", *more)
+        run = train(config, noise, tmp_path / f"run-{number}", *more)
         line = refused(capsys, 2, "export", run, str(tmp_path / "out"), "--format", "diffusers")
         assert reason in line
         assert line.endswith("--format safetensors holds every family")
@@ -211,7 +201,7 @@ def test_tensors_that_do_not_fit_are_named(change: str, exported: Path, start: l
 
 
 def test_every_difference_is_named_before_the_start(
-    data: str, exported: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    noise: str, exported: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", *start, f"family.init_from={exported}"]
     line = refused(capsys, 2, *command, "family.dit.depth=3", "family.dit.patch_size=4")
@@ -229,7 +219,7 @@ def test_every_difference_is_named_before_the_start(
     assert "family.init_from: 's3://pictures/dit'; must be a local folder" in line
     line = refused(capsys, 2, *command, f"family.init_from={tmp_path}")
     assert "config.json: no such file" in line
-    first = settings("autoencoder_kl", data, tmp_path / "first", f"family.init_from={exported}")
+    first = settings("autoencoder_kl", noise, tmp_path / "first", f"family.init_from={exported}")
     line = refused(capsys, 2, "train", *first, "family.autoencoder.num_res_blocks=2")
     assert "layers_per_block (num_res_blocks) 1 there, 2 here" in line
     assert not (tmp_path / "new").exists()

@@ -22,7 +22,7 @@ from gmdist.families.family import Condition
 from gmdist.interchange.schedulers import scheduler_config
 from gmdist.launch.export import export
 from gmdist.runs import build_family, check_start, open_run
-from tests.exporting import DIT, SIZE, UNET, settings, train, write_images
+from tests.exporting import DIT, SIZE, UNET, settings, train
 from tests.parity.clip import write_clip
 
 pytestmark = pytest.mark.parity
@@ -35,25 +35,15 @@ SAMPLERS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def stage(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train("autoencoder_kl", data, tmp_path_factory.mktemp("stage") / "run")
-
-
-@pytest.fixture(scope="module")
-def runs(data: str, stage: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def runs(noise: str, noise_stage: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Arguments of a run of each exportable kind; they are trained."""
     folder, clip = tmp_path_factory.mktemp("runs"), write_clip(tmp_path_factory.mktemp("clip"))
-    common = [f"family.first_stage={stage}", "family.diffusion={schedule: scaled_linear, prediction: v}"]
+    common = [f"family.first_stage={noise_stage}", "family.diffusion={schedule: scaled_linear, prediction: v}"]
     text = [UNET, f"family.conditioning={{kind: text, text: {{name: clip, path: {clip}}}}}", "data.caption=txt"]
     kinds = {"unet": [*common, *text, "data.num_classes=null"], "dit": [*common, *DIT]}
     for name, more in kinds.items():
-        train("latent_diffusion", data, folder / name, *more)
-    return {name: settings("latent_diffusion", data, folder / name, *more) for name, more in kinds.items()}
+        train("latent_diffusion", noise, folder / name, *more)
+    return {name: settings("latent_diffusion", noise, folder / name, *more) for name, more in kinds.items()}
 
 
 def run_of(arguments: list[str]) -> str:
@@ -114,11 +104,11 @@ def test_dit_pipeline_draws_the_same(
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_pipelines_of_pixels_draw_the_same(
-    sampler: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = [UNET, "family.unet.num_heads=1", "family.conditioning={kind: none}"]
     more += [f"family.diffusion={{prediction: v, sampler: {{name: {sampler}, num_steps: 10}}}}"]
-    run = train("ddpm", data, tmp_path / "run", *more)
+    run = train("ddpm", noise, tmp_path / "run", *more)
     line = export(run, str(tmp_path / "out"), "diffusers")
     assert line.endswith("use_clipped_model_output=True" if sampler == "ddim" else "num_inference_steps=10")
     kind = {"ddim": diffusers.DDIMPipeline, "ddpm": diffusers.DDPMPipeline}[sampler]
@@ -138,12 +128,12 @@ def test_pipelines_of_pixels_draw_the_same(
     assert (found - wanted).norm() / wanted.norm() < 1e-4
 
 
-def test_the_autoencoder_of_a_first_stage(stage: str, tmp_path: Path) -> None:
-    export(stage, str(tmp_path), "diffusers")
+def test_the_autoencoder_of_a_first_stage(noise_stage: str, tmp_path: Path) -> None:
+    export(noise_stage, str(tmp_path), "diffusers")
     peer, report = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert peer.config.scaling_factor == 1.0
-    _, family = open_run(stage)
+    _, family = open_run(noise_stage)
     image = rng.normal(0, "image", torch.arange(2), (3, SIZE, SIZE)).clamp(-1, 1)
     with torch.no_grad():
         found = peer.decode(peer.encode(image).latent_dist.mean).sample.clamp(-1, 1)
@@ -174,14 +164,14 @@ def test_export_and_init_from_is_exact(kind: str, by: str, runs: dict[str, list[
 
 
 def test_a_vae_of_a_pipeline_starts_a_first_stage(
-    runs: dict[str, list[str]], data: str, stage: str, tmp_path: Path
+    runs: dict[str, list[str]], noise: str, noise_stage: str, tmp_path: Path
 ) -> None:
     export(run_of(runs["dit"]), str(tmp_path / "pipeline"), "diffusers")
     more = [f"family.init_from={tmp_path / 'pipeline'}", "train.seed=9"]
-    path, *overrides = settings("autoencoder_kl", data, tmp_path / "run", *more)
+    path, *overrides = settings("autoencoder_kl", noise, tmp_path / "run", *more)
     family = build_family(load(path, overrides))
     family.initialize({})
-    wanted = open_run(stage)[1].autoencoder.state_dict()
+    wanted = open_run(noise_stage)[1].autoencoder.state_dict()
     for name, value in family.autoencoder.state_dict().items():
         assert name == "logvar" or torch.equal(value, wanted[name]), name
 
