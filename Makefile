@@ -34,7 +34,7 @@ demo: setup
 test-local: setup
 	$(BIN)/python -m pytest
 
-# Takes ten minutes: commands, workers, controllers and nodes of Ray are killed.
+# Takes ten minutes: commands, workers and nodes of Ray are killed.
 test-faults: setup
 	$(BIN)/python -m pytest -m faults tests/faults
 

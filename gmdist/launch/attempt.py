@@ -10,12 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -28,8 +25,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gmdist.config import Config
 from gmdist.errors import RunFailedError
 from gmdist.launch.cluster import START_TIMEOUT_S
+from gmdist.launch.controller import Trainer
 from gmdist.launch.mailbox import Failure, Mailbox, News, WorkersFailedError
-from gmdist.launch.placement import ControllerNote, remove_placements
 from gmdist.launch.watch import Stopper, Surroundings
 from gmdist.launch.worker import work
 from gmdist.train.hooks import Outcome, Progress
@@ -52,7 +49,6 @@ def attempt(
     stopper: Stopper,
 ) -> Outcome:
     """Start the workers once, and watch them to their end."""
-    get_or_create_autoscaling_coordinator()  # Train waits for it: let it start while Train does
     mailbox = _open_mailbox()
     failures: list[Failure] = []
     ended: list[Outcome | Failure] = []
@@ -98,8 +94,6 @@ def attempt(
         finally:
             stopper.mailbox = None
     (result,) = ended
-    if isinstance(result, Failure):
-        remove_placements(mailbox)
     ray.kill(mailbox)
     if isinstance(result, Failure):
         raise WorkersFailedError(_cause(failures, result))
@@ -121,21 +115,13 @@ def _check_answers(mailbox: Any) -> None:
         raise RunFailedError(f"Ray does not answer any more ({reason}); run the same command again") from error
 
 
-class _Trainer(TorchTrainer):
-    """Ray's, without two actors that take seconds of every start: for data sets, and for placement groups."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left_out)]
-
-
-def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> _Trainer:
+def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> Trainer:
     cluster = config.cluster
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)} | ({} if cluster.gpus_per_worker else _MALLOC)
-    return _Trainer(
+    return Trainer(
         work,
         train_loop_config={"config": config.to_yaml(), "mailbox": mailbox, "folder": os.getcwd()},
         torch_config=TorchConfig(
@@ -150,7 +136,6 @@ def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> _Trai
         run_config=RunConfig(
             name=f"{config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
-            callbacks=[ControllerNote(mailbox)],
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig("CRITICAL"),
             worker_runtime_env={"env_vars": environment},
@@ -194,8 +179,6 @@ def _explain(error: Exception) -> Failure:
         return Failure(LOST, reason, text)
     if any(isinstance(cause, WorkerGroupStartupTimeoutError) for cause in causes):
         return Failure(NO_ROOM, f"no room for the workers within {START_TIMEOUT_S} s", text)
-    if isinstance(error, RayActorError):
-        return Failure(LOST, "the process that controls the workers died", text)
     if any(isinstance(cause, _DEATHS) for cause in causes):
         return Failure(LOST, _NO_ANSWER, text)
     return Failure(type(causes[0]).__name__, (str(causes[0]).splitlines() or [""])[0], text)

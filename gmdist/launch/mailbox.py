@@ -54,7 +54,6 @@ class Mailbox:
     def __init__(self) -> None:
         self._news = News()
         self._wishes = Wishes()
-        self._controller: str | None = None
 
     def exchange(self, progress: Progress | None, messages: list[str]) -> Wishes:
         """A worker's news; answers what the driver wants of it."""
@@ -65,14 +64,6 @@ class Mailbox:
     def fail(self, failure: Failure) -> None:
         """A worker's last words."""
         self._news.failures.append(failure)
-
-    def keep_controller(self, actor_id: str) -> None:
-        """Ray Train's controller tells which actor it is."""
-        self._controller = actor_id
-
-    def controller(self) -> str | None:
-        """The controller's actor; None if it has not begun."""
-        return self._controller
 
     def collect(self) -> News:
         """The driver takes what has come."""

@@ -41,6 +41,19 @@ def free_port() -> int:
             return port
 
 
+def processes(title: bytes) -> list[int]:
+    """Ray's processes of this title; several clusters may be on this machine, but only one of the tests'."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if title in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
 class Nodes:
     """A Ray cluster: a head, and nodes that come and go. A context manager; its ports are none of Ray's defaults."""
 

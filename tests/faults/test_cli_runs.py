@@ -15,7 +15,7 @@ import torch
 
 from gmdist.config import load
 from gmdist.runs import train_worker
-from tests.faults.nodes import Nodes, environment
+from tests.faults.nodes import Nodes, environment, processes
 from tests.support import tree_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -32,18 +32,24 @@ def command(digits: Path, run: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "gmdist.cli", "train", CONFIG, *SETTINGS, *data, *more]
 
 
-def run_to_end(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def run_to_end(arguments: list[str], settings: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        arguments,
+        cwd=ROOT,
+        env=settings or environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
     )
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], settings: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a command as the leader of a process group, as a terminal does."""
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
-        env=environment(),
+        env=settings or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -134,6 +140,26 @@ def test_a_signal_while_ray_starts_ends_the_command(digits: Path, tmp_path: Path
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
     assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
+
+
+def test_a_command_that_is_killed_while_its_workers_are_born_leaves_their_room(
+    digits: Path, tmp_path: Path, undisturbed
+) -> None:
+    run = tmp_path / "run"
+    with Nodes(num_cpus=2) as nodes:
+        arguments = command(digits, run, f"cluster.address={nodes.address}")
+        process = start(arguments, nodes.settings)
+        deadline = time.monotonic() + DEADLINE_S
+        while not processes(b"ray::RayTrainWorker"):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        ended = run_to_end(arguments, nodes.settings)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "restart" not in ended.stdout
+    assert tree_bytes(run / "checkpoints") == tree_bytes(undisturbed[0] / "checkpoints")
 
 
 def go_on(digits: Path, run: Path, *more: str) -> str:
