@@ -21,7 +21,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         return options.call(options)
     except ConfigError as error:
         _complain(str(error))
@@ -41,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = (str(error).splitlines() or [""])[0]
         print(f"gmdist: {type(error).__name__}: {reason}; the traceback is in {file.name}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments in any order: argparse itself takes no `key=value` that comes after an option."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others and hasattr(options, "overrides") and not any(other.startswith("-") for other in others):
+        options.overrides = options.overrides + others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return options
 
 
 def _complain(message: str) -> None:
@@ -66,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+    _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
     evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
@@ -73,13 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
     evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
     evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
+    _add_settings(evaluate, "evaluation.reference=data/digits/test")
 
     export = _command(commands, "export", _export, "write a run's averaged weights for other programs")
     export.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     export.add_argument("destination", type=_location, metavar="DEST", help="a new folder or s3://bucket/prefix")
-    export.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="of RUN's config, such as family.diffusion.sampler.name=ddim"
-    )
+    _add_settings(export, "family.diffusion.sampler.name=ddim")
     export.add_argument("--format", required=True, help="safetensors, or diffusers for what it has a place for")
 
     report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
@@ -115,14 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("source", type=_location, metavar="SRC", help="shards, in a folder or s3://bucket/prefix")
     encode.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
-    encode.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="of RUN's config, such as cluster.address=auto"
-    )
+    _add_settings(encode, "cluster.address=auto")
     encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
     encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
 
     _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
     return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, example: str) -> None:
+    """Other settings for a run that there is."""
+    command.add_argument("overrides", metavar="key=value", nargs="*", help=f"of RUN's config, such as {example}")
 
 
 def _location(text: str) -> str:
@@ -169,7 +183,7 @@ def _sample(options: argparse.Namespace) -> int:
     request = SampleRequest(
         options.num_images, options.label, options.prompt, options.seed, options.steps, options.guidance
     )
-    print(save(draw(options.run, request), options.out))
+    print(save(draw(options.run, request, options.overrides), options.out))
     return EXIT_DONE
 
 
@@ -178,7 +192,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     metrics = None if options.metrics is None else tuple(options.metrics.split(","))
     request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
-    print(table(evaluate(options.run, request)))
+    print(table(evaluate(options.run, request, options.overrides)))
     return EXIT_DONE
 
 

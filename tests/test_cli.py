@@ -170,6 +170,18 @@ def test_sample_writes_a_grid_or_a_folder(trained: Path, tmp_path: Path, capsys)
     assert tree_bytes(other) != tree_bytes(folder)
 
 
+def test_settings_may_come_after_options(trained: Path, tmp_path: Path, capsys) -> None:
+    images = ["sample", str(trained), "--num-images", "1", "--out", str(tmp_path / "images")]
+    assert "data.colour: no such key" in refused(capsys, 2, *images, "data.colour=1")
+    assert main([*images, "train.log_every=7"]) == 0
+    for wrong in (["--colour", "1"], ["train.log_every=7", "--colour=1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*images, *wrong])
+        assert "unrecognized arguments: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(trained), "--seed=1"])
+
+
 def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) -> None:
     sample = ["sample", str(trained), "--out", str(tmp_path / "x.png")]
     assert "--label: 10; labels are 0 to 9" in refused(capsys, 2, *sample, "--label", "10")

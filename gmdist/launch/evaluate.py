@@ -1,6 +1,7 @@
 """A run's generated images and reconstructions beside real ones, in one process: RUN/evaluation.json."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,21 +30,23 @@ class EvaluationRequest:
     features: str | None = None  # a classifier or Inception file
 
 
-def evaluate(run: str, request: EvaluationRequest) -> dict[str, Any]:
+def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a checkpoint's averaged weights as training does, and write RUN/evaluation.json.
 
     Args:
         run: a run's folder (its newest sound checkpoint is used), or one of its checkpoints.
         request: what to measure.
+        overrides: `key=value` of the run's config, such as another sampler.
 
     Returns:
-        What is written: checkpoint, step, metrics by name, num_images, reference, features and their fingerprint.
+        What is written: checkpoint, step, overrides, metrics by name, num_images, reference, features and their
+        fingerprint.
 
     Raises:
         ConfigError: no such run, no features, a metric or a number that cannot be.
         DataError, CheckpointError: no real images, no sound checkpoint.
     """
-    config = _asked(runs.read_config(run), request)
+    config = _asked(runs.read_config(run, overrides), request)
     runs.use_storage(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     test = Loader(config.data, config.data.test) if config.data.test else None
@@ -60,6 +63,7 @@ def evaluate(run: str, request: EvaluationRequest) -> dict[str, Any]:
     report = {
         "checkpoint": storage.join(run_dir, "checkpoints", folder_name(meta["step"])),
         "step": meta["step"],
+        "overrides": list(overrides),
         "metrics": {name: value if value == value else None for name, value in found.items()},  # JSON has no NaN
         "num_images": config.evaluation.num_images,
         "reference": reference_of(config),

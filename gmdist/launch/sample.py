@@ -1,5 +1,6 @@
 """Images from a run: a grid, or one PNG each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,12 @@ def with_sampler(config: Config, num_steps: int | None, guidance: float | None) 
     return config
 
 
-def draw(run: str, request: SampleRequest) -> Tensor:
-    """Images uint8 [N, H, W, C] of a run's averaged weights. The same request gives the same images."""
-    config = with_sampler(runs.read_config(run), request.num_steps, request.guidance)
+def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tensor:
+    """Images uint8 [N, H, W, C] of a run's averaged weights, with `key=value` of its config changed.
+
+    The same request gives the same images.
+    """
+    config = with_sampler(runs.read_config(run, overrides), request.num_steps, request.guidance)
     classes = config.data.num_classes or 0
     if request.num_images < 1:
         raise ConfigError(f"--num-images: {request.num_images}; must be at least 1")

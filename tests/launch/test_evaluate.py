@@ -87,7 +87,11 @@ def test_options_take_the_place_of_settings(trained: Path, digits: Path, tmp_pat
     assert main([*command, "--features", other]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
     assert list(report["metrics"]) == ["kl_nats", "l1", "perceptual", "psnr_db", "ssim", "precision", "recall"]
-    assert (report["num_images"], report["features"]) == (8, other)
+    assert (report["num_images"], report["features"], report["overrides"]) == (8, other, [])
+    setting = f"evaluation.reference={digits}/train"
+    assert main([*command, "--features", other, setting]) == 0
+    report = json.loads((trained / "evaluation.json").read_text())
+    assert (report["reference"], report["overrides"]) == (f"{digits}/train", [setting])
 
 
 def test_what_cannot_be_is_one_line(trained: Path, data: Path, tmp_path: Path, capsys) -> None:
