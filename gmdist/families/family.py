@@ -94,6 +94,13 @@ class Family(nn.Module):
         """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO."""
         return {}
 
+    def scores(self, batch: Batch) -> dict[str, Tensor]:
+        """What each sample of a batch is worth to the model, by name, [N]: its log-likelihood, or a bound of it.
+
+        In nats, larger for what looks like the training data. Empty for a family that has none.
+        """
+        return {}
+
     def for_diffusers(self) -> Network | Pipeline:
         """What diffusers loads in this family's place; ConfigError where it has nothing that gives the same."""
         raise ConfigError("diffusers has no such model")

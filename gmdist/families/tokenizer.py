@@ -1,0 +1,38 @@
+"""What a first stage whose latents are codes is to those that train on them."""
+
+import torch
+from torch import Tensor
+
+from gmdist.families.family import Batch, Family, Surroundings
+
+
+class Tokenizer(Family):
+    """A family that turns an image into a grid of codes, and a grid of codes into an image."""
+
+    codebook_size: int
+    token_shape: tuple[int, int]  # codes of an image: rows, columns
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__()
+        self.seed = surroundings.seed
+        self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """The codes of images [N, C, H, W] in [-1, 1]: int64 [N, h, w], each below `codebook_size`."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] of codes int64 [N, h, w]."""
+        raise NotImplementedError
+
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """The codes."""
+        return {"tokens": self.tokens(image)}
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """Each image by way of its codes [N, C, H, W] in [-1, 1]."""
+        return self.decode(self.tokens(batch["image"]))
+
+    def preview(self, batch: Batch) -> Tensor:
+        """Originals beside their reconstructions [N, C, H, 2 W]."""
+        return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
