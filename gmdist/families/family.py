@@ -91,8 +91,19 @@ class Family(nn.Module):
         return {}
 
     def evaluate(self, batch: Batch) -> Metrics:
-        """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO."""
+        """Means over a batch of held-out samples: reconstruction error, bits a dimension, ELBO.
+
+        Not scalars alone: what is a function of means over all samples is left to `summarize`.
+        """
         return {}
+
+    def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """The numbers of an evaluation, of the means of what `evaluate` gave over all samples, on the host."""
+        return {name: mean.item() for name, mean in means.items()}
+
+    def concerns(self, found: dict[str, float]) -> list[str]:
+        """What an evaluation's numbers should warn of, a line each: a posterior that collapsed, codes that died."""
+        return []
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """What each sample of a batch is worth to the model, by name, [N]: its log-likelihood, or a bound of it.
@@ -105,8 +116,9 @@ class Family(nn.Module):
         """What diffusers loads in this family's place; ConfigError where it has nothing that gives the same."""
         raise ConfigError("diffusers has no such model")
 
-    def after_step(self, seen: int) -> None:
+    def after_step(self, seen: int) -> Metrics:
         """What follows an optimizer step: adaptive augmentation, codebook revival."""
+        return {}
 
     def worker_state(self) -> dict[str, Tensor]:
         """State that differs between workers: a replay buffer."""

@@ -18,7 +18,7 @@ Measure = Callable[[Family, Callable[[], None]], dict[str, float]]
 def held_out_means(
     family: Family, data: Source, batch_size: int, device: torch.device, beat: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """What `Family.evaluate` finds, for every sample once; every worker calls it.
+    """What `Family.evaluate` finds, for every sample once, and `summarize` makes of it; every worker calls it.
 
     Args:
         family: in eval mode.
@@ -38,4 +38,4 @@ def held_out_means(
             weight = 0.0 if part is None else float(len(batch["key"]))
             averages.add(family.evaluate(batch), weight)
         beat()
-    return averages.reduce()
+    return family.summarize(averages.means())

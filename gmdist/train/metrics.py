@@ -1,6 +1,7 @@
 """Metrics of a run: summed on the device, averaged over workers when they are logged, written as JSON lines."""
 
 import json
+import math
 import os
 import tempfile
 from typing import Any
@@ -17,12 +18,12 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Averages:
-    """Means of scalars over steps, samples and workers, without a host synchronisation until they are asked for."""
+    """Means of tensors over steps, samples and workers, without a host synchronisation until they are asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self._sums: dict[str, Tensor] = {}  # [2]: of the values, of their weights
+        self._sums: dict[str, Tensor] = {}  # [2, ...]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add one observation of some metrics. What is not finite does not count: it would hide all others."""
@@ -32,7 +33,7 @@ class Averages:
             sums = torch.stack([value.nan_to_num(0.0, 0.0, 0.0) * weight, counts])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-    def gather(self) -> list[dict[str, list[float]]]:
+    def gather(self) -> list[dict[str, list[Any]]]:
         """What each worker has added, for a run that goes on from here: sum and weight by name. All workers call it."""
         own = {name: sums.tolist() for name, sums in sorted(self._sums.items())}
         everyone = [own] * world_size()
@@ -40,7 +41,7 @@ class Averages:
             dist.all_gather_object(everyone, own)
         return everyone
 
-    def restore(self, everyone: list[dict[str, list[float]]]) -> None:
+    def restore(self, everyone: list[dict[str, list[Any]]]) -> None:
         """Begin with what was gathered, by as many workers or by others."""
         shares = [everyone[rank()]] if len(everyone) == world_size() else everyone if rank() == 0 else []
         self._sums = {}
@@ -49,24 +50,36 @@ class Averages:
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def reduce(self, *, begin_anew: bool = True) -> dict[str, float]:
-        """The means over all workers that added something. Every worker calls it, with any names.
+        """The means of scalars, as `means` finds them."""
+        return {name: mean.item() for name, mean in self.means(begin_anew=begin_anew).items()}
+
+    def means(self, *, begin_anew: bool = True) -> dict[str, Tensor]:
+        """The means over all workers that added something, on the host. Every worker calls it, with any names.
 
         NaN where nothing that was added is finite.
         """
-        everyone = [sorted(self._sums)]
+        shapes = {name: list(sums.shape[1:]) for name, sums in self._sums.items()}
         if world_size() > 1:
-            everyone = [[] for _ in range(world_size())]
-            dist.all_gather_object(everyone, sorted(self._sums))
-        names = sorted(set().union(*everyone))
-        if not names:
+            everyone: list[dict[str, list[int]]] = [{}] * world_size()
+            dist.all_gather_object(everyone, shapes)
+            shapes = {name: shape for others in everyone for name, shape in others.items()}
+        if not shapes:
             return {}
-        zero = torch.zeros(2, dtype=self._dtype, device=self._device)
-        both = torch.stack([self._sums.get(name, zero) for name in names])
+        names = sorted(shapes)
+        parts = [
+            self._sums[name]
+            if name in self._sums
+            else torch.zeros(2, *shapes[name], dtype=self._dtype).to(self._device)
+            for name in names
+        ]
+        both = torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)
         if world_size() > 1:
             dist.all_reduce(both)
         if begin_anew:
             self._sums = {}
-        return dict(zip(names, (both[:, 0] / both[:, 1]).tolist(), strict=True))
+        sizes = [math.prod(shapes[name]) for name in names]
+        means = (both[0] / both[1]).cpu().split(sizes)
+        return {name: mean.view(shapes[name]) for name, mean in zip(names, means, strict=True)}
 
 
 class MetricsLog:

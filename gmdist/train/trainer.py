@@ -131,7 +131,7 @@ class Trainer:
             norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
             self._averages.add({f"{phase.name}/grad_norm": norm})
             norms.append(norm)
-        self.family.after_step(self.seen)
+        self._averages.add(self.family.after_step(self.seen))
         self.ema.update(self.batch_size, self.seen)
         is_bad = self._skips.note(norms, self._cursor)
         for name, buffer in self.family.named_buffers():  # what made the gradients NaN is in statistics too
@@ -329,6 +329,9 @@ class Trainer:
                 found = held_out_means(self.family, self.test_data, self.micro_batch_size, self.device, self.hooks.beat)
             if self._measure is not None:
                 found |= self._measure(self.family, self.hooks.beat)
+        if rank() == 0:
+            for concern in self.family.concerns(found):
+                self.hooks.on_message(f"step {self.step}: {concern}")
         line = {f"test/{name}": value for name, value in found.items()}
         best = self.config.best_metric
         if best is not None and best not in line:

@@ -78,6 +78,7 @@ class PathLength(TwoNetworks):
         if count > 0:
             self.mean_length.lerp_(total / count, 0.3)
         self.lengths.zero_()
+        return {"mean_length": self.mean_length.clone()}
 
 
 class AdaptiveWeight(Family):

@@ -41,6 +41,7 @@ class StandIn(Family):
 
     def after_step(self, seen):
         self.steps += 1
+        return {}
 
     def worker_state(self):
         return {"replay": self.replay.clone()}
