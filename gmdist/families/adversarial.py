@@ -1,16 +1,19 @@
-"""What families that reconstruct share of the adversarial loss: its settings, both sides of it, its adaptive weight."""
+"""What families that reconstruct share: a perceptual distance, and a discriminator that judges their images."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from gmdist.families.family import all_mean
+from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings, all_mean
 from gmdist.nets.blocks import at_least_fp32
-from gmdist.nets.discriminator import smallest_side
+from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
+from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
+from gmdist.nets.stylegan2 import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 
+NAMES = ("patch", "stylegan2")
 LOSSES = ("hinge", "vanilla")
 _MAX_CHANNELS = 1 << 12
 _MAX_WEIGHT = 1e4
@@ -18,17 +21,48 @@ _MAX_WEIGHT = 1e4
 
 @dataclass
 class DiscriminatorConfig:
-    """A discriminator of patches and its part in the loss; the defaults are those of Rombach 2022."""
+    """A discriminator and its part in the loss; the defaults are those of Rombach 2022."""
 
-    channels: int = 64  # width after the first layer
-    num_layers: int = 3  # that halve the image; each adds to the patch that a logit judges: 16, 34, 70, 142 pixels
+    channels: int = 64  # of patch: width after the first layer
+    num_layers: int = 3  # of patch: that halve the image; each adds to what a logit judges: 16, 34, 70, 142 pixels
     loss: str = "hinge"  # hinge or vanilla: what the discriminator minimises
     weight: float = 0.5  # of the adversarial loss; 0.8 with VQGAN
     adaptive: bool = True  # scale it by the ratio of both losses' gradients; false: weight alone
     start_images: int = 600_000  # seen before it takes part, so that reconstructions are fair by then
+    warmup_images: int = 0  # from then on, over which the weight grows to its value
+    name: str = "patch"  # patch: a logit for each patch; stylegan2: one for the image
+    stylegan2: StyleGAN2DiscriminatorConfig = field(default_factory=StyleGAN2DiscriminatorConfig)
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
+        if self.name not in NAMES:
+            return f"name: '{self.name}'; must be one of {', '.join(NAMES)}"
+        if problem := self._sizes_problem(image_size):
+            return problem
+        if self.loss not in LOSSES:
+            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
+        if not 0.0 <= self.weight < math.inf:
+            return f"weight: {self.weight}; must be a number of at least 0"
+        for key in ("start_images", "warmup_images"):
+            if getattr(self, key) < 0:
+                return f"{key}: {getattr(self, key)}; must be at least 0"
+        return None
+
+    def build(self, image_size: int, image_channels: int) -> nn.Module:
+        """The network: images [N, C, H, W] -> logits [N, ...]."""
+        if self.name == "stylegan2":
+            return StyleGAN2Discriminator(self.stylegan2, image_size, image_channels)
+        return PatchDiscriminator(image_channels, self.channels, self.num_layers)
+
+    def weight_at(self, seen: int) -> float:
+        """The weight after so many images, which is 0 before the start."""
+        grown = (seen - self.start_images) / self.warmup_images if self.warmup_images else 1.0
+        return self.weight * min(grown, 1.0) if seen >= self.start_images else 0.0
+
+    def _sizes_problem(self, image_size: int) -> str | None:
+        if self.name == "stylegan2":
+            problem = self.stylegan2.problem(image_size)
+            return problem and f"stylegan2.{problem}"
         if not 1 <= self.channels <= _MAX_CHANNELS:
             return f"channels: {self.channels}; must be from 1 to {_MAX_CHANNELS}"
         if not 1 <= self.num_layers <= 16 or image_size < smallest_side(self.num_layers):
@@ -36,20 +70,104 @@ class DiscriminatorConfig:
                 f"num_layers: {self.num_layers}; must be at least 1, and image sides at least 3 * 2^num_layers pixels: "
                 f"data.image_size is {image_size}"
             )
-        if self.loss not in LOSSES:
-            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
-        if not 0.0 <= self.weight < math.inf:
-            return f"weight: {self.weight}; must be a number of at least 0"
-        if self.start_images < 0:
-            return f"start_images: {self.start_images}; must be at least 0"
         return None
+
+
+class JudgedAutoencoder(Family):
+    """A family that reconstructs by its child `autoencoder`, which a discriminator may judge: two optimizers."""
+
+    averaged = ("autoencoder",)
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        perceptual: PerceptualConfig,
+        judge: DiscriminatorConfig | None,
+        surroundings: Surroundings,
+    ) -> None:
+        super().__init__()
+        self.seed = surroundings.seed
+        self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
+        self._perceptual, self._judge = perceptual, judge
+        self.autoencoder = autoencoder
+        self.perceptual = make_perceptual(perceptual)
+        self.discriminator = None if judge is None else judge.build(self.image_size, self.image_channels)
+
+    def initialize(self, batch: Batch) -> None:
+        """Read the perceptual network. From then on it is in the checkpoints, and a run opens without the files."""
+        if isinstance(self.perceptual, LPIPS):
+            assert self._perceptual.path is not None
+            self.perceptual.load(self._perceptual.path)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last layer, whose gradients the adaptive weight compares."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """That of the autoencoder."""
+        raise NotImplementedError
+
+    def reconstruction(self, batch: Batch) -> Tensor:
+        """The batch's images as the discriminator sees them in training [N, C, H, W]."""
+        raise NotImplementedError
+
+    def phases(self) -> list[Phase]:
+        """The autoencoder, then the discriminator where there is one."""
+        if self._judge is None:
+            return [Phase("autoencoder", "autoencoder", self.loss)]
+        return [
+            Phase("autoencoder", "autoencoder", self.loss, higher_order=self._judge.adaptive),
+            Phase("discriminator", "discriminator", self.discriminator_loss),
+        ]
+
+    def discriminator_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """Images against reconstructions, through which no gradient goes."""
+        assert self.discriminator is not None
+        assert self._judge is not None
+        image = batch["image"]
+        if not self._judges(seen):
+            # It learns nothing yet. One image takes it to gradients of zero, which every ZeRO stage expects.
+            loss = 0.0 * at_least_fp32(self.discriminator(image[:1])).mean()
+            return loss, {"loss": loss.detach()}
+        with torch.no_grad():
+            reconstruction = self.reconstruction(batch)
+        real, fake = at_least_fp32(self.discriminator(torch.cat([image, reconstruction]))).chunk(2)
+        loss = discriminator_loss(real, fake, self._judge.loss)
+        metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
+        return loss, metrics
+
+    def judgement(self, reconstruction: Tensor, error: Tensor, seen: int) -> tuple[Tensor, Metrics] | None:
+        """The loss that asks the discriminator to take reconstructions for images; None where it does not take part.
+
+        Args:
+            reconstruction: [N, C, H, W].
+            error: the rest of the loss that reaches `last_layer`, which the adaptive weight compares with.
+            seen: images.
+
+        Returns:
+            The weighted loss, a scalar, and what to log of it.
+        """
+        if not self._judges(seen):
+            return None
+        assert self.discriminator is not None
+        assert self._judge is not None
+        adversarial = -at_least_fp32(self.discriminator(reconstruction)).mean()
+        weight = torch.full_like(error, self._judge.weight_at(seen)).detach()
+        if self._judge.adaptive:
+            weight = weight * adaptive_weight(error, adversarial, self.last_layer)
+        return weight * adversarial, {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+
+    def _judges(self, seen: int) -> bool:
+        """Whether the discriminator takes part."""
+        return self._judge is not None and seen >= self._judge.start_images
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, name: str) -> Tensor:
     """What the discriminator minimises: a mean over samples and patches, a scalar.
 
     Args:
-        real, fake: logits [N, 1, h, w] of images and of reconstructions.
+        real, fake: logits [N, ...] of images and of reconstructions.
         name: hinge (Lim 2017, Eq. 4) or vanilla (Goodfellow 2014, Eq. 1).
     """
     if name == "hinge":

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from gmdist import rng
-from gmdist.families.adversarial import DiscriminatorConfig, adaptive_weight, discriminator_loss
-from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
+from gmdist.families.adversarial import DiscriminatorConfig, JudgedAutoencoder
+from gmdist.families.family import Batch, Condition, Metrics, Surroundings
 from gmdist.interchange.initial import check_initial, initial_problem, initial_state
 from gmdist.interchange.pipelines import Network
 from gmdist.interchange.spec import NetworkSpec
+from gmdist.nets import stylegan2
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
-from gmdist.nets.discriminator import PatchDiscriminator
 from gmdist.nets.image_quality import psnr, ssim
-from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
+from gmdist.nets.perceptual import PerceptualConfig
 
 
 @dataclass
@@ -50,7 +50,7 @@ class AutoencoderKLConfig:
         return initial_problem(self.init_from)
 
 
-class AutoencoderKL(Family):
+class AutoencoderKL(JudgedAutoencoder):
     """Encoder, decoder, and a Gaussian posterior held near the standard normal.
 
     The loss of a sample is that of latent diffusion's first stages (Rombach 2022, App. G; Esser 2021, Eq. 7):
@@ -63,34 +63,23 @@ class AutoencoderKL(Family):
     batch, so published weights have their published meaning. lambda is 0 until `discriminator.start_images`.
     """
 
-    averaged = ("autoencoder",)
-    blocks = (ResBlock, SelfAttention2d)
+    blocks = (ResBlock, SelfAttention2d, *stylegan2.BLOCKS)
+    autoencoder: Autoencoder
 
     def __init__(self, config: AutoencoderKLConfig, surroundings: Surroundings) -> None:
-        super().__init__()
-        self.config, self.seed = config, surroundings.seed
-        self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
+        autoencoder = Autoencoder(config.autoencoder, surroundings.image_channels, config.learned_logvar)
+        super().__init__(autoencoder, config.perceptual, config.discriminator, surroundings)
+        self.config = config
         side = surroundings.image_size // config.autoencoder.downsampling
         self.latent_shape = (config.autoencoder.latent_channels, side, side)
         self.spec = NetworkSpec(config.autoencoder, surroundings.image_channels, size=surroundings.image_size)
-        self.autoencoder = Autoencoder(config.autoencoder, surroundings.image_channels, config.learned_logvar)
-        self.perceptual = make_perceptual(config.perceptual)
-        self.discriminator = None
-        if config.discriminator is not None:
-            sizes = config.discriminator.channels, config.discriminator.num_layers
-            self.discriminator = PatchDiscriminator(surroundings.image_channels, *sizes)
 
     def initialize(self, batch: Batch) -> None:
-        """Read the perceptual network, and first weights where they are another's.
-
-        From then on they are in the checkpoints, and a run opens without the files.
-        """
+        """Read first weights, where they are another's."""
+        super().initialize(batch)
         if self.config.init_from is not None:
             # Of ours, the loss's scale is not there.
             self.autoencoder.load_state_dict(initial_state(self.config.init_from, "vae", self.spec), strict=False)
-        if isinstance(self.perceptual, LPIPS):
-            assert self.config.perceptual.path is not None
-            self.perceptual.load(self.config.perceptual.path)
 
     def check_files(self) -> None:
         """Compare first weights with the run's autoencoder."""
@@ -101,15 +90,13 @@ class AutoencoderKL(Family):
         """Its AutoencoderKL. The latents' scale is measured by the second stage: here it is 1."""
         return Network(self.spec, self.autoencoder.state_dict())
 
-    def phases(self) -> list[Phase]:
-        """The autoencoder, then the discriminator where there is one."""
-        discriminator = self.config.discriminator
-        if discriminator is None:
-            return [Phase("autoencoder", "autoencoder", self.loss)]
-        return [
-            Phase("autoencoder", "autoencoder", self.loss, higher_order=discriminator.adaptive),
-            Phase("discriminator", "discriminator", self.discriminator_loss),
-        ]
+    @property
+    def last_layer(self) -> Tensor:
+        return self.autoencoder.decoder.conv_out.weight
+
+    def reconstruction(self, batch: Batch) -> Tensor:
+        """From a sample of the posterior."""
+        return self._decode_sampled(batch, *self.autoencoder.encode(batch["image"]))
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """The reconstruction from the sampled posterior, the weighted KL term, and the discriminator's judgement."""
@@ -131,27 +118,10 @@ class AutoencoderKL(Family):
         kl = gaussian_kl(mean, logvar).mean()
         loss = nll + self.config.kl_weight * kl
         metrics["kl_nats"] = kl.detach()
-        if self._judges(seen):
-            adversarial, weight = self._adversarial(reconstruction, nll)
-            loss = loss + weight * adversarial
-            metrics |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+        if judgement := self.judgement(reconstruction, nll, seen):
+            adversarial, judged = judgement
+            loss, metrics = loss + adversarial, metrics | judged
         return loss, metrics | {"loss": loss.detach()}
-
-    def discriminator_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """Images against reconstructions, through which no gradient goes."""
-        assert self.discriminator is not None
-        assert self.config.discriminator is not None
-        image = batch["image"]
-        if not self._judges(seen):
-            # It learns nothing yet. One image takes it to gradients of zero, which every ZeRO stage expects.
-            loss = 0.0 * at_least_fp32(self.discriminator(image[:1])).mean()
-            return loss, {"loss": loss.detach()}
-        with torch.no_grad():
-            reconstruction = self._decode_sampled(batch, *self.autoencoder.encode(image))
-        real, fake = at_least_fp32(self.discriminator(torch.cat([image, reconstruction]))).chunk(2)
-        loss = discriminator_loss(real, fake, self.config.discriminator.loss)
-        metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
-        return loss, metrics
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Decode standard normal latents. A first stage is not made for this: its prior comes with the second."""
@@ -185,20 +155,6 @@ class AutoencoderKL(Family):
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, image).mean()
         return metrics
-
-    def _judges(self, seen: int) -> bool:
-        """Whether the discriminator takes part."""
-        return self.config.discriminator is not None and seen >= self.config.discriminator.start_images
-
-    def _adversarial(self, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss that asks the discriminator to take reconstructions [N, C, H, W] for images, and its weight."""
-        assert self.discriminator is not None
-        assert self.config.discriminator is not None
-        adversarial = -at_least_fp32(self.discriminator(reconstruction)).mean()
-        weight = torch.full_like(nll, self.config.discriminator.weight).detach()
-        if self.config.discriminator.adaptive:
-            weight = weight * adaptive_weight(nll, adversarial, self.autoencoder.decoder.conv_out.weight)
-        return adversarial, weight
 
     def _decode_sampled(self, batch: Batch, mean: Tensor, logvar: Tensor) -> Tensor:
         """A sample of each posterior, decoded [N, C, H, W], unbounded; mean and logvar [N, Z, h, w]."""
