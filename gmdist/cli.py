@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+    sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
@@ -180,6 +181,14 @@ def _sample(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
     check_out(options.out, options.num_images)
+    if options.show is not None:
+        from gmdist.launch.show import show
+
+        for name in ("label", "prompt", "steps", "guidance"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name}: does not go with --show, which shows what becomes of real images")
+        print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
+        return EXIT_DONE
     request = SampleRequest(
         options.num_images, options.label, options.prompt, options.seed, options.steps, options.guidance
     )

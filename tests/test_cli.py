@@ -182,6 +182,27 @@ def test_settings_may_come_after_options(trained: Path, tmp_path: Path, capsys) 
         main(["report", str(trained), "--seed=1"])
 
 
+def test_sample_shows_what_becomes_of_real_images(trained: Path, digits: Path, tmp_path: Path, capsys) -> None:
+    def shown(kind: str, rows: int) -> list[np.ndarray]:
+        folder = tmp_path / f"{kind}-{rows}"
+        assert main(["sample", str(trained), "--show", kind, "--num-images", str(rows), "--out", str(folder)]) == 0
+        return [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
+
+    pairs, ways, walks = shown("reconstructions", 3), shown("interpolations", 2), shown("traversals", 5)
+    assert [image.shape for image in pairs] == [(32, 64)] * 3
+    assert [image.shape for image in ways] == [(32, 12 * 32)] * 2
+    assert [image.shape for image in walks] == [(32, 10 * 32)] * 5
+    for i, way in enumerate(ways):  # an image, its reconstruction, ..., that of the next, the next
+        assert (way[:, :64] == pairs[i]).all()
+        assert (way[:, -32:] == pairs[i + 1][:, :32]).all()
+        assert np.abs(way[:, -64:-32].astype(int) - pairs[i + 1][:, 32:]).max() <= 1
+    assert len({walk.tobytes() for walk in walks}) == 5
+    sample = ["sample", str(trained), "--out", str(tmp_path / "x.png"), "--show"]
+    assert "--show: 'walks'; must be one of reconstructions, " in refused(capsys, 2, *sample, "walks")
+    assert "--label: does not go with --show" in refused(capsys, 2, *sample, "traversals", "--label", "1")
+    assert "--num-images: 0" in refused(capsys, 2, *sample, "traversals", "--num-images", "0")
+
+
 def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) -> None:
     sample = ["sample", str(trained), "--out", str(tmp_path / "x.png")]
     assert "--label: 10; labels are 0 to 9" in refused(capsys, 2, *sample, "--label", "10")

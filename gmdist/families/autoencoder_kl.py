@@ -137,6 +137,14 @@ class AutoencoderKL(JudgedAutoencoder):
         mean, _ = self.autoencoder.encode(batch["image"])
         return self.autoencoder.decode(mean).clamp(-1.0, 1.0)
 
+    def latents(self, batch: Batch) -> Tensor:
+        """Means of the posteriors [N, Z h w]."""
+        return self.autoencoder.encode(batch["image"])[0].flatten(1)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Decoded [N, C, H, W]."""
+        return self.autoencoder.decode(latents.unflatten(1, self.latent_shape)).clamp(-1.0, 1.0)
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The posterior: means, then log-variances [N, 2 Z, h, w]."""
         return {"moments": torch.cat(self.autoencoder.encode(image), dim=1)}

@@ -83,6 +83,14 @@ class Family(nn.Module):
         """The batch's images through the model's bottleneck [N, C, H, W] in [-1, 1]; None for a family without one."""
         return None
 
+    def latents(self, batch: Batch) -> Tensor | None:
+        """Where the batch's images lie in a space that can be walked through [N, D]; None for a family without one."""
+        return None
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] of places [N, D] there."""
+        raise NotImplementedError
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
 

@@ -1,0 +1,92 @@
+"""What a run makes of real images: reconstructions, ways from one to the next, one latent dimension after another."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmdist import images, runs
+from gmdist.config import Config
+from gmdist.data.loader import Loader
+from gmdist.errors import ConfigError
+from gmdist.families.family import Batch, Family
+
+KINDS = ("reconstructions", "interpolations", "traversals")
+_COLUMNS = 10
+_SPREAD_IMAGES = 256  # that tell how far each latent dimension reaches
+_REACH = 3.0  # standard deviations to both sides
+
+
+def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> Tensor:
+    """A picture a row, of the first images of the held-out data, or of the training data where there is none.
+
+    Args:
+        run: a run's folder, or one of its checkpoints.
+        kind: "reconstructions": an image, and what its latent is decoded to. "interpolations": from an image to the
+            next, in equal steps between their latents. "traversals": one image, a row for each latent dimension, which
+            goes from three standard deviations below its mean over images to three above.
+        num_rows: at most; of traversals, those dimensions that vary most.
+        overrides: `key=value` of the run's config.
+
+    Returns:
+        uint8 [R, H, W', C].
+
+    Raises:
+        ConfigError: there is no such kind, or the run's family has nothing of the kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"--show: '{kind}'; must be one of {', '.join(KINDS)}")
+    if num_rows < 1:
+        raise ConfigError(f"--num-images: {num_rows}; must be at least 1")
+    config = runs.read_config(run, overrides)
+    _, family = runs.open_run(run, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = family.to(device)
+    with torch.inference_mode():
+        if kind == "reconstructions":
+            rows = _reconstructions(family, _first(config, num_rows, device))
+        elif kind == "interpolations":
+            rows = _interpolations(family, _first(config, num_rows + 1, device))
+        else:
+            rows = _traversals(family, _first(config, _SPREAD_IMAGES, device), num_rows)
+    if rows is None:
+        raise ConfigError(f"--show: '{kind}'; family '{config.family_name}' has no latents that this could show")
+    return images.to_uint8(rows)
+
+
+def _first(config: Config, count: int, device: torch.device) -> Batch:
+    loader = Loader(config.data, config.data.test or config.data.trained_on)
+    return loader.first(min(count, loader.num_samples)).batch_on(device)
+
+
+def _reconstructions(family: Family, batch: Batch) -> Tensor | None:
+    """Originals beside their reconstructions [N, C, H, 2 W]."""
+    found = family.reconstruct(batch)
+    return None if found is None else torch.cat([batch["image"], found], dim=3)
+
+
+def _interpolations(family: Family, batch: Batch) -> Tensor | None:
+    """Both images of a pair, and between them what their latents' mixtures are decoded to [N - 1, C, H, 12 W]."""
+    latents = family.latents(batch)
+    if latents is None:
+        return None
+    shares = torch.linspace(0.0, 1.0, _COLUMNS, device=latents.device)[:, None, None]
+    between = latents[:-1] + shares * (latents[1:] - latents[:-1])  # [columns, N - 1, D]
+    decoded = [family.from_latents(column) for column in between]
+    return torch.cat([batch["image"][:-1], *decoded, batch["image"][1:]], dim=3)
+
+
+def _traversals(family: Family, batch: Batch, num_rows: int) -> Tensor | None:
+    """A row for each of the dimensions that vary most [rows, C, H, columns W]."""
+    latents = family.latents(batch)
+    if latents is None:
+        return None
+    spread, mean = torch.std_mean(latents, dim=0)
+    dimensions = spread.argsort(descending=True, stable=True)[:num_rows]
+    rows = latents[:1].repeat(len(dimensions), 1)
+    which = torch.arange(len(dimensions), device=latents.device), dimensions
+    decoded = []
+    for place in torch.linspace(-_REACH, _REACH, _COLUMNS).tolist():
+        rows[which] = mean[dimensions] + place * spread[dimensions]
+        decoded.append(family.from_latents(rows))
+    return torch.cat(decoded, dim=3)
