@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gmdist import storage
 from gmdist.data.config import DataConfig
 from gmdist.errors import ConfigError
-from gmdist.evaluation.config import EvaluationConfig
+from gmdist.evaluation.config import MEASURED, EvaluationConfig
 from gmdist.families import CATALOGUE
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
@@ -183,8 +183,14 @@ def _check(config: Config) -> None:
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
-    if config.train.best_metric is not None and config.data.test is None and not config.evaluation.metrics:
+    best, metrics = config.train.best_metric, config.evaluation.metrics
+    if best is not None and config.data.test is None and not metrics:
         raise ConfigError("data.test: missing; train.best_metric needs it")
+    for metric, names in MEASURED.items():
+        if best in [f"test/{name}" for name in names] and metric not in metrics:
+            raise ConfigError(
+                f"evaluation.metrics: {list(metrics)}; train.best_metric '{best}' needs {metric} among them"
+            )
     config.cluster.sizes(config.data.batch_size)
     if not config.run.dir:
         raise ConfigError("run.dir: ''; must be a folder or an s3:// prefix")
@@ -204,7 +210,9 @@ def _make_locations_absolute(settings: Any) -> None:
         value = getattr(settings, f.name)
         if dataclasses.is_dataclass(value):
             _make_locations_absolute(value)
-        elif f.metadata.get("location") and value is not None:
+        elif value is not None and (
+            f.metadata.get("location") or (f.metadata.get("folder_or_name") and os.path.isdir(value))
+        ):
             setattr(settings, f.name, storage.absolute(value))
 
 
@@ -283,6 +291,8 @@ def _structured(kind: type, values: Any, prefix: str) -> Any:
     except OmegaConfBaseException as error:
         key = f"{prefix}.{error.full_key}" if error.full_key else prefix
         reason = str(error).splitlines()[0].rstrip(".")
+        if not error.full_key:  # OmegaConf does not say of which key: what it quotes is all there is
+            reason += f" in {values}"
         raise ConfigError(f"{key}: {reason}") from error
 
 

@@ -6,9 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gmdist import storage
 from gmdist.config import Config
 from gmdist.data.config import MixedConfig
+from gmdist.data.latents import Record
 from gmdist.data.loader import Loader
+from gmdist.data.manifest import Manifest
+from gmdist.errors import ConfigError
 from gmdist.evaluation.features import Features, beside, load_features
 from gmdist.evaluation.measure import Captions, Evaluator, Images
 from gmdist.families.family import Batch
@@ -22,6 +26,26 @@ def reference_of(config: Config) -> str:
 def _reference(config: Config) -> str | list[MixedConfig]:
     named = config.evaluation.reference or config.data.test
     return config.data.trained_on if named is None else named
+
+
+def check_reference(config: Config) -> None:
+    """Refuse real images that are not there, or are not images, before hours have gone into the run.
+
+    Raises:
+        ConfigError: they are latents.
+        DataError: there are none, or none with captions where the run reads captions.
+    """
+    named = _reference(config)
+    folders = [named] if isinstance(named, str) else [one.train for one in named]
+    for folder in folders:
+        if Record.load(storage.absolute(folder)) is not None:
+            raise ConfigError(
+                f"evaluation.reference: {config.evaluation.reference or 'null'}; {folder} holds latents: name shards "
+                "of images to compare with"
+            )
+        Manifest.load(storage.absolute(folder))
+    if config.data.caption is not None:
+        Loader(replace(config.data, image=False, num_classes=None, arrays=()), named).first(1)
 
 
 def open_features(config: Config) -> Features:
@@ -50,6 +74,7 @@ def open_evaluator(
     Raises:
         ConfigError, DataError: no features or no real images.
     """
+    check_reference(config)
     features = open_features(config)
     # Images alone are read of them.
     data = replace(config.data, image=True, num_classes=None, caption=None, arrays=())

@@ -17,11 +17,11 @@ import yaml
 from gmdist import s3, storage
 from gmdist.config import Config, from_yaml
 from gmdist.data.dataset import check_labels
-from gmdist.data.latents import FirstStage, check_latents
+from gmdist.data.latents import FirstStage, check_latents, flat
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import CheckpointError, ConfigError, DataError
-from gmdist.evaluator import open_evaluator, open_features
+from gmdist.evaluator import check_reference, open_evaluator, open_features
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
@@ -154,8 +154,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     """Refuse what can be refused before any worker starts.
 
     Returns:
-        How the run ended, if it is finished already, and warnings about checkpoints that cannot be used; a run that
-        goes on gives them itself.
+        How the run ended, if it is finished already; and warnings: of a finished run about checkpoints that cannot be
+        used, of one that goes on about what its model was begun with. It gives the former itself.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -170,6 +170,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         family = build_family(config, lambda *first: opened.append(first))
     check_precision(family, trained_children(family, config.optim), config.train.precision)
     if _measures(config):
+        check_reference(config)
         open_features(config)
     found, warnings = None, list[str]()
     if not config.run.overwrite:
@@ -183,7 +184,23 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
+        return None, _changes(config)
     return None, []
+
+
+def _changes(config: Config) -> list[str]:
+    """What the config says of the model and the run was not begun with: of losses and samplers that may be meant."""
+    own = flat(_family_tree(config))
+    theirs = flat(_family_tree(read_config(config.run.dir)))
+    return [
+        f"family.{key}: {own[key]!r}; the run was begun with {theirs[key]!r}"
+        for key in sorted(own.keys() & theirs.keys())
+        if own[key] != theirs[key]
+    ]
+
+
+def _family_tree(config: Config) -> dict[str, Any]:
+    return yaml.safe_load(config.to_yaml())["family"]
 
 
 def identify(run: str, family: Family, step: int) -> FirstStage:
@@ -193,8 +210,7 @@ def identify(run: str, family: Family, step: int) -> FirstStage:
     for name, tensor in sorted(family.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    tree = yaml.safe_load(read_config(run_dir).to_yaml())
-    return FirstStage(run_dir, step, tree["family"], state.hexdigest())
+    return FirstStage(run_dir, step, _family_tree(read_config(run_dir)), state.hexdigest())
 
 
 def _measures(config: Config) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from gmdist.cli import main
 from gmdist.config import load
-from gmdist.runs import open_run, train_worker
+from gmdist.runs import check_start, open_run, train_worker
 from tests.support import tree_bytes
 
 CONFIG = str(Path(__file__).parent.parent / "configs/digits/autoencoder_kl.yaml")
@@ -203,9 +203,28 @@ def test_sample_shows_what_becomes_of_real_images(trained: Path, digits: Path, t
     assert "--num-images: 0" in refused(capsys, 2, *sample, "traversals", "--num-images", "0")
 
 
+def test_what_a_run_was_not_begun_with_is_said(digits: Path, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+
+    def changes(*more: str) -> list[str]:
+        path, *overrides = arguments(digits, run, "train.num_steps=6", *more)
+        return check_start(load(path, overrides))[1]
+
+    assert changes() == []
+    assert changes("family.kl_weight=0.5", "family.perceptual.name=none", "optim.autoencoder.lr=0.5") == [
+        "family.kl_weight: 0.5; the run was begun with 0.02",
+        "family.perceptual.name: 'none'; the run was begun with 'gradient_frequency'",
+    ]
+
+
 def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) -> None:
     sample = ["sample", str(trained), "--out", str(tmp_path / "x.png")]
     assert "--label: 10; labels are 0 to 9" in refused(capsys, 2, *sample, "--label", "10")
+    line = refused(capsys, 2, *sample, "--label", "1")
+    assert "--label: '1'; the run's model is not told classes: it takes nothing of the kind" in line
+    line = refused(capsys, 2, *sample, "--prompt", "a cat")
+    assert "--prompt: 'a cat'; the run's model is not told captions" in line
     assert "--guidance: family 'autoencoder_kl' has no sampler" in refused(capsys, 2, *sample, "--guidance", "2")
     assert "--num-images: 0" in refused(capsys, 2, *sample, "--num-images", "0")
     assert "not a run" in refused(capsys, 2, "sample", str(tmp_path), "--out", "x.png")

@@ -91,7 +91,10 @@ def check_labels(config: DataConfig, manifest: Manifest, folder: str) -> None:
     if config.num_classes is None:
         return
     if manifest.num_labels == 0:
-        raise DataError(f"{folder}: no class labels (.cls members), but data.num_classes is {config.num_classes}")
+        raise DataError(
+            f"{folder}: no class labels (.cls members with numbers from 0 on), and data.num_classes is "
+            f"{config.num_classes}"
+        )
     if manifest.num_labels > config.num_classes:
         shard = manifest.shards[int(manifest.shards.columns["labels"].argmax())]
         problem = label_problem(shard.labels - 1, config.num_classes)

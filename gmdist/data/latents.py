@@ -9,7 +9,7 @@ from gmdist.data.config import DataConfig, batch_key
 from gmdist.data.manifest import ENCODED_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class FirstStage:
 
     def is_same(self, other: "FirstStage") -> bool:
         """Whether both encode alike. Settings that only one knows of are those of a newer version, at their default."""
-        own, theirs = _flat(self.family), _flat(other.family)
+        own, theirs = flat(self.family), flat(other.family)
         return self.weights == other.weights and all(own[key] == theirs[key] for key in own.keys() & theirs.keys())
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree's leaves by dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -59,6 +59,7 @@ class Record:
 
     first_stage: FirstStage
     transform: Transform
+    precision: str  # that the encoder computed in: fp32 or bf16
     flip: bool  # whether it holds the mirror images too
     source: str  # hash of the data set's manifest, or of the list of its shards
     arrays: dict[str, tuple[list[int], str]]  # by name in a batch: shape of one sample, dtype
@@ -85,6 +86,7 @@ class Record:
             return cls(
                 FirstStage(**content["first_stage"]),
                 Transform(**content["transform"]),
+                content["precision"],
                 content["flip"],
                 content["source"],
                 {name: (shape, dtype) for name, (shape, dtype) in content["arrays"].items()},
@@ -104,13 +106,13 @@ class Record:
             return f"of {other.first_stage}, and this is {self.first_stage}"
         if self.source != other.source:
             return "of another data set, or of another version of it"
-        if self.transform != other.transform or self.flip != other.flip or self.arrays != other.arrays:
+        if _settings(self) != _settings(other):
             return f"with {_settings(other)}, and this is with {_settings(self)}"
         return None
 
 
 def _settings(record: Record) -> str:
-    pairs = asdict(record.transform) | {"flip": record.flip}
+    pairs = asdict(record.transform) | {"precision": record.precision, "flip": record.flip}
     arrays = (f"{name} {dtype} {shape}" for name, (shape, dtype) in record.arrays.items())
     return ", ".join([*(f"{name} {value}" for name, value in pairs.items()), *arrays])
 
@@ -182,9 +184,8 @@ def _check_settings(config: DataConfig, key: str, folder: str, record: Record) -
     for name in (one.name for one in fields(Transform)):
         own, theirs = getattr(wanted, name), getattr(record.transform, name)
         if own != theirs:
-            raise ConfigError(
-                f"data.{name}: '{own}'; {folder}, of {key}, was encoded with '{theirs}': set that, or encode the "
-                "data set again"
-            )
+            # Caches are of centred crops, whatever is asked for.
+            again = "" if name == "crop" else ", or encode the data set again"
+            raise ConfigError(f"data.{name}: '{own}'; {folder}, of {key}, was encoded with '{theirs}': set that{again}")
     if config.flip and not record.flip:
         raise ConfigError(f"data.flip: True; {folder} was encoded without mirror images: set false, or encode it again")

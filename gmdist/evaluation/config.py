@@ -6,6 +6,8 @@ from gmdist import storage
 from gmdist.errors import ConfigError
 
 METRICS = ("fid", "kid", "pr")
+# What each of them gives, and any of them.
+MEASURED = {"fid": ("fid", "rfid"), "kid": ("kid",), "pr": ("precision", "recall")}
 NUM_NEIGHBORS = 3  # of an image, that its neighbourhood reaches to (Kynkaanniemi 2019, Sec. 3)
 
 

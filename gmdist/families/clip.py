@@ -1,8 +1,11 @@
 """CLIP's text encoder through transformers, frozen: captions become the context that a denoiser attends to."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
@@ -15,26 +18,37 @@ class ClipText(nn.Module):
         """Load both.
 
         Args:
-            path: a folder with config.json, model.safetensors and the tokenizer's files, or a name on the hub.
+            path: a folder with config.json, model.safetensors and the tokenizer's files, that of a pipeline with
+                text_encoder/ and tokenizer/ or its text_encoder, or a name on the hub.
 
         Raises:
-            ConfigError: transformers is not installed, or there is no such encoder.
+            ConfigError: transformers is not installed, or there is no such encoder, or not all of it.
         """
         super().__init__()
         transformers = _import_transformers()
         try:
             with torch.device("cpu"):  # its own weights, also where families are built without any
-                self._tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
+                encoder, tokenizer = _places(path)
+                self._tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer)
                 # Safetensors only: other files are pickles.
-                self.model = transformers.CLIPTextModel.from_pretrained(
-                    path, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+                self.model, found = transformers.CLIPTextModel.from_pretrained(
+                    encoder,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                    output_loading_info=True,
                 )
-        except (OSError, ValueError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ConfigError(
-                f"family.conditioning.text.path: '{path}'; no CLIP text encoder can be read there ({reason}); give a "
-                "folder with config.json, model.safetensors and the tokenizer's files, or a name on the hub"
-            ) from error
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise _unreadable(path, (str(error).strip().splitlines() or [""])[0]) from error
+        if found["missing_keys"]:  # transformers has drawn them, and says so in a table
+            raise _unreadable(path, f"its weights lack {', '.join(sorted(found['missing_keys']))}")
+        vocabulary = self._tokenizer.get_vocab()
+        if set(vocabulary) <= set(self._tokenizer.all_special_tokens):  # what transformers makes of no files
+            raise _unreadable(path, "its tokenizer has no words: vocab.json and merges.txt are missing")
+        if max(vocabulary.values()) >= self.model.config.vocab_size:
+            raise _unreadable(
+                path, f"its tokenizer has {len(vocabulary)} tokens, its encoder {self.model.config.vocab_size}"
+            )
         self.width: int = self.model.config.hidden_size
         self.max_length: int = self.model.config.max_position_embeddings
 
@@ -55,6 +69,25 @@ class ClipText(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [N, L] -> the last hidden states [N, L, D], which Stable Diffusion 1 attends to."""
         return self.model(input_ids=tokens).last_hidden_state.float()
+
+
+def _places(path: str) -> tuple[str, str]:
+    """Where encoder and tokenizer are: one place, or neighbouring folders as in a pipeline of diffusers."""
+    folder = Path(path)
+    if (folder / "text_encoder").is_dir():
+        folder = folder / "text_encoder"
+    elif not folder.is_dir():
+        return path, path
+    has_tokenizer = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
+    beside = folder.resolve().parent / "tokenizer"
+    return os.fspath(folder), os.fspath(beside if beside.is_dir() and not has_tokenizer else folder)
+
+
+def _unreadable(path: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"family.conditioning.text.path: '{path}'; no CLIP text encoder can be read there ({reason}); give a folder "
+        "with config.json, model.safetensors and the tokenizer's files, a pipeline's, or a name on the hub"
+    )
 
 
 def _import_transformers() -> Any:

@@ -23,7 +23,7 @@ class EncoderConfig:
     """What reads captions."""
 
     name: str = "bytes"  # bytes: a transformer on UTF-8 bytes, trained along; clip: CLIP's, frozen, from transformers
-    path: str | None = None  # of clip: a folder, or a name on the hub
+    path: str | None = field(default=None, metadata={"folder_or_name": True})  # of clip: the name is one on the hub
     transformer: TextConfig = field(default_factory=TextConfig)  # of bytes
 
 
@@ -70,6 +70,11 @@ class Conditioner(nn.Module):
             raise ConfigError("family.conditioning.kind: 'class'; needs data.num_classes")
         self.num_classes = surroundings.num_classes if self.kind == "class" else 0
         self.clip = ClipText(config.text.path) if self.kind == "text" and config.text.path else None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What samples can be asked for by."""
+        return {"none": (), "class": ("label",), "text": ("prompt",)}[self.kind]
 
     @property
     def inputs(self) -> tuple[str, ...]:

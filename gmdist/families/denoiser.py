@@ -97,6 +97,7 @@ class DenoiserFamily(Family):
         self.conditioner = Conditioner(config.conditioning, surroundings)
         self.num_classes = self.conditioner.num_classes
         self.inputs = (*self.inputs, *self.conditioner.inputs)
+        self.conditions = self.conditioner.conditions
         self.spec = _spec(config, shape, self.conditioner)
         self.denoiser = Denoiser(self.spec.build(), self.conditioner.trained_encoder())
 

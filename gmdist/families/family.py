@@ -56,6 +56,7 @@ class Family(nn.Module):
     averaged: tuple[str, ...] = ()  # trained children that the EMA follows
     blocks: tuple[type[nn.Module], ...] = ()  # modules that are compiled, and computed again in the backward, as one
     inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
+    conditions: tuple[str, ...] = ()  # of "label" and "prompt": what samples can be asked for by
     cached: tuple[str, ...] = ()  # of `encode` of a first stage, any of which may be in a batch in place of its image
 
     def initialize(self, batch: Batch) -> None:

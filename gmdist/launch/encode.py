@@ -76,6 +76,7 @@ def encode(
     record = Record(
         runs.identify(run, family, meta["step"]),
         replace(Transform.of(config.data), crop="center"),
+        "bf16" if config.train.precision == "bf16" else "fp32",  # as evaluations compute
         flip,
         listing.hash,
         _layouts(run, config, family),

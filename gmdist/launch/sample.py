@@ -9,7 +9,7 @@ from torch import Tensor
 from gmdist import images, runs, storage
 from gmdist.config import Config
 from gmdist.errors import ConfigError
-from gmdist.families.family import Condition
+from gmdist.families.family import Condition, Family
 
 _AT_ONCE = 64  # images in one pass
 
@@ -56,9 +56,8 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
     if request.label is not None and not 0 <= request.label < classes:
         valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
         raise ConfigError(f"--label: {request.label}; {valid}")
-    if request.prompt is not None and config.data.caption is None:
-        raise ConfigError(f"--prompt: '{request.prompt}'; the run was trained without captions")
     _, family = runs.open_run(run, config)
+    _check_conditions(family, request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = family.to(device)
     parts = []
@@ -69,6 +68,18 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
                 images.to_uint8(family.sample(numbers + (request.seed << 32), _asked(request, numbers, classes)))
             )
     return torch.cat(parts)
+
+
+def _check_conditions(family: Family, request: SampleRequest) -> None:
+    """ConfigError for what the family would not follow."""
+    told = {"label": "classes", "prompt": "captions"}
+    for name, what in told.items():
+        value = getattr(request, name)
+        if value is not None and name not in family.conditions:
+            others = " and ".join(f"--{other}" for other in family.conditions) or "nothing of the kind"
+            raise ConfigError(f"--{name}: '{value}'; the run's model is not told {what}: it takes {others}")
+    if request.guidance is not None and not family.conditions:
+        raise ConfigError(f"--guidance: {request.guidance}; the run's model is told nothing that it could follow")
 
 
 def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:

@@ -27,7 +27,7 @@ def held_out_means(
         device: that the family is on.
         beat: called after each of them.
     """
-    averages = Averages(device)
+    averages = Averages(device, hides_nan=False)  # or weights that give NaN for most samples might look best
     most = -(-data.num_samples // world_size())  # that a worker has
     parts, batch = data.sweep(batch_size), None
     for _ in range(-(-most // batch_size)):

@@ -20,17 +20,18 @@ FILE_NAME = "metrics.jsonl"
 class Averages:
     """Means of tensors over steps, samples and workers, without a host synchronisation until they are asked for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, hides_nan: bool = True) -> None:
+        """hides_nan: what is NaN does not count, as one step must not hide all others; else it is the mean."""
+        self._device, self._hides_nan = device, hides_nan
         self._dtype = torch.float64 if device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}  # [2, ...]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
-        """Add one observation of some metrics. What is not finite does not count: it would hide all others."""
+        """Add one observation of some metrics. What is infinite does not count."""
         for name, value in metrics.items():
             value = value.detach().to(self._device, self._dtype)
-            counts = value.isfinite() * weight
-            sums = torch.stack([value.nan_to_num(0.0, 0.0, 0.0) * weight, counts])
+            counts = (value.isfinite() if self._hides_nan else ~value.isinf()) * weight
+            sums = torch.stack([torch.where(counts > 0, value, 0.0) * weight, counts])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def gather(self) -> list[dict[str, list[Any]]]:

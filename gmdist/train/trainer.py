@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -153,8 +153,10 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         config = self.config
-        if self.step == 0 and config.sample_every:
-            self._write_preview()
+        if self.step == 0:
+            self._check_best_metric()
+            if config.sample_every:
+                self._write_preview()
         clock = Clock(self.step)
         profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
         batches = moved_ahead(self._batches(), self.device)
@@ -334,12 +336,28 @@ class Trainer:
                 self.hooks.on_message(f"step {self.step}: {concern}")
         line = {f"test/{name}": value for name, value in found.items()}
         best = self.config.best_metric
-        if best is not None and best not in line:
-            raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(line) or 'no metric'}")
+        if best is not None:
+            self._check_measured(best, line)
         if self.step % (self.config.evaluate_every or 1) == 0:
             self._evaluated = self.step, {name: value for name, value in line.items() if math.isfinite(value)}
         if self._log is not None and line:
             self._log.write({"step": self.step, **line})
+
+    @torch.no_grad()
+    def _check_best_metric(self) -> None:
+        """Refuse one that no evaluation will have before the run has gone as far as its first."""
+        best = self.config.best_metric
+        if best is None or self.test_data is None or self._measure is not None:
+            return
+        with self._averaged_weights():
+            means = self.family.evaluate(self.test_data.first(1).batch_on(self.device))
+        names = self.family.summarize({name: mean.double().cpu() for name, mean in means.items()})
+        self._check_measured(best, [f"test/{name}" for name in names])
+
+    @staticmethod
+    def _check_measured(best: str, names: Collection[str]) -> None:
+        if best not in names:
+            raise ConfigError(f"train.best_metric: '{best}'; the evaluation has {', '.join(names) or 'no metric'}")
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

@@ -102,7 +102,7 @@ def test_a_shard_that_is_gone_and_a_member_in_the_way_are_named(tmp_path: Path) 
 
 def record() -> Record:
     stage = FirstStage("runs/first", 3, {"name": "autoencoder_kl", "autoencoder": {"multipliers": [1, 2]}}, "00ff")
-    return Record(stage, Transform(8, 3, "none", "center"), True, "source", {"moments": ([4, 2, 2], "float16")})
+    return Record(stage, Transform(8, 3, "none", "center"), "fp32", True, "source", {"moments": ([4, 2, 2], "float16")})
 
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def test_what_cannot_be_encoded_is_refused(stage: str, images: str, cache: str, 
         encode(f"{stage}/checkpoints/step-00000002", images, cache, ALONE)
     with pytest.raises(DataError, match="holds latents with .*flip True, .* and this is with .*flip False"):
         encode(stage, images, cache, ALONE, flip=False)
+    with pytest.raises(DataError, match="holds latents with .*precision fp32, .* and this is with .*precision bf16"):
+        encode(stage, images, cache, [*ALONE, "train.precision=bf16"])
     other = write(tmp_path / "other")
     with pytest.raises(DataError, match="holds latents of another data set"):
         encode(stage, other, cache, ALONE)

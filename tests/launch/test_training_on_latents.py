@@ -14,13 +14,16 @@ from gmdist.data import tape
 from gmdist.data.loader import Loader
 from gmdist.data.transform import flips
 from gmdist.errors import ConfigError, DataError
+from gmdist.evaluation.features import save_classifier
 from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, draw
+from gmdist.nets.classifier import Classifier, ClassifierSizes
 from gmdist.report.page import write as write_report
 from gmdist.runs import build_family, check_start, identify, open_run, read_config, train_worker
 from tests.launch.latents import (
     ALONE,
     CACHED,
+    CLASSES,
     COUNT,
     CPU,
     SHARDS,
@@ -75,6 +78,27 @@ def test_a_sample_has_the_loss_that_its_image_has(stage: str, images: str, cache
     other, _ = losses(second_stage(stage, images, tmp_path, f"data.flip={'false' if flip == 'true' else 'true'}"), 5)
     changed = [abs(other[number] - loss) > 2**-12 * loss for number, loss in online.items()]
     assert changed == flips(config.data.seed, np.array(list(online))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ([], ConfigError, r"evaluation\.reference: null; .* holds latents: name shards of images"),
+        (["evaluation.reference={cache}"], ConfigError, r"evaluation\.reference: .*cache.* holds latents"),
+        (["evaluation.reference={cache}/none"], DataError, "none"),
+    ],
+)
+def test_images_to_compare_with_are_asked_for_before_the_start(
+    stage: str, images: str, cache: str, tmp_path: Path, settings: list[str], error: type[Exception], words: str
+) -> None:
+    torch.manual_seed(0)
+    features = str(tmp_path / "classifier.safetensors")
+    save_classifier(features, Classifier(ClassifierSizes(SIZE, 1, CLASSES)).eval(), {})
+    asked = ["evaluation.metrics=[fid]", f"evaluation.features={features}", "train.evaluate_every=2"]
+    settings = [setting.format(cache=cache) for setting in settings]
+    with pytest.raises(error, match=words):
+        check_start(second_stage(stage, cache, tmp_path / "run", *CACHED, *asked, *settings))
+    check_start(second_stage(stage, cache, tmp_path / "run", *CACHED, *asked, f"evaluation.reference={images}"))
 
 
 def test_a_run_on_latents_trains_as_one_on_images(stage: str, images: str, cache: str, tmp_path: Path) -> None:
