@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gmdist.nets.blocks import at_least_fp32
 
 _CHUNK_ELEMENTS = 1 << 22  # distances at once: 16 MiB in fp32
-_ROUNDS = 16
+_ROUNDS = 64
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def sums_of(vectors: Tensor, tokens: Tensor, num_codes: int) -> Tensor:
 def kmeans(vectors: Tensor, count: int, steps: int, draw: Callable[[int], Tensor], *, normalize: bool) -> Tensor:
     """Centres [K, D] of vectors [N, D], by Lloyd's algorithm from a start as that of k-means++ (Arthur 2007).
 
-    The start is drawn in rounds, a K/16 of the centres each, with probabilities as the squared distances from those
+    The start is drawn in rounds, K/64 of the centres each, with probabilities as the squared distances from those
     that were drawn before: without replacement, by the largest of d^2 / Exp(1) (Efraimidis 2006).
 
     Args:

@@ -118,14 +118,18 @@ class Codebook(nn.Module):
         uses = observed[:, -1]
         # In uses a step, as in van den Oord 2017, App. A.1, times K / uses of all codes.
         scale = len(uses) / uses.sum().clamp(min=1.0)
-        self._average(observed * scale, gathered)
-        self.observed.zero_()
+        self._average(observed * scale)
         dead = self.usage < self.config.dead_below
+        self._revive(dead, gathered)
         found = {"perplexity": perplexity(uses), "used_share": (uses > 0).to(uses.dtype).mean()}
+        self.observed.zero_()
         return found | {"dead_share": dead.to(uses.dtype).mean()}
 
-    def _average(self, observed: Tensor, gathered: Reduce) -> None:
+    def _average(self, observed: Tensor) -> None:
         self.usage.lerp_(observed[:, -1], 1.0 - self.config.decay)
+
+    def _revive(self, dead: Tensor, gathered: Reduce) -> None:
+        """Move dead codes, bool [K], to where they will be used."""
 
 
 class LearnedCodebook(Codebook):
@@ -176,32 +180,30 @@ class AveragedCodebook(Codebook):
     def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
         self.observed += sums_of(vectors.to(self.observed.dtype), tokens, len(self.observed))
         if self.config.revive:
-            self._offer(vectors.to(self.candidates.dtype), priority)
+            vectors = torch.cat([self.candidates, vectors.to(self.candidates.dtype)])
+            self._choose(vectors, torch.cat([self.priority, priority]))
 
-    def _offer(self, vectors: Tensor, priority: Tensor) -> None:
-        """Keep the vectors [N, D] of the highest priorities [N] among these and the candidates."""
-        vectors, priority = torch.cat([self.candidates, vectors]), torch.cat([self.priority, priority])
-        highest = priority.topk(len(self.priority)).indices
+    def _choose(self, vectors: Tensor, priority: Tensor) -> None:
+        """Let those of the vectors [N, D] with the highest priorities [N] be the candidates."""
+        priority, highest = priority.topk(len(self.priority))
         self.candidates.copy_(vectors[highest])
-        self.priority.copy_(priority[highest])
+        self.priority.copy_(priority)
 
-    def _average(self, observed: Tensor, gathered: Reduce) -> None:
-        super()._average(observed, gathered)
+    def _average(self, observed: Tensor) -> None:
+        super()._average(observed)
         self.sums.lerp_(observed[:, :-1], 1.0 - self.config.decay)
-        if self.config.revive:
-            vectors, priority = gathered(self.candidates), gathered(self.priority)
-            self.priority.fill_(-1)
-            self._offer(vectors, priority)
-            self._revive()
-            self.priority.fill_(-1)
 
-    def _revive(self) -> None:
-        """Put dead codes where the candidates are, the first in the place of the first, as if used an equal share."""
-        dead = self.usage < self.config.dead_below
-        place = (dead.cumsum(0) - 1).clamp(0, len(self.priority) - 1)
-        revived = dead & (dead.cumsum(0) <= len(self.priority)) & (self.priority[place] >= 0)
+    def _revive(self, dead: Tensor, gathered: Reduce) -> None:
+        """The first takes the place of the first candidate, and so on; each as if it were used an equal share."""
+        if not self.config.revive:
+            return
+        self._choose(gathered(self.candidates), gathered(self.priority))
+        number = dead.cumsum(0) - 1  # of a dead code among them
+        place = number.clamp(0, len(self.priority) - 1)
+        revived = dead & (number == place) & (self.priority[place] >= 0)
         self.sums.copy_(torch.where(revived[:, None], self.candidates[place], self.sums))
         self.usage.copy_(torch.where(revived, 1.0, self.usage))
+        self.priority.fill_(-1)
 
 
 class Quantizer(nn.Module):
