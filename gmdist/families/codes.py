@@ -60,8 +60,8 @@ def collapse_concerns(found: dict[str, float], num_codes: int) -> list[str]:
         return []
     return [
         f"the codebook has collapsed: {found['used_codes']:.0%} of its {num_codes} codes are used, and as unevenly as "
-        f"{found['perplexity']:.1f}; set family.quantizer.revive=true, or fewer family.quantizer.code_channels with "
-        "family.quantizer.normalize=true"
+        f"{found['perplexity']:.1f}; set family.quantizer.revive=true, with a lower family.quantizer.decay, or fewer "
+        "family.quantizer.code_channels with family.quantizer.normalize=true"
     ]
 
 
