@@ -78,7 +78,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine.py
 
-# diffusers, transformers and lpips from pip: what they compute, ours computes.
+# diffusers, transformers, lpips and vector-quantize-pytorch from pip: what they compute, ours computes.
 .parity/installed: requirements-parity.txt .venv/installed
 	rm -rf .parity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .parity -r requirements-parity.txt

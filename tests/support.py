@@ -27,7 +27,10 @@ from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
+from gmdist.families.vq_vae import VQVAEConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
+from gmdist.nets.convolutional import ConvolutionalConfig
+from gmdist.nets.quantizer import QuantizerConfig
 from gmdist.nets.text import TextConfig
 from gmdist.nets.unet import UNetConfig
 from gmdist.train.config import TrainConfig
@@ -44,6 +47,7 @@ _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerC
 
 _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
 _AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
+_CONVOLUTIONAL = ConvolutionalConfig((8, 16), 1)
 
 # One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
@@ -54,6 +58,12 @@ SMALL: dict[str, Any] = {
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
     "ddpm/text": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION, conditioning=_TEXT),
+    "vq_vae": VQVAEConfig(_CONVOLUTIONAL, 8, QuantizerConfig(16, revive=True)),
+    "vq_vae/gradient": VQVAEConfig(
+        _CONVOLUTIONAL,
+        8,
+        QuantizerConfig(16, code_channels=4, normalize=True, learned_by="gradient", estimator="rotation"),
+    ),
 }
 
 

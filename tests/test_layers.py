@@ -23,7 +23,7 @@ ALLOWED = {
     "diffusion": set(),
     "data": {"storage", "s3", "ranged", "checksum", "rng"},
     "families": {"nets", "interchange", "diffusion", "rng"},
-    "train": {"families.family", "storage", "checksum", "rng", "images"},
+    "train": {"families.family", "nets.finite", "storage", "checksum", "rng", "images"},
     "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng"},
     "config": {"families", "data", "train", "evaluation.config", "storage"},
     "evaluator": {"config", "data", "evaluation", "families.family"},

@@ -139,11 +139,29 @@ class Family(nn.Module):
 
 def all_mean(value: Tensor) -> Tensor:
     """The mean of a tensor over all workers; the tensor itself where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    return all_sum(value) / dist.get_world_size() if _are_several() else value
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over all workers; the tensor itself where there is one."""
+    if not _are_several():
         return value
     total = value.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total
+
+
+def all_gathered(value: Tensor) -> Tensor:
+    """The tensors [N, ...] of all workers, one after the other; the tensor itself where there is one worker."""
+    if not _are_several():
+        return value
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
+def _are_several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def captions(batch: Batch) -> list[str]:

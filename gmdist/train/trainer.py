@@ -12,6 +12,7 @@ import torch.distributed as dist
 from gmdist import images, storage
 from gmdist.errors import ConfigError, DivergedError
 from gmdist.families.family import Family, Metrics
+from gmdist.nets.finite import watched
 from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.blocks import prepare
@@ -174,7 +175,7 @@ class Trainer:
                 last = self.step == config.num_steps
                 if self._skips.in_a_row >= config.rollback_after:
                     with clock.paused():
-                        self._go_back()
+                        self._go_back(loaded)
                         batches = moved_ahead(self._batches(), self.device)
                     clock.rewind(self.step)
                     continue
@@ -218,10 +219,15 @@ class Trainer:
             position = stop if position == first else position
         return position
 
-    def _go_back(self) -> None:
-        """Load the last checkpoint, and from then on leave the samples out whose updates were left out."""
+    def _go_back(self, loaded: Loaded) -> None:
+        """Load the last checkpoint, and from then on leave the samples out whose updates were left out.
+
+        `loaded` is this worker's part of the last of them.
+        """
         window = self._skips.since, self._cursor
         problem = f"the gradients of {self._skips.in_a_row} steps in a row, up to step {self.step}, were not finite"
+        if (layer := self._first_not_finite(loaded)) is not None:
+            problem += f" (in the last, the first output that is not is that of {layer})"
         advice = "lower the learning rate, or set optim.*.clip_norm or a longer optim.*.warmup_steps"
         self._saver.wait()
         found = checkpoint.find_together(self.run_dir, self.hooks.on_message, is_sound)
@@ -246,6 +252,22 @@ class Trainer:
             f"{problem}: back to the checkpoint of step {self.step}; the samples {window[0]} to {window[1] - 1} are "
             "left out"
         )
+
+    def _first_not_finite(self, loaded: Loaded) -> str | None:
+        """The first layer on any worker whose output is not finite on the last micro-batch; None if all are.
+
+        The gradients and buffers that it leaves are those of a run that ends or goes back.
+        """
+        micro_batch = split(loaded.batch_on(self.device), self.micro_batch_size)[-1]
+        with watched(self.family) as watch:
+            for phase in self.phases:
+                self.units[phase.trains].accumulate(phase, micro_batch, self.seen, 1.0)
+        for unit in self.units.values():
+            unit.step(0.0)
+        names = [watch.first()] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(names, names[0])
+        return next((name for name in names if name is not None), None)
 
     def close(self) -> None:
         """End threads, files and engines."""

@@ -126,6 +126,43 @@ def test_a_lack_of_memory_names_what_to_set(tmp_path: Path, error: Exception, mi
         fit(Large(), tmp_path, micro_batch_size=micro)
 
 
+class Divided(torch.nn.Module):
+    """Divides by what it is told to."""
+
+    divisor = 1.0
+
+    def forward(self, x):
+        return x / self.divisor
+
+
+class Overflowing(Linear):
+    """For odd samples from some number on, its second layer gives what is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network[1] = Divided()
+
+    def loss(self, batch, seen):
+        self.network[1].divisor = float(((batch["key"] < 32) | (batch["key"] % 2 == 0)).all())
+        return super().loss(batch, seen)
+
+
+def diverge(rank: int, world: int, folder: str, stage: int, precision: str) -> None:
+    settings = {"zero_stage": stage, "precision": precision, "num_steps": 30, "checkpoint_every": 3}
+    messages: list[str] = []
+    hooks = Hooks(on_message=messages.append)
+    with pytest.raises(DivergedError, match=r"is not is that of network\.1\), again after the run went back to step 3"):
+        fit(Overflowing(), Path(folder), rank=rank, world_size=world, rollback_after=2, hooks=hooks, **settings)
+    assert "in the last, the first output that is not is that of network.1): back to the checkpoint" in messages[0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_the_layer_where_it_begins_is_named(stage: int, precision: str, tmp_path: Path) -> None:
+    if stage:
+        pytest.importorskip("deepspeed")
+    run_workers(diverge, 2, str(tmp_path), stage, precision)
+
+
 def test_a_stop_among_them_leaves_a_checkpoint_to_go_back_to(tmp_path: Path) -> None:
     poisoned = set(range(32, 40))
     settings = {"num_steps": 9, "log_every": 1, "checkpoint_every": 1, "rollback_after": 1, "keep_checkpoints": 1}

@@ -1,0 +1,45 @@
+"""Where numbers stop being finite: the first layer of a network whose output is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Watch:
+    """What a network's layers gave, in the order in which they ended: a layer comes before what it is a part of."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, Tensor]] = []
+
+    def note(self, name: str, output: object) -> None:
+        """Look at a layer's output, without waiting for the device."""
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if tensors:
+            self._seen.append((name, torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()))
+
+    def first(self) -> str | None:
+        """The name of the first layer whose output was not finite; None if all were. Waits for the device."""
+        if not self._seen:
+            return None
+        flags = torch.stack([flag for _, flag in self._seen]).tolist()
+        return next((name for (name, _), flag in zip(self._seen, flags, strict=True) if not flag), None)
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[Watch]:
+    """Look at what every layer of a network gives in a block."""
+    watch = Watch()
+
+    def hook_of(name: str) -> object:
+        return lambda module, args, output: watch.note(name, output)
+
+    layers = [(name, layer) for name, layer in network.named_modules() if name]
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

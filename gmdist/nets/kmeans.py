@@ -1,0 +1,84 @@
+"""Nearest neighbours among codes, and k-means: exact, and in memory that does not grow with both numbers."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gmdist.nets.blocks import at_least_fp32
+
+_CHUNK_ELEMENTS = 1 << 22  # distances at once: 16 MiB in fp32
+_ROUNDS = 64
+
+
+@torch.no_grad()
+def nearest(vectors: Tensor, codes: Tensor, chunk_elements: int = _CHUNK_ELEMENTS) -> Tensor:
+    """The code nearest to each vector; of equally near ones the first. fp32 at least, in autocast too.
+
+    A product of matrices finds two candidates, whose distances are then summed in float64: what is rounded in the
+    product depends on its shape, and a vector's code would depend on what is looked up beside it.
+
+    Args:
+        vectors: [N, D].
+        codes: [K, D].
+        chunk_elements: the most distances that are held at once; of one vector, all are.
+
+    Returns:
+        int64 [N].
+    """
+    vectors, codes = at_least_fp32(vectors), at_least_fp32(codes)
+    center = codes.mean(dim=0)  # what all have in common would cost digits
+    with torch.autocast(vectors.device.type, enabled=False):
+        centered = codes - center
+        half_norms = 0.5 * centered.square().sum(dim=1)
+        found = []
+        for chunk in vectors.split(max(1, chunk_elements // len(codes))):
+            # |x - c|^2 / 2 without |x|^2 / 2, which is the same for all codes
+            distances = torch.addmm(half_norms, chunk - center, centered.t(), alpha=-1.0)  # [n, K]
+            first = distances.argmin(dim=1, keepdim=True)
+            second = distances.scatter_(1, first, math.inf).argmin(dim=1, keepdim=True)
+            pair = torch.cat([first, second], dim=1).sort(dim=1).values  # [n, 2]
+            exact = (chunk[:, None].double() - codes[pair].double()).square().sum(dim=2)
+            found.append(pair.gather(1, exact.argmin(dim=1, keepdim=True)).squeeze(1))
+    return torch.cat(found)
+
+
+def sums_of(vectors: Tensor, tokens: Tensor, num_codes: int) -> Tensor:
+    """The sums of the vectors [N, D] of each code, and their numbers: [K, D + 1], for int64 tokens [N]."""
+    rows = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
+    # Unlike index_add_, it adds in the same order every time on GPUs too.
+    return rows.new_zeros(num_codes, rows.shape[1]).index_put_((tokens,), rows, accumulate=True)
+
+
+@torch.no_grad()
+def kmeans(vectors: Tensor, count: int, steps: int, draw: Callable[[int], Tensor], *, normalize: bool) -> Tensor:
+    """Centres [K, D] of vectors [N, D], by Lloyd's algorithm from a start as that of k-means++ (Arthur 2007).
+
+    The start is drawn in rounds, K/64 of the centres each, with probabilities as the squared distances from those
+    that were drawn before: without replacement, by the largest of d^2 / Exp(1) (Efraimidis 2006).
+
+    Args:
+        vectors: at least K; fp32.
+        count: K.
+        steps: of Lloyd's algorithm. A centre that no vector is nearest to stays where it is.
+        draw: round -> uniform numbers in [0, 1), [N].
+        normalize: whether centres have length 1, as the vectors do.
+    """
+    assert count <= len(vectors), (count, len(vectors))
+    centers, distances = vectors[:0], torch.ones_like(vectors[:, 0])
+    for number in range(_ROUNDS):
+        size = (number + 1) * count // _ROUNDS - len(centers)
+        if size == 0:
+            continue
+        picked = (distances / -torch.log(draw(number))).topk(size).indices
+        fresh = vectors[picked]
+        nearby = (vectors - fresh[nearest(vectors, fresh)]).square().sum(dim=1)
+        distances = torch.minimum(distances, nearby) if len(centers) else nearby
+        centers = torch.cat([centers, fresh])
+    for _ in range(steps):
+        sums, counts = sums_of(vectors, nearest(vectors, centers), count).split([vectors.shape[1], 1], dim=1)
+        centers = torch.where(counts > 0, sums / counts.clamp(min=1.0), centers)
+        centers = F.normalize(centers, dim=1) if normalize else centers
+    return centers

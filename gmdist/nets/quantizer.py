@@ -1,0 +1,277 @@
+"""Vector quantization: features to the nearest of a codebook's codes, and what the codebook learns from that."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gmdist.nets.blocks import at_least_fp32
+from gmdist.nets.kmeans import kmeans, nearest, sums_of
+
+LEARNED_BY = ("averages", "gradient")
+ESTIMATORS = ("straight_through", "rotation")
+_MAX_CODES, _MAX_CHANNELS = 1 << 20, 1 << 16
+_SMOOTHING = 1e-5  # of Laplace, in uses: as in the published code of van den Oord 2017
+_REVIVED_A_STEP = 64  # the most: each of them is sent to all workers
+
+Reduce = Callable[[Tensor], Tensor]  # of a tensor of each worker, one for all
+
+
+@dataclass
+class QuantizerConfig:
+    """The codebook, how it learns, and how gradients pass it."""
+
+    codebook_size: int = 512
+    code_channels: int | None = None  # features are projected to it, and codes back (Yu 2022, Sec. 3.2); None: neither
+    normalize: bool = False  # codes, and what is compared with them, have length 1
+    learned_by: str = "averages"  # averages of the vectors nearest to each code; gradient: a loss and the optimizer
+    decay: float = 0.99  # a step, of these averages and of how often each code is used
+    estimator: str = "straight_through"  # of the encoder's gradient; or rotation
+    commitment_weight: float = 0.25
+    kmeans_steps: int = 10  # of Lloyd's algorithm, on features of the first samples; 0: codes start at random
+    dead_below: float = 0.05  # a code that is used less, where 1 is an equal share of all uses
+    revive: bool = False  # put dead codes, up to 64 a step, where vectors of the batch are; with averages only
+
+    def problem(self) -> str | None:
+        """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
+        if not 2 <= self.codebook_size <= _MAX_CODES:
+            return f"codebook_size: {self.codebook_size}; must be from 2 to {_MAX_CODES}"
+        if self.code_channels is not None and not 1 <= self.code_channels <= _MAX_CHANNELS:
+            return f"code_channels: {self.code_channels}; must be from 1 to {_MAX_CHANNELS}, or null for no projection"
+        if self.learned_by not in LEARNED_BY:
+            return f"learned_by: '{self.learned_by}'; must be one of {', '.join(LEARNED_BY)}"
+        if self.estimator not in ESTIMATORS:
+            return f"estimator: '{self.estimator}'; must be one of {', '.join(ESTIMATORS)}"
+        if not 0.0 <= self.decay < 1.0:
+            return f"decay: {self.decay}; must be at least 0 and below 1"
+        if not 0.0 <= self.commitment_weight < math.inf:
+            return f"commitment_weight: {self.commitment_weight}; must be a number of at least 0"
+        if self.kmeans_steps < 0:
+            return f"kmeans_steps: {self.kmeans_steps}; must be at least 0"
+        if not 0.0 <= self.dead_below < 1.0:
+            return f"dead_below: {self.dead_below}; must be at least 0 and below 1"
+        if self.revive and self.learned_by == "gradient":
+            return (
+                "revive: true; goes with learned_by: averages. What the optimizer learns, it also holds in shards and "
+                "in fp32, which would undo what is written to the codes"
+            )
+        return None
+
+
+class Quantized(NamedTuple):
+    """What became of features."""
+
+    features: Tensor  # [..., C]; the gradient goes on to the encoder
+    tokens: Tensor  # int64 [...]
+    vectors: Tensor  # [..., D], detached: what codes were compared with
+    loss: Tensor  # scalar: the weighted commitment loss and, for codes learned by gradient, theirs
+    commitment: Tensor  # scalar, detached: the mean squared distance to the nearest code, an element
+
+
+class Codebook(nn.Module):
+    """Codes, and how often each is used: a moving average over steps, where 1 is an equal share of all uses.
+
+    Uses are summed in `observe` over a step's micro-batches, and taken in by `update` over all workers.
+    """
+
+    usage: Tensor  # [K]
+    observed: Tensor  # [K, sums + 1], of this step: for each code the sums of what is averaged, and its uses
+
+    def __init__(self, config: QuantizerConfig, num_sums: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("usage", torch.ones(config.codebook_size))
+        self.register_buffer("observed", torch.zeros(config.codebook_size, num_sums + 1))
+
+    def forward(self) -> Tensor:
+        """The codes [K, D], fp32 or float64."""
+        raise NotImplementedError
+
+    def start(self, codes: Tensor) -> None:
+        """Begin with codes [K, D]."""
+        raise NotImplementedError
+
+    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
+        """Take in a micro-batch: vectors [N, D], their codes int64 [N], and the order in which they may become codes.
+
+        Args:
+            vectors, tokens: of `Quantizer.quantize`.
+            priority: int64 [N], at least 0 and different for all vectors of a step, whichever worker has them.
+        """
+        raise NotImplementedError
+
+    def update(self, total: Reduce, gathered: Reduce) -> dict[str, Tensor]:
+        """End a step: the averages move on.
+
+        Args:
+            total: the sum of a tensor over all workers.
+            gathered: the tensors of all workers, one after the other.
+
+        Returns:
+            Of the step: the perplexity of the uses, and the shares of codes that were used, and that are dead.
+        """
+        observed = total(self.observed)
+        uses = observed[:, -1]
+        # In uses a step, as in van den Oord 2017, App. A.1, times K / uses of all codes.
+        scale = len(uses) / uses.sum().clamp(min=1.0)
+        self._average(observed * scale)
+        dead = self.usage < self.config.dead_below
+        self._revive(dead, gathered)
+        found = {"perplexity": perplexity(uses), "used_share": (uses > 0).to(uses.dtype).mean()}
+        self.observed.zero_()
+        return found | {"dead_share": dead.to(uses.dtype).mean()}
+
+    def _average(self, observed: Tensor) -> None:
+        self.usage.lerp_(observed[:, -1], 1.0 - self.config.decay)
+
+    def _revive(self, dead: Tensor, gathered: Reduce) -> None:
+        """Move dead codes, bool [K], to where they will be used."""
+
+
+class LearnedCodebook(Codebook):
+    """Codes that an optimizer learns."""
+
+    def __init__(self, config: QuantizerConfig, channels: int) -> None:
+        super().__init__(config, num_sums=0)
+        self.embedding = nn.Parameter(torch.randn(config.codebook_size, channels))
+
+    def forward(self) -> Tensor:
+        # A copy: ZeRO's stage 3 takes the parameter away when this returns.
+        codes = at_least_fp32(self.embedding).clone()
+        return F.normalize(codes, dim=1) if self.config.normalize else codes
+
+    def start(self, codes: Tensor) -> None:
+        self.embedding.copy_(codes)
+
+    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
+        self.observed += sums_of(vectors[:, :0].to(self.observed.dtype), tokens, len(self.observed))
+
+
+class AveragedCodebook(Codebook):
+    """Codes that are moving averages of the vectors nearest to them (van den Oord 2017, App. A.1)."""
+
+    sums: Tensor  # [K, D], moving averages: with `usage` they make the codes
+    candidates: Tensor  # [R, D], of this step: the vectors of the highest priority
+    priority: Tensor  # int64 [R]; -1: none yet
+
+    def __init__(self, config: QuantizerConfig, channels: int) -> None:
+        super().__init__(config, channels)
+        codes = torch.randn(config.codebook_size, channels)
+        self.register_buffer("sums", F.normalize(codes, dim=1) if config.normalize else codes)
+        if config.revive:
+            count = min(_REVIVED_A_STEP, config.codebook_size)
+            self.register_buffer("candidates", torch.zeros(count, channels))
+            self.register_buffer("priority", torch.full((count,), -1))
+
+    def forward(self) -> Tensor:
+        uses = self.usage.sum()
+        smoothed = (self.usage + _SMOOTHING) / (uses + len(self.usage) * _SMOOTHING) * uses
+        codes = self.sums / smoothed[:, None]
+        return F.normalize(codes, dim=1) if self.config.normalize else codes
+
+    def start(self, codes: Tensor) -> None:
+        self.usage.fill_(1.0)
+        self.sums.copy_(codes)
+
+    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
+        self.observed += sums_of(vectors.to(self.observed.dtype), tokens, len(self.observed))
+        if self.config.revive:
+            vectors = torch.cat([self.candidates, vectors.to(self.candidates.dtype)])
+            self._choose(vectors, torch.cat([self.priority, priority]))
+
+    def _choose(self, vectors: Tensor, priority: Tensor) -> None:
+        """Let those of the vectors [N, D] with the highest priorities [N] be the candidates."""
+        priority, highest = priority.topk(len(self.priority))
+        self.candidates.copy_(vectors[highest])
+        self.priority.copy_(priority)
+
+    def _average(self, observed: Tensor) -> None:
+        super()._average(observed)
+        self.sums.lerp_(observed[:, :-1], 1.0 - self.config.decay)
+
+    def _revive(self, dead: Tensor, gathered: Reduce) -> None:
+        """The first takes the place of the first candidate, and so on; each as if it were used an equal share."""
+        if not self.config.revive:
+            return
+        self._choose(gathered(self.candidates), gathered(self.priority))
+        number = dead.cumsum(0) - 1  # of a dead code among them
+        place = number.clamp(0, len(self.priority) - 1)
+        revived = dead & (number == place) & (self.priority[place] >= 0)
+        self.sums.copy_(torch.where(revived[:, None], self.candidates[place], self.sums))
+        self.usage.copy_(torch.where(revived, 1.0, self.usage))
+        self.priority.fill_(-1)
+
+
+class Quantizer(nn.Module):
+    """A codebook between two projections, which are left out where codes are as wide as features."""
+
+    def __init__(self, config: QuantizerConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.code_channels or channels
+        self.project_in = nn.Identity() if config.code_channels is None else nn.Linear(channels, width)
+        self.project_out = nn.Identity() if config.code_channels is None else nn.Linear(width, channels)
+        kind = AveragedCodebook if config.learned_by == "averages" else LearnedCodebook
+        self.codebook: Codebook = kind(config, width)
+
+    def quantize(self, features: Tensor) -> Quantized:
+        """Features [..., C] of any type to codes."""
+        vectors, codes = self._vectors(features), self.codebook()
+        tokens = nearest(vectors.detach().flatten(0, -2), codes.detach()).view(vectors.shape[:-1])
+        chosen = F.embedding(tokens, codes)
+        commitment = F.mse_loss(vectors, chosen.detach())
+        loss = self.config.commitment_weight * commitment
+        if codes.requires_grad:  # van den Oord 2017, Eq. 3, second term
+            loss = loss + F.mse_loss(chosen, vectors.detach())
+        estimate = rotated if self.config.estimator == "rotation" else straight_through
+        passed = self.project_out(estimate(vectors, chosen.detach()))
+        return Quantized(passed, tokens, vectors.detach(), loss, commitment.detach())
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """The codes of features [..., C]: int64 [...]."""
+        vectors = self._vectors(features)
+        return nearest(vectors.flatten(0, -2), self.codebook()).view(vectors.shape[:-1])
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The features [..., C] of codes int64 [...]."""
+        return self.project_out(F.embedding(tokens, self.codebook()))
+
+    @torch.no_grad()
+    def start(self, features: Tensor, draw: Callable[[int], Tensor]) -> None:
+        """Begin with the centres of features [N, C], at least as many as codes; `draw` is that of `kmeans`."""
+        size, steps = self.config.codebook_size, self.config.kmeans_steps
+        self.codebook.start(kmeans(self._vectors(features), size, steps, draw, normalize=self.config.normalize))
+
+    def _vectors(self, features: Tensor) -> Tensor:
+        """What codes are compared with: [..., D], fp32 or float64."""
+        vectors = at_least_fp32(self.project_in(features))
+        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
+
+
+def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Codes [..., D] for vectors [..., D], whose gradient is that of the codes (Bengio 2013; van den Oord 2017)."""
+    return vectors + (codes - vectors).detach()
+
+
+def rotated(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Codes [..., D] for vectors [..., D], by the rotation and scale that take one to the other (Fifty 2024, Sec. 4.2).
+
+    Both are constants of the gradient, which so keeps its angle with the vector that it arrives at.
+    """
+    with torch.no_grad():
+        length = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        scale = codes.norm(dim=-1, keepdim=True) / length
+        e, q = vectors / length, F.normalize(codes, dim=-1, eps=1e-6)
+        r = F.normalize(e + q, dim=-1, eps=1e-6)
+    along_r, along_e = ((x * vectors).sum(dim=-1, keepdim=True) for x in (r, e))
+    return scale * (vectors - 2.0 * along_r * r + 2.0 * along_e * q)
+
+
+def perplexity(uses: Tensor) -> Tensor:
+    """The number of equally used codes with the same entropy, a scalar, of how often each code is used [K]."""
+    shares = uses / uses.sum()
+    return torch.exp(torch.special.entr(shares).sum())

@@ -1,0 +1,200 @@
+"""The VQ-VAE on several workers as on one, at every stage; its loss by formula, its start, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmdist.errors import DataError, DivergedError
+from gmdist.families.vq_vae import VQVAE, VQVAEConfig
+from gmdist.nets.quantizer import QuantizerConfig
+from gmdist.train.optim import OptimConfig
+from tests.support import MemorySource, make_trainer, run_workers, small_family
+from tests.train import parity
+from tests.train.parity import WORLD
+
+CODES, BATCH = 16, 8
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+SGD = OptimConfig("sgd", lr=1e-2, momentum=0.9)
+# At decays this low codes die within a few steps.
+AVERAGED = QuantizerConfig(CODES, decay=0.6, dead_below=0.3, revive=True)
+LEARNED = QuantizerConfig(CODES, code_channels=4, normalize=True, learned_by="gradient", estimator="rotation")
+
+
+def made(learned_by: str = "averages") -> VQVAE:
+    family = small_family("vq_vae", quantizer=AVERAGED if learned_by == "averages" else LEARNED)
+    family.initialize(MemorySource(48, BATCH).first(48).batch)
+    family.local = False  # its loss is a mean over samples
+    return family
+
+
+def averaged() -> VQVAE:
+    return made("averages")
+
+
+def learned() -> VQVAE:
+    return made("gradient")
+
+
+def case_name(kind: str, precision: str, stage: int) -> str:
+    return f"{kind}-{precision}-{stage}"
+
+
+def train_all(rank: int, world: int, folder: str) -> None:
+    for make in (averaged, learned):
+        for precision in PRECISIONS:
+            for stage in STAGES:
+                name = case_name(make.__name__, precision, stage)
+                settings = {"precision": precision, "zero_stage": stage, "micro_batch_size": 2, "optim": SGD}
+                parity.train(rank, folder, name, make, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("vq")
+    run_workers(train_all, WORLD, str(folder))
+    return folder
+
+
+def alone(make, folder: Path, precision: str) -> dict[str, Tensor]:
+    """What one worker has after the same steps on whole batches."""
+    trainer = make_trainer(make(), folder, batch_size=BATCH, optim=SGD, num_steps=parity.STEPS, precision=precision)
+    batches = trainer.data.batches(0)
+    for _ in range(parity.STEPS):
+        trainer.train_step(next(batches))
+    buffers = {name: buffer.clone() for name, buffer in trainer.family.named_buffers()}
+    fragments = {f.name: f.values.clone() for unit in trainer.units.values() for f in unit.held()}
+    trainer.close()
+    return buffers | fragments
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("make", [averaged, learned])
+def test_workers_have_the_codebook_of_one(trained: Path, tmp_path: Path, make, precision: str, stage: int) -> None:
+    found = parity.load(trained, case_name(make.__name__, precision, stage))
+    expected = alone(make, tmp_path, precision)
+    names = [name for name in expected if "codebook" in name]
+    revived = expected["autoencoder.quantizer.codebook.usage"] == 1.0
+    assert revived.any() == (make is averaged)
+    assert len(names) == (5 if make is averaged else 3)
+    for name in names:
+        worst = (found[name].flatten() - expected[name].flatten()).abs().max()
+        assert worst < 1e-6, (name, float(worst))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("make", [averaged, learned])
+def test_parity_with_torch(trained: Path, make, stage: int) -> None:
+    *_, expected = parity.reference(make, SGD)
+    found = parity.load(trained, case_name(make.__name__, "fp32", stage))
+    assert parity.worst(found, expected, make().state_dict()) < 1e-4
+
+
+def test_the_loss_by_formula() -> None:
+    family = averaged().double()
+    source = MemorySource(48, BATCH)
+    torch.testing.assert_close(family.image_variance, source.first(48).batch["image"].double().var(correction=0))
+    batch = source.first(BATCH).batch
+    image = batch["image"].double()
+    loss, metrics = family.loss(batch | {"image": image}, 0)
+    features = family.autoencoder["encoder"](image).movedim(1, -1)
+    codes = family.quantizer.codebook()
+    chosen = codes[torch.cdist(features.flatten(0, 2), codes).argmin(1)].view_as(features)
+    image_made = family.autoencoder["decoder"](chosen.movedim(-1, 1))
+    mse = (image_made - image).square().mean()
+    commitment = (features - chosen).square().mean()
+    torch.testing.assert_close(loss, mse / family.image_variance + 0.25 * commitment)
+    torch.testing.assert_close(metrics["commitment"], commitment.detach())
+
+
+def test_the_start_is_where_the_features_are() -> None:
+    family = averaged()
+    features = family.autoencoder["encoder"](MemorySource(48, BATCH).first(48).batch["image"]).movedim(1, -1)
+    codes = family.quantizer.codebook()
+    distance = torch.cdist(features.flatten(0, 2), codes).amin(1)
+    assert distance.square().mean() < 0.5 * features.var(dim=(0, 1, 2)).sum()
+    assert all(torch.equal(one, other) for one, other in zip(family.buffers(), averaged().buffers(), strict=True))
+
+
+def test_fewer_features_than_codes_are_refused() -> None:
+    family = small_family("vq_vae", quantizer=QuantizerConfig(33))
+    batch = MemorySource(48, BATCH).first(2).batch
+    message = r"32 features of the first 2 samples are too few for k-means of 33 codes; set .*kmeans_steps=0, a smaller"
+    with pytest.raises(DataError, match=message):
+        family.initialize(batch)
+    small_family("vq_vae", quantizer=QuantizerConfig(33, kmeans_steps=0)).initialize(batch)
+
+
+def test_images_of_one_color_are_refused() -> None:
+    batch = MemorySource(48, BATCH).first(8).batch
+    with pytest.raises(DataError, match="the first 8 images have one color"):
+        small_family("vq_vae").initialize(batch | {"image": torch.zeros_like(batch["image"])})
+
+
+@pytest.mark.parametrize(("layer", "where"), [("0", "encoder.0"), ("4.conv2", "encoder.4.conv2")])
+def test_what_is_not_finite_gets_no_code(layer: str, where: str) -> None:
+    family, batch = averaged(), MemorySource(48, BATCH).first(8).batch
+    with torch.no_grad():
+        family.autoencoder["encoder"].get_submodule(layer).bias[0] = torch.nan
+    for refused in (lambda: family.tokens(batch["image"]), lambda: family.initialize(batch)):
+        with pytest.raises(DivergedError, match=f"no codes: the output of {where} is not finite"):
+            refused()
+
+
+def test_an_evaluation_sees_the_codes_of_all_images(tmp_path: Path) -> None:
+    messages: list[str] = []
+    trainer = make_trainer(averaged(), tmp_path, num_steps=1, evaluate_every=1, micro_batch_size=8)
+    trainer.hooks.on_message = messages.append
+    trainer.fit()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    with trainer.ema.applied(), torch.no_grad():
+        tokens = trainer.family.tokens(MemorySource(48, BATCH).first(48).batch["image"])
+    trainer.close()
+    shares = torch.bincount(tokens.flatten(), minlength=CODES) / tokens.numel()
+    entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum()
+    assert line["test/perplexity"] == pytest.approx(float(entropy.exp()), rel=1e-5)
+    assert line["test/used_codes"] == pytest.approx(float((shares > 0).float().mean()))
+    assert {"test/mse", "test/psnr_db", "test/ssim"} < set(line)
+    assert not messages
+    assert trainer.family.concerns({"perplexity": 1.5, "used_codes": 0.125})[0].startswith(
+        "the codebook has collapsed: 12% of its 16 codes are used, and as unevenly as 1.5"
+    )
+
+
+def survive(rank: int, world: int, folder: str) -> None:
+    family = small_family("vq_vae")
+    trainer = make_trainer(
+        family, Path(folder), precision="bf16", zero_stage=2, num_steps=250, log_every=250, checkpoint_every=250
+    )
+    trainer.fit()
+    trainer.close()
+    line = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["codebook/perplexity"] > 0.5 * CODES
+    assert line["codebook/dead_share"] < 0.1
+    tokens = trainer.family.double().tokens(MemorySource(48, BATCH).first(48).batch["image"].double())
+    assert tokens.unique().numel() > 0.8 * CODES
+
+
+def test_a_codebook_survives_training_in_bf16(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    run_workers(survive, 1, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (VQVAEConfig(feature_channels=0), "feature_channels: 0; must be from 1 to 65536"),
+        (VQVAEConfig(quantizer=QuantizerConfig(1)), "quantizer.codebook_size: 1; must be from 2"),
+        (VQVAEConfig(), "network.channels: image sides must be divisible by 4, not 30"),
+    ],
+)
+def test_refusals(config: VQVAEConfig, message: str) -> None:
+    assert VQVAEConfig().problem(32) is None
+    problem = config.problem(32 if config != VQVAEConfig() else 30)
+    assert problem is not None
+    assert problem.startswith(message)

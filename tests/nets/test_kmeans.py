@@ -1,0 +1,88 @@
+"""The search for the nearest code against all distances at once, and k-means on clusters that are known."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gmdist import rng
+from gmdist.nets.kmeans import kmeans, nearest, sums_of
+
+
+def dense(vectors: Tensor, codes: Tensor) -> Tensor:
+    return (vectors[:, None].double() - codes[None].double()).square().sum(dim=2).argmin(dim=1)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("count", "size", "width"), [(1, 1, 1), (7, 2, 3), (101, 37, 5), (333, 129, 32), (0, 4, 2)])
+@pytest.mark.parametrize("chunk_elements", [1, 100, 1000, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_chunks_find_what_all_distances_at_once_find(count, size, width, chunk_elements, dtype) -> None:
+    vectors, codes = numbers(count, width).to(dtype), numbers(size, width, seed=1).to(dtype)
+    expected = dense(vectors, codes)
+    assert torch.equal(nearest(vectors, codes, chunk_elements), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest(vectors, codes, chunk_elements), expected)
+
+
+def test_of_equal_codes_it_is_the_first() -> None:
+    codes = numbers(64, 9).repeat(2, 1)
+    vectors = torch.cat([codes, numbers(500, 9, seed=1)])
+    for chunk_elements in (128, 1000, 1 << 20):
+        found = nearest(vectors, codes, chunk_elements)
+        assert torch.equal(found, dense(vectors, codes))
+        assert found.max() < 64
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_codes_that_differ_by_less_than_a_product_of_matrices_sees(offset: float) -> None:
+    codes = numbers(50, 16) + offset
+    codes = torch.cat([codes, codes * (1 + 2.0**-22)])
+    vectors = (codes + 1e-3 * numbers(100, 16, seed=1)).repeat(5, 1)
+    assert torch.equal(nearest(vectors, codes, 700), dense(vectors, codes))
+
+
+def test_it_holds_no_more_distances_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: sizes.append(found := addmm(*args, **kwargs)) or found)
+    nearest(numbers(1000, 4), numbers(30, 4, seed=1), 999)
+    assert max(found.numel() for found in sizes) <= 999
+    assert sum(len(found) for found in sizes) == 1000
+
+
+def test_sums() -> None:
+    vectors, tokens = numbers(100, 3), torch.arange(100) % 7
+    found = sums_of(vectors, tokens, 9)
+    for code in range(9):
+        torch.testing.assert_close(found[code, :3], vectors[tokens == code].sum(0))
+        assert found[code, 3] == (tokens == code).sum()
+
+
+def draw(count: int, seed: int = 0):
+    return lambda number: rng.uniform(seed, f"kmeans/{number}", torch.arange(count))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_kmeans_finds_separated_clusters(count: int, normalize: bool) -> None:
+    centers = 10.0 * numbers(count, 16)
+    centers = F.normalize(centers, dim=1) if normalize else centers
+    tokens = torch.arange(60 * count) % count
+    vectors = centers[tokens] + 0.001 * numbers(60 * count, 16, seed=1)
+    vectors = F.normalize(vectors, dim=1) if normalize else vectors
+    found = kmeans(vectors, count, 10, draw(len(vectors)), normalize=normalize)
+    order = nearest(centers, found)
+    assert order.unique().numel() == count
+    for code in range(count):
+        mean = vectors[tokens == code].mean(0)
+        torch.testing.assert_close(found[order[code]], F.normalize(mean, dim=0) if normalize else mean)
+    assert torch.equal(found, kmeans(vectors, count, 10, draw(len(vectors)), normalize=normalize))
+
+
+def test_kmeans_of_as_many_vectors_as_centers_are_the_vectors() -> None:
+    vectors = numbers(20, 4)
+    found = kmeans(vectors, 20, 3, draw(20), normalize=False)
+    torch.testing.assert_close(found[nearest(vectors, found)], vectors)
