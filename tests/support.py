@@ -27,12 +27,15 @@ from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
+from gmdist.families.vit_vqvae import ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAEConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.convolutional import ConvolutionalConfig
 from gmdist.nets.quantizer import QuantizerConfig
+from gmdist.nets.stylegan2 import StyleGAN2DiscriminatorConfig
 from gmdist.nets.text import TextConfig
 from gmdist.nets.unet import UNetConfig
+from gmdist.nets.vit import ViTConfig
 from gmdist.train.config import TrainConfig
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import OptimConfig
@@ -47,6 +50,8 @@ _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerC
 
 _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
 _AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
+_VIT = ViTConfig(16, 1, 2, 32, 8)
+_FACTORIZED = QuantizerConfig(32, 4, normalize=True, learned_by="gradient", kmeans_steps=0)
 _CONVOLUTIONAL = ConvolutionalConfig((8, 16), 1)
 
 # One small config for each family of the catalogue, and more as "family/variant".
@@ -63,6 +68,21 @@ SMALL: dict[str, Any] = {
         _CONVOLUTIONAL,
         8,
         QuantizerConfig(16, code_channels=4, normalize=True, learned_by="gradient", estimator="rotation"),
+    ),
+    "vit_vqvae": ViTVQVAEConfig(4, _VIT, _VIT, _FACTORIZED),
+    "vit_vqvae/discriminator": ViTVQVAEConfig(
+        8,
+        _VIT,
+        _VIT,
+        _FACTORIZED,
+        l2_weight=10.0,
+        discriminator=DiscriminatorConfig(
+            weight=0.01,
+            adaptive=False,
+            start_images=0,
+            name="stylegan2",
+            stylegan2=StyleGAN2DiscriminatorConfig(128, 16, minibatch_std_group=0),
+        ),
     ),
 }
 

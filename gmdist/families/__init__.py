@@ -4,11 +4,13 @@ from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Family
 from gmdist.families.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from gmdist.families.vit_vqvae import ViTVQVAE, ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAE, VQVAEConfig
 
 CATALOGUE: dict[str, tuple[type[Family], type]] = {
     "autoencoder_kl": (AutoencoderKL, AutoencoderKLConfig),
     "ddpm": (DDPM, DDPMConfig),
     "latent_diffusion": (LatentDiffusion, LatentDiffusionConfig),
+    "vit_vqvae": (ViTVQVAE, ViTVQVAEConfig),
     "vq_vae": (VQVAE, VQVAEConfig),
 }

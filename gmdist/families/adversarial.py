@@ -99,6 +99,10 @@ class JudgedAutoencoder(Family):
             assert self._perceptual.path is not None
             self.perceptual.load(self._perceptual.path)
 
+    def check_files(self) -> None:
+        """Read the perceptual network, on the meta device: what is missing is refused before any worker starts."""
+        JudgedAutoencoder.initialize(self, {})
+
     @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's last layer, whose gradients the adaptive weight compares."""

@@ -83,6 +83,7 @@ class AutoencoderKL(JudgedAutoencoder):
 
     def check_files(self) -> None:
         """Compare first weights with the run's autoencoder."""
+        super().check_files()
         if self.config.init_from is not None:
             check_initial(self.config.init_from, "vae", self.spec)
 

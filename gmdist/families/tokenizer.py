@@ -3,19 +3,16 @@
 import torch
 from torch import Tensor
 
-from gmdist.families.family import Batch, Family, Surroundings
+from gmdist.families.family import Batch, Family
 
 
 class Tokenizer(Family):
     """A family that turns an image into a grid of codes, and a grid of codes into an image."""
 
+    image_size: int
+    image_channels: int
     codebook_size: int
     token_shape: tuple[int, int]  # codes of an image: rows, columns
-
-    def __init__(self, surroundings: Surroundings) -> None:
-        super().__init__()
-        self.seed = surroundings.seed
-        self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
 
     def tokens(self, image: Tensor) -> Tensor:
         """The codes of images [N, C, H, W] in [-1, 1]: int64 [N, h, w], each below `codebook_size`."""

@@ -60,8 +60,9 @@ class VQVAE(Tokenizer):
     image_variance: Tensor
 
     def __init__(self, config: VQVAEConfig, surroundings: Surroundings) -> None:
-        super().__init__(surroundings)
-        self.config = config
+        super().__init__()
+        self.config, self.seed = config, surroundings.seed
+        self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
         self.codebook_size = config.quantizer.codebook_size
         side = surroundings.image_size // config.network.downsampling
         self.token_shape = (side, side)

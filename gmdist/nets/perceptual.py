@@ -146,11 +146,13 @@ class LPIPS(nn.Module):
             found |= _bundled()
         for name, parameter in self.named_parameters():
             if name not in found:
-                raise ConfigError(f"perceptual.path: '{path}'; has no {name} of LPIPS: {_HOW_TO_GET}")
+                raise ConfigError(f"family.perceptual.path: '{path}'; has no {name} of LPIPS: {_HOW_TO_GET}")
             value = found[name].squeeze() if name.startswith("linear") else found[name]
             if value.shape != parameter.shape:
                 shapes = list(value.shape), list(parameter.shape)
-                raise ConfigError(f"perceptual.path: '{path}'; its {name} of LPIPS is {shapes[0]}, not {shapes[1]}")
+                raise ConfigError(
+                    f"family.perceptual.path: '{path}'; its {name} of LPIPS is {shapes[0]}, not {shapes[1]}"
+                )
             parameter.copy_(value)
 
 
@@ -169,7 +171,7 @@ def _read_all(path: str) -> dict[str, Tensor]:
         files = sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".pt", ".pth"))
     if not files or not place.exists():
         raise ConfigError(
-            f"perceptual.path: '{path}'; there is no such file, or no weights in the folder: {_HOW_TO_GET}"
+            f"family.perceptual.path: '{path}'; there is no such file, or no weights in the folder: {_HOW_TO_GET}"
         )
     found: dict[str, Tensor] = {}
     for file in files:
@@ -186,7 +188,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, for a damaged file and for one that holds more than tensors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"perceptual.path: '{file}'; cannot be read as tensors ({reason}): {_HOW_TO_GET}") from error
+        raise ConfigError(
+            f"family.perceptual.path: '{file}'; cannot be read as tensors ({reason}): {_HOW_TO_GET}"
+        ) from error
     return state if isinstance(state, dict) else {}
 
 

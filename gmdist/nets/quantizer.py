@@ -209,12 +209,14 @@ class AveragedCodebook(Codebook):
 class Quantizer(nn.Module):
     """A codebook between two projections, which are left out where codes are as wide as features."""
 
-    def __init__(self, config: QuantizerConfig, channels: int) -> None:
+    def __init__(self, config: QuantizerConfig, channels: int, out_channels: int | None = None) -> None:
+        """out_channels: of the features that codes become; None: as many as come."""
         super().__init__()
         self.config = config
-        width = config.code_channels or channels
+        width, out_channels = config.code_channels or channels, out_channels or channels
         self.project_in = nn.Identity() if config.code_channels is None else nn.Linear(channels, width)
-        self.project_out = nn.Identity() if config.code_channels is None else nn.Linear(width, channels)
+        is_whole = config.code_channels is None and out_channels == width
+        self.project_out = nn.Identity() if is_whole else nn.Linear(width, out_channels)
         kind = AveragedCodebook if config.learned_by == "averages" else LearnedCodebook
         self.codebook: Codebook = kind(config, width)
 
