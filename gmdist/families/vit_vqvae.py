@@ -97,7 +97,9 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
 
     @property
     def last_layer(self) -> Tensor:
-        return self.autoencoder["decoder"].pixels.weight
+        decoder = self.autoencoder["decoder"]
+        assert isinstance(decoder, ViTDecoder)
+        return decoder.pixels.weight
 
     @torch.no_grad()
     def initialize(self, batch: Batch) -> None:
