@@ -12,6 +12,7 @@ from gmdist.config import Config
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import ConfigError
+from gmdist.families.family import Family
 from gmdist.train.config import micro_batch_size
 
 _Row = tuple[str, str, str, list[str]]  # shard, sample, label, scores
@@ -47,26 +48,34 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = family.to(device)
     size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
-    rows: list[_Row] = []
-    names: list[str] = []
-    for loaded in loader.sweep(size):
-        batch = loaded.batch_on(device)
-        with torch.inference_mode():
-            scores = family.scores(batch)
-        if not scores:
-            raise ConfigError(f"--scores: family '{config.family_name}' gives no likelihoods; 'vae' does")
-        names = list(scores)
-        numbers = batch["key"].cpu().numpy()
-        labels = map(str, batch["label"].tolist()) if "label" in batch else [""] * len(numbers)
-        columns = zip(*(score.tolist() for score in scores.values()), strict=True)
-        replaced = {line["number"] for line in loaded.quarantined}
-        for number, name, label, values in zip(numbers, loader.names(numbers), labels, columns, strict=True):
-            if number not in replaced:
-                rows.append((*name, label, [f"{value:.9g}" for value in values]))
+    names, rows = _score(family, loader, size, device)
+    if not names:
+        raise ConfigError(f"--scores: family '{config.family_name}' gives no likelihoods; 'vae' does")
     storage.write(out, _csv(names, sorted(rows)))
     unreadable = loader.num_samples - len(rows)
     left_out = f", {unreadable} that cannot be decoded left out" if unreadable else ""
     return f"{out}: {', '.join(names)} of {len(rows)} images of {scored} by step {meta['step']}{left_out}"
+
+
+@torch.inference_mode()
+def _score(family: Family, loader: Loader, batch_size: int, device: torch.device) -> tuple[list[str], list[_Row]]:
+    """The names of a family's scores, none where it has none, and a row for each image."""
+    names: list[str] = []
+    rows: list[_Row] = []
+    for loaded in loader.sweep(batch_size):
+        batch = loaded.batch_on(device)
+        scores = family.scores(batch)
+        names = list(scores)
+        if not names:
+            break
+        numbers = batch["key"].cpu().numpy()
+        labels = map(str, batch["label"].tolist()) if "label" in batch else [""] * len(numbers)
+        columns = zip(*(score.tolist() for score in scores.values()), strict=True)
+        replaced = {line["number"] for line in loaded.quarantined}
+        for number, place, label, values in zip(numbers, loader.names(numbers), labels, columns, strict=True):
+            if number not in replaced:
+                rows.append((*place, label, [f"{value:.9g}" for value in values]))
+    return names, rows
 
 
 def _open(config: Config, scored: str) -> Loader:
