@@ -18,14 +18,14 @@ from gmdist.families.posterior import kl_of_dimensions
 from gmdist.images import png
 from gmdist.runs import open_run, train_worker
 from tests.support import tree_bytes
-from tests.test_cli import TINY, refused
 from tests.test_cli import CONFIG as WITHOUT_LIKELIHOOD
+from tests.test_cli import TINY, refused
 
 CONFIG = str(Path(__file__).parents[2] / "configs/digits/vae.yaml")
 # No test set is named, and there is no classifier beside the digits: neither is needed.
 SETTINGS = ["family.autoencoder={channels: [8, 16, 16], num_res_blocks: 0}", "family.iwae_samples=4"]
-SETTINGS += ["train.num_steps=120", "train.checkpoint_every=120", "data.batch_size=16"]
-SETTINGS += ["train.evaluate_every=null", "data.test=null", "family.beta.num_images=1000"]
+SETTINGS += ["train.num_steps=60", "train.checkpoint_every=60", "data.batch_size=16"]
+SETTINGS += ["train.evaluate_every=null", "data.test=null", "family.beta.num_images=500"]
 SETTINGS += ["train.sample_every=null", "train.zero_stage=0", "optim.autoencoder.lr=4.0e-3"]
 
 
@@ -64,7 +64,7 @@ def test_each_image_has_a_line_with_its_scores(trained: Path, digits: Path, tmp_
     command = ["evaluate", str(trained), "--scores", str(tmp_path / "scores.csv"), f"data.test={digits}/test"]
     assert main(command) == 0
     images = images_of(digits / "test")
-    assert f"elbo, iwae of {len(images)} images of {digits}/test by step 120" in capsys.readouterr().out
+    assert f"elbo, iwae of {len(images)} images of {digits}/test by step 60" in capsys.readouterr().out
     text = (tmp_path / "scores.csv").read_text()
     lines = scored(text)
     assert text.startswith("shard,sample,label,elbo,iwae\n")
