@@ -198,7 +198,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.scores is not None:
         for key in ("metrics", "num_images", "features"):
             if getattr(options, key) is not None:
-                raise ConfigError(f"--{key.replace('_', '-')}: {getattr(options, key)}; goes without --scores")
+                option = key.replace("_", "-")
+                raise ConfigError(f"--{option}: {getattr(options, key)}; must be left out with --scores")
         print(write_scores(options.run, options.scores, options.batch_size, options.overrides))
         return EXIT_DONE
     request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)

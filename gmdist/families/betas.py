@@ -48,13 +48,13 @@ def progress(seen: int, num_images: int) -> float:
 def beta(config: BetaConfig, seen: int) -> float:
     """The weight of the KL term after so many images."""
     t = progress(seen, config.num_images)
-    if config.schedule == "linear":  # (Sonderby 2016, Sec. 2.3)
+    if config.schedule == "linear":  # (Sonderby 2016)
         risen = t
     elif config.schedule == "cosine":
         risen = 0.5 - 0.5 * math.cos(math.pi * t)
     elif config.schedule == "sigmoid":  # (Bowman 2016, Fig. 2), moved and stretched to begin at 0 and end at 1
         risen = 0.5 + 0.5 * math.tanh(0.5 * _STEEPNESS * (t - 0.5)) / math.tanh(0.25 * _STEEPNESS)
-    elif config.schedule == "cyclical" and t < 1.0:  # (Fu 2019, Eq. 6)
+    elif config.schedule == "cyclical" and t < 1.0:  # (Fu 2019)
         risen = min(t * config.num_cycles % 1.0 / config.rise, 1.0)
     else:
         risen = 1.0

@@ -57,7 +57,7 @@ def log_likelihood(name: str, image: Tensor, output: Tensor, log_scale: Tensor) 
 
 
 def _discretized_logistic(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-    """The logarithm of the mass that a logistic distribution has around each of 256 levels (Kingma 2016, App. C.3).
+    """The logarithm of the mass that a logistic distribution has around each of 256 levels (Salimans 2017, Eq. 2).
 
     The lowest level takes all below it and the highest all above, so the masses add up to 1.
     """

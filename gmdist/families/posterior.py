@@ -35,7 +35,7 @@ def mutual_information(means: dict[str, Tensor]) -> Tensor:
     """An upper bound of I(x; z) under q(z|x) in nats, tight where the posteriors add up to a Gaussian.
 
     I(x; z) = h(z) - E_x h(z|x), and no distribution with the covariance of z has more entropy than the Gaussian. The
-    bound is at most the mean KL term. Unlike estimates within a batch (Hoffman 2016, Sec. 3), which cannot exceed the
+    bound is at most the mean KL term. Unlike estimates within a batch (Hoffman 2016), which cannot exceed the
     logarithm of its size, it is a function of means over images alone.
     """
     covariance = covariance_of_means(means) + torch.diag(means["posterior_variance"])

@@ -12,6 +12,7 @@ from gmdist.config import Config
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
 from gmdist.errors import ConfigError
+from gmdist.families import CATALOGUE
 from gmdist.families.family import Family
 from gmdist.train.config import micro_batch_size
 
@@ -39,6 +40,11 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size}; must be at least 1")
     config = runs.read_config(run, overrides)
+    able = [name for name, (kind, _) in CATALOGUE.items() if kind.scores is not Family.scores]
+    if config.family_name not in able:
+        raise ConfigError(
+            f"--scores: family '{config.family_name}' gives no likelihoods; those that do are {', '.join(able)}"
+        )
     runs.use_storage(config)
     scored = config.evaluation.reference or config.data.test
     if scored is None:
@@ -49,8 +55,6 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
     family = family.to(device)
     size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
     names, rows = _score(family, loader, size, device)
-    if not names:
-        raise ConfigError(f"--scores: family '{config.family_name}' gives no likelihoods; 'vae' does")
     storage.write(out, _csv(names, sorted(rows)))
     unreadable = loader.num_samples - len(rows)
     left_out = f", {unreadable} that cannot be decoded left out" if unreadable else ""
@@ -59,15 +63,13 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
 
 @torch.inference_mode()
 def _score(family: Family, loader: Loader, batch_size: int, device: torch.device) -> tuple[list[str], list[_Row]]:
-    """The names of a family's scores, none where it has none, and a row for each image."""
+    """The names of a family's scores, and a row for each image."""
     names: list[str] = []
     rows: list[_Row] = []
     for loaded in loader.sweep(batch_size):
         batch = loaded.batch_on(device)
         scores = family.scores(batch)
         names = list(scores)
-        if not names:
-            break
         numbers = batch["key"].cpu().numpy()
         labels = map(str, batch["label"].tolist()) if "label" in batch else [""] * len(numbers)
         columns = zip(*(score.tolist() for score in scores.values()), strict=True)

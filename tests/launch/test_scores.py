@@ -116,7 +116,7 @@ def test_what_has_no_scores_is_refused(trained: Path, digits: Path, tmp_path: Pa
     evaluate = ["evaluate", str(trained), "--scores", out]
     assert "data.test: missing; set it, or evaluation.reference, to the shards" in refused(capsys, 2, *evaluate)
     given = f"data.test={digits}/test"
-    assert "--metrics: fid; goes without --scores" in refused(capsys, 2, *evaluate, "--metrics", "fid", given)
+    assert "--metrics: fid; must be left out with --scores" in refused(capsys, 2, *evaluate, "--metrics", "fid", given)
     assert "--batch-size: 0; must be at least 1" in refused(capsys, 2, *evaluate, "--batch-size", "0", given)
     elsewhere = ["evaluate", str(trained), "--scores", "gs://bucket/scores.csv", given]
     assert "gs://bucket/scores.csv: not a location that gmdist reads" in refused(capsys, 2, *elsewhere)
@@ -125,7 +125,7 @@ def test_what_has_no_scores_is_refused(trained: Path, digits: Path, tmp_path: Pa
         load(WITHOUT_LIKELIHOOD, [*TINY, f"data.train={digits}/train", given, f"run.dir={run}"]), torch.device("cpu")
     )
     line = refused(capsys, 2, "evaluate", str(run), "--scores", out)
-    assert "--scores: family 'autoencoder_kl' gives no likelihoods; 'vae' does" in line
+    assert "--scores: family 'autoencoder_kl' gives no likelihoods; those that do are vae" in line
     assert not Path(out).exists()
 
 
