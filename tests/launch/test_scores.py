@@ -104,6 +104,18 @@ def test_outliers_score_lower(trained: Path, digits: Path, tmp_path: Path) -> No
             assert values(found[name], score).max() < np.quantile(values(found["test"], score), 0.05), (name, score)
 
 
+def test_images_that_cannot_be_decoded_are_left_out(trained: Path, tmp_path: Path, capsys) -> None:
+    contents = [png(np.full((32, 32, 1), 10 * i, np.uint8)) for i in range(20)]
+    contents[7] = b"no image"
+    write_shards(((f"{i:03d}", {"png": content}) for i, content in enumerate(contents)), str(tmp_path / "data"))
+    out = tmp_path / "scores.csv"
+    given = [f"data.test={tmp_path}/data", "data.max_bad_fraction=0.1"]
+    assert main(["evaluate", str(trained), "--scores", str(out), *given]) == 0
+    assert "elbo, iwae of 19 images" in (told := capsys.readouterr().out)
+    assert "1 that cannot be decoded left out" in told
+    assert [sample for _, sample in scored(out.read_text())] == [f"{i:03d}" for i in range(20) if i != 7]
+
+
 def test_scores_in_object_storage(trained: Path, digits: Path, bucket) -> None:
     out = "s3://pictures/some/scores.csv"
     assert main(["evaluate", str(trained), "--scores", out, f"data.test={digits}/test"]) == 0
