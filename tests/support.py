@@ -22,12 +22,16 @@ from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
 from gmdist.families.adversarial import DiscriminatorConfig
+from gmdist.families.autoencoder import PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
+from gmdist.families.likelihoods import LikelihoodConfig
+from gmdist.families.vae import VAEConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
+from gmdist.nets.convolutional import ConvolutionalConfig
 from gmdist.nets.text import TextConfig
 from gmdist.nets.unet import UNetConfig
 from gmdist.train.config import TrainConfig
@@ -44,15 +48,19 @@ _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerC
 
 _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
 _AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
+_CONVOLUTIONAL = ConvolutionalConfig((16, 32), 1)
 
 # One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
+    "autoencoder": PlainAutoencoderConfig(_CONVOLUTIONAL, 16),
     "autoencoder_kl": AutoencoderKLConfig(_AUTOENCODER),
     "autoencoder_kl/discriminator": AutoencoderKLConfig(
         _AUTOENCODER, discriminator=DiscriminatorConfig(8, 1, adaptive=False, start_images=0)
     ),
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
+    "vae": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig(scale=0.1), iwae_samples=2),
+    "vae/logistic": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig("discretized_logistic", 0.02), iwae_samples=2),
     "ddpm/text": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION, conditioning=_TEXT),
 }
 
