@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
     evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
     evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
+    evaluate.add_argument(
+        "--scores", type=_location, metavar="OUT", help="instead, write each real image's log-likelihood to a CSV file"
+    )
     _add_settings(evaluate, "evaluation.reference=data/digits/test")
 
     export = _command(commands, "export", _export, "write a run's averaged weights for other programs")
@@ -198,8 +201,16 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from gmdist.launch.evaluate import EvaluationRequest, evaluate, table
+    from gmdist.launch.scores import write_scores
 
     metrics = None if options.metrics is None else tuple(options.metrics.split(","))
+    if options.scores is not None:
+        for key in ("metrics", "num_images", "features"):
+            if getattr(options, key) is not None:
+                option = key.replace("_", "-")
+                raise ConfigError(f"--{option}: {getattr(options, key)}; must be left out with --scores")
+        print(write_scores(options.run, options.scores, options.batch_size, options.overrides))
+        return EXIT_DONE
     request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
     print(table(evaluate(options.run, request, options.overrides)))
     return EXIT_DONE

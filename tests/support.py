@@ -22,11 +22,14 @@ from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
 from gmdist.families.adversarial import DiscriminatorConfig
+from gmdist.families.autoencoder import PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
+from gmdist.families.likelihoods import LikelihoodConfig
+from gmdist.families.vae import VAEConfig
 from gmdist.families.vit_vqvae import ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAEConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
@@ -52,16 +55,19 @@ _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16,
 _AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
 _VIT = ViTConfig(16, 1, 2, 32, 8)
 _FACTORIZED = QuantizerConfig(32, 4, normalize=True, learned_by="gradient", kmeans_steps=0)
-_CONVOLUTIONAL = ConvolutionalConfig((8, 16), 1)
+_CONVOLUTIONAL = ConvolutionalConfig((16, 32), 1)
 
 # One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
+    "autoencoder": PlainAutoencoderConfig(_CONVOLUTIONAL, 16),
     "autoencoder_kl": AutoencoderKLConfig(_AUTOENCODER),
     "autoencoder_kl/discriminator": AutoencoderKLConfig(
         _AUTOENCODER, discriminator=DiscriminatorConfig(8, 1, adaptive=False, start_images=0)
     ),
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
+    "vae": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig(scale=0.1), iwae_samples=2),
+    "vae/logistic": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig("discretized_logistic", 0.02), iwae_samples=2),
     "ddpm/text": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION, conditioning=_TEXT),
     "vq_vae": VQVAEConfig(_CONVOLUTIONAL, 8, QuantizerConfig(16, revive=True)),
     "vq_vae/gradient": VQVAEConfig(

@@ -99,6 +99,16 @@ class Loader:
         """The samples of these numbers, part by part, in the order of a sweep: 0 to num_samples - 1, [N] each."""
         return self._ahead(lambda: iter(parts), self._one_after_the_other)
 
+    def names(self, numbers: Int64Array) -> list[tuple[str, str]]:
+        """Where the samples of a sweep with these numbers [N] are: their shards' locations, and their keys there."""
+        located = next(self._located(iter([numbers]), self._one_after_the_other))
+        found = []
+        columns = (located.datasets, located.shards, located.indices)
+        for i, shard, index in zip(*(column.tolist() for column in columns), strict=True):
+            shards = self.datasets[i].shards
+            found.append((shards.location(shard), shards.index(shard).keys[index]))
+        return found
+
     def first(self, count: int) -> Loaded:
         """The samples with the numbers 0 ... count - 1: the same on every worker."""
         return next(self._ahead(lambda: iter([np.arange(count, dtype=np.int64)]), self._mix.split))

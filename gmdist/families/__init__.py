@@ -1,16 +1,20 @@
 """The catalogue of families: name, class, config. A new family is one file here and one line below."""
 
+from gmdist.families.autoencoder import PlainAutoencoder, PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Family
 from gmdist.families.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from gmdist.families.vae import VAE, VAEConfig
 from gmdist.families.vit_vqvae import ViTVQVAE, ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAE, VQVAEConfig
 
 CATALOGUE: dict[str, tuple[type[Family], type]] = {
+    "autoencoder": (PlainAutoencoder, PlainAutoencoderConfig),
     "autoencoder_kl": (AutoencoderKL, AutoencoderKLConfig),
     "ddpm": (DDPM, DDPMConfig),
     "latent_diffusion": (LatentDiffusion, LatentDiffusionConfig),
     "vit_vqvae": (ViTVQVAE, ViTVQVAEConfig),
     "vq_vae": (VQVAE, VQVAEConfig),
+    "vae": (VAE, VAEConfig),
 }

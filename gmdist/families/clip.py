@@ -95,6 +95,6 @@ def _import_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "family.conditioning.text.name: 'clip'; it needs transformers (pip install transformers); or take 'bytes'"
+            "family.conditioning.text.name: 'clip'; it needs transformers (pip install transformers); or take 'words'"
         ) from error
     return transformers

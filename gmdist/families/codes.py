@@ -7,7 +7,7 @@ from gmdist import rng
 from gmdist.errors import DataError, DivergedError
 from gmdist.families.family import Batch, Metrics, all_gathered, all_sum
 from gmdist.nets.finite import Watch
-from gmdist.nets.quantizer import Quantized, Quantizer, perplexity
+from gmdist.nets.quantizer import AveragedCodebook, Quantized, Quantizer, perplexity
 
 _COLLAPSED = 0.1  # perplexity by number of codes
 
@@ -30,12 +30,16 @@ def start_codebook(quantizer: Quantizer, features: Tensor, keys: Tensor, seed: i
 
 def observe(quantizer: Quantizer, found: Quantized, batch: Batch, seed: int, seen: int) -> None:
     """Let a codebook take in what became of a micro-batch."""
+    codebook, vectors = quantizer.codebook, found.vectors.flatten(0, -2)
+    codebook.observe(vectors, found.tokens.flatten())
+    if not isinstance(codebook, AveragedCodebook) or not codebook.config.revive:
+        return
     keys, places = batch["key"], found.tokens[0].numel()
     # Random, and in the last bits different for all places of a batch: so all numbers of workers agree on the order.
     words = rng.bits(seed, f"revival/{seen}", keys, places)
     numbers = keys[:, None] * places + torch.arange(places, device=keys.device)
     priority = (words << 31) | (numbers & 0x7FFFFFFF)
-    quantizer.codebook.observe(found.vectors.flatten(0, -2), found.tokens.flatten(), priority.flatten())
+    codebook.offer(vectors, priority.flatten())
 
 
 def update_codebook(quantizer: Quantizer) -> Metrics:

@@ -15,16 +15,16 @@ from gmdist.nets.text import TextConfig, TextEncoder, tokenize
 _log = logging.getLogger(__name__)
 
 KINDS = ("none", "class", "text")
-ENCODERS = ("bytes", "clip")
+ENCODERS = ("words", "clip")
 
 
 @dataclass
 class EncoderConfig:
     """What reads captions."""
 
-    name: str = "bytes"  # bytes: a transformer on UTF-8 bytes, trained along; clip: CLIP's, frozen, from transformers
+    name: str = "words"  # words: a transformer on them, trained along; clip: CLIP's, frozen, from transformers
     path: str | None = field(default=None, metadata={"folder_or_name": True})  # of clip: the name is one on the hub
-    transformer: TextConfig = field(default_factory=TextConfig)  # of bytes
+    transformer: TextConfig = field(default_factory=TextConfig)  # of words
 
 
 @dataclass
@@ -87,6 +87,11 @@ class Conditioner(nn.Module):
         if self.kind != "text":
             return None
         return self._config.text.transformer.channels if self.clip is None else self.clip.width
+
+    @property
+    def vector_channels(self) -> int | None:
+        """The width of the vector that conditions the whole image; None where there is none."""
+        return self._config.text.transformer.channels if self.kind == "text" and self.clip is None else None
 
     def trained_encoder(self) -> TextEncoder | None:
         """A new encoder for the denoiser to train; None where it needs none."""
@@ -154,7 +159,10 @@ class Denoiser(nn.Module):
         if told.tokens is not None:
             assert self.text is not None
             context, mask = self.text(told.tokens)
-            return self.network(x, times, context=context, context_mask=mask)
+            # The mean of all words conditions the whole image, as SDXL's pooled text does: it is learned from sooner.
+            weights = mask / mask.sum(dim=1, keepdim=True)
+            vector = (context * weights[:, :, None]).sum(dim=1)
+            return self.network(x, times, context=context, context_mask=mask, vector=vector)
         if told.context is not None:
             return self.network(x, times, context=told.context)
         return self.network(x, times, told.label)

@@ -184,4 +184,5 @@ def _spec(config: DenoiserConfig, shape: tuple[int, int, int], conditioner: Cond
             f"family.unet.context_channels: {config.unet.context_channels}; the captions' encoder has {width}: "
             "leave it out"
         )
-    return NetworkSpec(replace(config.unet, context_channels=width), channels, conditioner.num_classes, size=side)
+    unet = replace(config.unet, context_channels=width, vector_channels=conditioner.vector_channels)
+    return NetworkSpec(unet, channels, conditioner.num_classes, size=side)

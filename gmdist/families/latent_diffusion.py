@@ -70,7 +70,7 @@ class LatentDiffusion(DenoiserFamily):
         if self.config.network == "dit":
             return dit_pipeline(network, first_stage, self.config.diffusion)
         if self.conditioner.clip is None:
-            told = {"none": "nothing", "class": "classes", "text": "bytes"}[self.conditioner.kind]
+            told = {"none": "nothing", "class": "classes", "text": "words"}[self.conditioner.kind]
             raise ConfigError(
                 f"family.conditioning: a UNet of latents that is told {told}; diffusers has pipelines of UNets with "
                 "CLIP's captions (StableDiffusionPipeline) and of transformers with classes (DiTPipeline)"

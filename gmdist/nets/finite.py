@@ -16,9 +16,11 @@ class Watch:
 
     def note(self, name: str, output: object) -> None:
         """Look at a layer's output, without waiting for the device."""
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if tensors:
-            self._seen.append((name, torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+                # Much faster than isfinite of all: where there is a NaN, it is both the least and the largest.
+                extremes = torch.stack(leaf.detach().aminmax())
+                self._seen.append((name, extremes.isfinite().all()))
 
     def first(self) -> str | None:
         """The name of the first layer whose output was not finite; None if all were. Waits for the device."""

@@ -95,13 +95,8 @@ class Codebook(nn.Module):
         """Begin with codes [K, D]."""
         raise NotImplementedError
 
-    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
-        """Take in a micro-batch: vectors [N, D], their codes int64 [N], and the order in which they may become codes.
-
-        Args:
-            vectors, tokens: of `Quantizer.quantize`.
-            priority: int64 [N], at least 0 and different for all vectors of a step, whichever worker has them.
-        """
+    def observe(self, vectors: Tensor, tokens: Tensor) -> None:
+        """Take in the vectors [N, D] of a micro-batch, and their codes int64 [N]."""
         raise NotImplementedError
 
     def update(self, total: Reduce, gathered: Reduce) -> dict[str, Tensor]:
@@ -147,7 +142,7 @@ class LearnedCodebook(Codebook):
     def start(self, codes: Tensor) -> None:
         self.embedding.copy_(codes)
 
-    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
+    def observe(self, vectors: Tensor, tokens: Tensor) -> None:
         self.observed += sums_of(vectors[:, :0].to(self.observed.dtype), tokens, len(self.observed))
 
 
@@ -177,11 +172,18 @@ class AveragedCodebook(Codebook):
         self.usage.fill_(1.0)
         self.sums.copy_(codes)
 
-    def observe(self, vectors: Tensor, tokens: Tensor, priority: Tensor) -> None:
+    def observe(self, vectors: Tensor, tokens: Tensor) -> None:
         self.observed += sums_of(vectors.to(self.observed.dtype), tokens, len(self.observed))
-        if self.config.revive:
-            vectors = torch.cat([self.candidates, vectors.to(self.candidates.dtype)])
-            self._choose(vectors, torch.cat([self.priority, priority]))
+
+    def offer(self, vectors: Tensor, priority: Tensor) -> None:
+        """Let dead codes be put where vectors [N, D] of a micro-batch are. Only if the config says `revive`.
+
+        Args:
+            vectors: of `Quantizer.quantize`.
+            priority: int64 [N], at least 0 and different for all vectors of a step, whichever worker has them.
+        """
+        vectors = torch.cat([self.candidates, vectors.to(self.candidates.dtype)])
+        self._choose(vectors, torch.cat([self.priority, priority]))
 
     def _choose(self, vectors: Tensor, priority: Tensor) -> None:
         """Let those of the vectors [N, D] with the highest priorities [N] be the candidates."""

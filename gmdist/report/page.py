@@ -25,7 +25,14 @@ _MAX_GRIDS = 5
 _MAX_REFERENCE_VALUES = 1 << 27  # of training images that generated ones are compared with: 1 GiB as float64
 
 _MAX_HELD_OUT = 2000
-_NOISE_LEVEL = re.compile(r"_noise_\d+$")  # of the loss at some noise levels, as families evaluate it
+# Metrics that are the parts of one, as families evaluate it: what their figure is called, and what is below it.
+_PARTS = {
+    re.compile(r"_noise_\d+$"): (
+        "validation loss by noise level",
+        "an eighth of the noise levels each, the least noisy first",
+    ),
+    re.compile(r"/kl_nats_\d+$"): ("KL term by latent dimension, in nats", "latent dimension"),
+}
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -135,12 +142,13 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
-    """One SVG for each metric with more than one value, and one for the loss by noise level."""
+    """One SVG for each metric with more than one value, and one for those that are the parts of one."""
     names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-    drawn = _noise_curves(lines, names)
+    parts = {pattern: [name for name in names if pattern.search(name)] for pattern in _PARTS}
+    drawn = [curve for pattern, part in parts.items() for curve in _part_curves(lines, part, *_PARTS[pattern])]
     for name in names:
         points = [(line["step"], line[name]) for line in lines if name in line]
-        if name in ("step", "images") or _NOISE_LEVEL.search(name) or len(points) < 2:
+        if name in ("step", "images") or any(name in part for part in parts.values()) or len(points) < 2:
             continue
         with _axes(name, "step") as (axes, figures):
             axes.plot(*zip(*points, strict=True), linewidth=1.2)
@@ -150,19 +158,16 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     return drawn
 
 
-def _noise_curves(lines: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """The validation loss by noise level: a line for each of a few evaluations."""
-    by_level = sorted((name for name in names if _NOISE_LEVEL.search(name)), key=lambda name: int(name.split("_")[-1]))
-    evaluations = [line for line in lines if by_level and all(name in line for name in by_level)]
+def _part_curves(lines: list[dict[str, Any]], names: list[str], title: str, below: str) -> list[str]:
+    """Numbered parts of a metric: a line for each of a few evaluations."""
+    in_order = sorted(names, key=lambda name: int(name.split("_")[-1]))
+    evaluations = [line for line in lines if in_order and all(name in line for name in in_order)]
     if not evaluations:
         return []
     chosen = dict.fromkeys(round(i * (len(evaluations) - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS))
-    with _axes("validation loss by noise level", "an eighth of the noise levels each, the least noisy first") as (
-        axes,
-        figures,
-    ):
+    with _axes(title, below) as (axes, figures):
         for i in chosen:
-            values = [evaluations[i][name] for name in by_level]
+            values = [evaluations[i][name] for name in in_order]
             axes.plot(range(len(values)), values, marker="o", linewidth=1.2, label=f"step {evaluations[i]['step']}")
         axes.set_yscale("log")
         axes.legend(fontsize=7)

@@ -17,6 +17,7 @@ from gmdist.nets.text import TextConfig
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, small_family
 
 TEXT = ConditioningConfig("text", 0.5, EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
+LONG = "a cat and a dog and a bird"
 WORDS = ("cat", "dog", "", "caterpillar")
 
 
@@ -117,11 +118,11 @@ def test_conditions_are_dropped_by_the_samples_number() -> None:
 def test_a_long_prompt_is_cut_with_a_warning_and_a_long_caption_without(caplog: pytest.LogCaptureFixture) -> None:
     conditioner = Conditioner(TEXT, surroundings())
     with caplog.at_level(logging.WARNING):
-        conditioner.of_training(batch_of(WORDS))
+        conditioner.of_training(batch_of((*WORDS, LONG)))
         assert not caplog.records
-        conditioner.of_request(torch.arange(3), Condition(prompts=("caterpillar", "caterpillar", "cat")))
+        conditioner.of_request(torch.arange(3), Condition(prompts=(LONG, LONG, "cat")))
     assert [record.getMessage() for record in caplog.records] == [
-        "a prompt is cut to the 8 tokens that the encoder takes: caterpillar"
+        f"a prompt is cut to the 8 tokens that the encoder takes: {LONG}"
     ]
 
 

@@ -27,7 +27,9 @@ def observe(made: Quantizer, features: Tensor) -> Tensor:
     """Take in features; the codes that they were given."""
     found = made.quantize(features)
     vectors = found.vectors.flatten(0, -2)
-    made.codebook.observe(vectors, found.tokens.flatten(), torch.arange(len(vectors)))
+    made.codebook.observe(vectors, found.tokens.flatten())
+    if made.config.revive:
+        made.codebook.offer(vectors, torch.arange(len(vectors)))
     return found.tokens
 
 

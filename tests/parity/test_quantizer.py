@@ -74,7 +74,7 @@ def test_moving_averages(rotation: bool, normalize: bool, narrow: bool) -> None:
         features = numbers(4, CODES // 4, CHANNELS, seed=step)  # as many as codes, or the scale of uses would differ
         compare(made, theirs, features, 0.25)
         found = made.quantize(features)
-        made.codebook.observe(found.vectors.flatten(0, 1), found.tokens.flatten(), torch.arange(CODES))
+        made.codebook.observe(found.vectors.flatten(0, 1), found.tokens.flatten())
         made.codebook.update(lambda value: value, lambda value: value)
         torch.testing.assert_close(made.codebook.usage, theirs._codebook.cluster_size[0])
         torch.testing.assert_close(made.codebook.sums, theirs._codebook.embed_avg[0])
