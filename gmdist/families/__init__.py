@@ -4,9 +4,13 @@ from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Family
 from gmdist.families.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from gmdist.families.pixelcnn import PixelCNN, PixelCNNConfig
+from gmdist.families.transformer_prior import TransformerPrior, TransformerPriorConfig
 
 CATALOGUE: dict[str, tuple[type[Family], type]] = {
     "autoencoder_kl": (AutoencoderKL, AutoencoderKLConfig),
     "ddpm": (DDPM, DDPMConfig),
     "latent_diffusion": (LatentDiffusion, LatentDiffusionConfig),
+    "pixelcnn": (PixelCNN, PixelCNNConfig),
+    "transformer_prior": (TransformerPrior, TransformerPriorConfig),
 }
