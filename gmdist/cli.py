@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+    sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
@@ -181,7 +182,13 @@ def _sample(options: argparse.Namespace) -> int:
 
     check_out(options.out, options.num_images)
     request = SampleRequest(
-        options.num_images, options.label, options.prompt, options.seed, options.steps, options.guidance
+        options.num_images,
+        options.label,
+        options.prompt,
+        options.seed,
+        options.steps,
+        options.guidance,
+        options.complete,
     )
     print(save(draw(options.run, request, options.overrides), options.out))
     return EXIT_DONE
