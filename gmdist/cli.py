@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
     sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
+    sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
@@ -187,13 +188,19 @@ def _sample(options: argparse.Namespace) -> int:
     if options.show is not None:
         from gmdist.launch.show import show
 
-        for name in ("label", "prompt", "steps", "guidance"):
+        for name in ("label", "prompt", "steps", "guidance", "complete"):
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name}: does not go with --show, which shows what becomes of real images")
         print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
         return EXIT_DONE
     request = SampleRequest(
-        options.num_images, options.label, options.prompt, options.seed, options.steps, options.guidance
+        options.num_images,
+        options.label,
+        options.prompt,
+        options.seed,
+        options.steps,
+        options.guidance,
+        options.complete,
     )
     print(save(draw(options.run, request, options.overrides), options.out))
     return EXIT_DONE

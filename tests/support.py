@@ -24,16 +24,21 @@ from gmdist.families import CATALOGUE
 from gmdist.families.adversarial import DiscriminatorConfig
 from gmdist.families.autoencoder import PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
+from gmdist.families.code_sampler import CodeSamplerConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
 from gmdist.families.likelihoods import LikelihoodConfig
+from gmdist.families.pixelcnn import PixelCNNConfig
+from gmdist.families.transformer_prior import TransformerPriorConfig
 from gmdist.families.vae import VAEConfig
 from gmdist.families.vit_vqvae import ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAEConfig
 from gmdist.nets.autoencoder import AutoencoderConfig
+from gmdist.nets.causal_transformer import CausalTransformerConfig
 from gmdist.nets.convolutional import ConvolutionalConfig
+from gmdist.nets.pixelcnn import GatedPixelCNNConfig
 from gmdist.nets.quantizer import QuantizerConfig
 from gmdist.nets.stylegan2 import StyleGAN2DiscriminatorConfig
 from gmdist.nets.text import TextConfig
@@ -44,6 +49,7 @@ from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import OptimConfig
 from gmdist.train.state import RunIdentity
 from gmdist.train.trainer import Trainer
+from tests.patch_means import PatchMeans, PatchMeansConfig
 
 SIZE, CHANNELS, CLASSES = 16, 1, 4
 ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))
@@ -52,6 +58,7 @@ _UNET = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_
 _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerConfig(num_steps=4, guidance=2.0))
 
 _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
+_CODES = CodeSamplerConfig(temperature=0.9, top_k=200, top_p=0.95, guidance=3.0)
 _AUTOENCODER = AutoencoderConfig(8, (1, 2), 1, 2)
 _VIT = ViTConfig(16, 1, 2, 32, 8)
 _FACTORIZED = QuantizerConfig(32, 4, normalize=True, learned_by="gradient", kmeans_steps=0)
@@ -68,6 +75,11 @@ SMALL: dict[str, Any] = {
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
     "vae": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig(scale=0.1), iwae_samples=2),
     "vae/logistic": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig("discretized_logistic", 0.02), iwae_samples=2),
+    "pixelcnn": PixelCNNConfig(network=GatedPixelCNNConfig(32, 2, 3, dropout=0.1), sampler=_CODES),
+    "pixelcnn/tokens": PixelCNNConfig(first_stage="tokens", network=GatedPixelCNNConfig(16, 2, 3), sampler=_CODES),
+    "transformer_prior": TransformerPriorConfig(
+        first_stage="tokens", transformer=CausalTransformerConfig(32, 2, 4), sampler=_CODES
+    ),
     "ddpm/text": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION, conditioning=_TEXT),
     "vq_vae": VQVAEConfig(_CONVOLUTIONAL, 8, QuantizerConfig(16, revive=True)),
     "vq_vae/gradient": VQVAEConfig(
@@ -96,7 +108,9 @@ SMALL: dict[str, Any] = {
 def small_family(name: str, seed: int = 0, **changes: Any) -> Family:
     """A small instance of SMALL, the same for the same seed; `changes` are of its config."""
 
-    def first_stage(_: str) -> Family:
+    def first_stage(run: str) -> Family:
+        if run == "tokens":
+            return PatchMeans(PatchMeansConfig(), Surroundings(SIZE, CHANNELS, 0, seed, first_stage)).eval()
         first = small_family("autoencoder_kl", seed + 1).eval()
         with torch.no_grad():  # a narrow posterior, as a trained one has: or latents would be noise
             first.autoencoder.encoder.quant.bias[2:] = -8.0

@@ -5,6 +5,8 @@ from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Family
 from gmdist.families.latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from gmdist.families.pixelcnn import PixelCNN, PixelCNNConfig
+from gmdist.families.transformer_prior import TransformerPrior, TransformerPriorConfig
 from gmdist.families.vae import VAE, VAEConfig
 from gmdist.families.vit_vqvae import ViTVQVAE, ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAE, VQVAEConfig
@@ -14,7 +16,9 @@ CATALOGUE: dict[str, tuple[type[Family], type]] = {
     "autoencoder_kl": (AutoencoderKL, AutoencoderKLConfig),
     "ddpm": (DDPM, DDPMConfig),
     "latent_diffusion": (LatentDiffusion, LatentDiffusionConfig),
+    "pixelcnn": (PixelCNN, PixelCNNConfig),
+    "transformer_prior": (TransformerPrior, TransformerPriorConfig),
+    "vae": (VAE, VAEConfig),
     "vit_vqvae": (ViTVQVAE, ViTVQVAEConfig),
     "vq_vae": (VQVAE, VQVAEConfig),
-    "vae": (VAE, VAEConfig),
 }

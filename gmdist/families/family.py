@@ -76,6 +76,13 @@ class Family(nn.Module):
         """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image."""
         raise NotImplementedError
 
+    def complete(self, rows: Tensor, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        """Images as `sample` gives them, whose first rows of pixels [N, C, R, W] in [-1, 1] are given.
+
+        ConfigError for rows that nothing can be drawn below, or a family that cannot.
+        """
+        raise ConfigError("the run's family draws images as a whole, and completes none")
+
     def preview(self, batch: Batch) -> Tensor:
         """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
         return self.sample(batch["key"])

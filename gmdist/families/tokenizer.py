@@ -7,7 +7,10 @@ from gmdist.families.family import Batch, Family
 
 
 class Tokenizer(Family):
-    """A family that turns an image into a grid of codes, and a grid of codes into an image."""
+    """A family that turns an image into a grid of codes, and a grid of codes into an image.
+
+    `tokens` and `decode` need its averaged children and its own buffers, and no other child.
+    """
 
     image_size: int
     image_channels: int

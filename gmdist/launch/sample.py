@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gmdist import images, runs, storage
 from gmdist.config import Config
+from gmdist.data.batch import as_floats
+from gmdist.data.decode import UndecodableError, decode_image
 from gmdist.errors import ConfigError
 from gmdist.families.family import Condition, Family
 
@@ -24,18 +27,20 @@ class SampleRequest:
     seed: int = 0  # another seed, other images
     num_steps: int | None = None  # of the sampler; None: the run's own setting
     guidance: float | None = None  # strength of the guidance; None: the run's own setting
+    complete: str | None = None  # an image file with the first rows of all images; None: they are drawn too
 
 
 def with_sampler(config: Config, num_steps: int | None, guidance: float | None) -> Config:
     """The config with other settings of the sampler; ConfigError for a family without one, or values that cannot be."""
     changes = {"num_steps": num_steps, "guidance": guidance}
-    diffusion = getattr(config.family, "diffusion", None)
+    sampler = getattr(getattr(config.family, "diffusion", config.family), "sampler", None)
     for key, value in changes.items():
         if value is None:
             continue
-        if diffusion is None:
-            raise ConfigError(f"--{key.replace('num_', '')}: family '{config.family_name}' has no sampler to set")
-        setattr(diffusion.sampler, key, value)
+        if not hasattr(sampler, key):
+            flag = key.replace("num_", "")
+            raise ConfigError(f"--{flag}: family '{config.family_name}' has no sampler with {flag} to set")
+        setattr(sampler, key, value)
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
@@ -58,15 +63,16 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
         raise ConfigError(f"--label: {request.label}; {valid}")
     _, family = runs.open_run(run, config)
     _check_conditions(family, request)
+    rows = None if request.complete is None else _first_rows(request.complete, config.data.channels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = family.to(device)
     parts = []
     for start in range(0, request.num_images, _AT_ONCE):
         numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
+        keys, asked = numbers + (request.seed << 32), _asked(request, numbers, classes)
         with torch.inference_mode():
-            parts.append(
-                images.to_uint8(family.sample(numbers + (request.seed << 32), _asked(request, numbers, classes)))
-            )
+            made = family.sample(keys, asked) if rows is None else _completed(family, request, rows, keys, asked)
+            parts.append(images.to_uint8(made))
     return torch.cat(parts)
 
 
@@ -80,6 +86,25 @@ def _check_conditions(family: Family, request: SampleRequest) -> None:
             raise ConfigError(f"--{name}: '{value}'; the run's model is not told {what}: it takes {others}")
     if request.guidance is not None and not family.conditions:
         raise ConfigError(f"--guidance: {request.guidance}; the run's model is told nothing that it could follow")
+
+
+def _first_rows(location: str, channels: int) -> Tensor:
+    """The pixels of an image file as families take them, [1, C, R, W]; ConfigError if it cannot be read."""
+    try:
+        pixels = decode_image(storage.read(location), channels)
+    except FileNotFoundError as error:
+        raise ConfigError(f"--complete: {location}; there is no such file") from error
+    except UndecodableError as error:
+        raise ConfigError(f"--complete: {location}; {error}") from error
+    return as_floats(torch.from_numpy(np.array(pixels))[None])
+
+
+def _completed(family: Family, request: SampleRequest, rows: Tensor, keys: Tensor, asked: Condition) -> Tensor:
+    """Images [N, C, H, W] for keys [N] that begin with the rows [1, C, R, W]."""
+    try:
+        return family.complete(rows.to(keys.device).expand(len(keys), -1, -1, -1), keys, asked)
+    except ConfigError as error:
+        raise ConfigError(f"--complete: {request.complete}; {error}") from error
 
 
 def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:

@@ -46,13 +46,16 @@ def zero_init(module: Layer) -> Layer:
     return module
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
     """Scaled dot-product attention (Vaswani 2017, Eq. 1).
 
     Args:
         query: [N, heads, L, D].
         key, value: [N, heads, M, D].
         seen: bool [N, 1, 1, M], True for what is attended to; None: everything.
+        is_causal: each query attends to keys up to its own place; without `seen`, and L is M.
 
     Returns:
         [N, heads, L, D], of the query's type.
@@ -60,9 +63,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = N
     if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad:
         # On processors torch's backward takes three times as long in bf16 as in fp32.
         with torch.autocast("cpu", enabled=False):
-            exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen)
+            exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
         return exact.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, seen)
+    return F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal)
 
 
 def timestep_embedding(

@@ -43,3 +43,14 @@ def test_attention_without_gradients_in_bf16() -> None:
     parts = [torch.randn(2, 3, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
     expected = defined(*(part.double() for part in parts), None)
     assert (attention(*parts).double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_causal_attention(precision: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 6, 8).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    before = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = defined(query.double(), key.double(), value.double(), before)
+    output = attention(query.requires_grad_(), key, value, is_causal=True)
+    rounding = 1e-6 if precision == "fp32" else 2.0**-9
+    assert (output.double() - expected).norm() < rounding * expected.norm()
