@@ -26,7 +26,7 @@ ALLOWED = {
     "train": {"families.family", "nets.finite", "storage", "checksum", "rng", "images"},
     "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng"},
     "config": {"families", "data", "train", "evaluation.config", "storage"},
-    "evaluator": {"config", "data", "evaluation", "families.family"},
+    "evaluator": {"config", "data", "evaluation", "families.family", "storage"},
     "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng"},
     "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
     "launch": {
