@@ -41,6 +41,8 @@ def runs(noise: str, noise_stage: str, tmp_path_factory: pytest.TempPathFactory)
     common = [f"family.first_stage={noise_stage}", "family.diffusion={schedule: scaled_linear, prediction: v}"]
     text = [UNET, f"family.conditioning={{kind: text, text: {{name: clip, path: {clip}}}}}", "data.caption=txt"]
     kinds = {"unet": [*common, *text, "data.num_classes=null"], "dit": [*common, *DIT]}
+    own = "family.dit={channels: 16, depth: 2, num_heads: 2, block_embeddings: true}"
+    kinds["dit_block_embeddings"] = [*kinds["dit"], own]
     for name, more in kinds.items():
         train("latent_diffusion", noise, folder / name, *more)
     return {name: settings("latent_diffusion", noise, folder / name, *more) for name, more in kinds.items()}
@@ -82,16 +84,17 @@ def test_stable_diffusion_draws_the_same(sampler: str, runs: dict[str, list[str]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["dit", "dit_block_embeddings"])
 def test_dit_pipeline_draws_the_same(
-    sampler: str, runs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: str, kind: str, runs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps, values = SAMPLERS[sampler]
     override = f"family.diffusion.sampler={values}"
-    export(run_of(runs["dit"]), str(tmp_path), "diffusers", [override])
+    export(run_of(runs[kind]), str(tmp_path), "diffusers", [override])
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.get_label_ids(["3"]) == [3]
-    config = load(runs["dit"][0], [*runs["dit"][1:], override])
+    config = load(runs[kind][0], [*runs[kind][1:], override])
     _, family = open_run(config.run.dir, config)
     with torch.no_grad():
         wanted = family.sample(torch.arange(2), Condition(torch.tensor(LABELS)))
@@ -141,7 +144,7 @@ def test_the_autoencoder_of_a_first_stage(noise_stage: str, tmp_path: Path) -> N
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "dit", "dit_block_embeddings"])
 @pytest.mark.parametrize("by", ["ours", "theirs"])
 def test_export_and_init_from_is_exact(kind: str, by: str, runs: dict[str, list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "ours"
