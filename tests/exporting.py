@@ -13,7 +13,7 @@ from gmdist.runs import train_worker
 CONFIGS = Path(__file__).parent.parent / "configs/digits"
 SIZE, CHANNELS, CLASSES, COUNT = 16, 3, 4, 16
 FIRST_STAGE = [
-    "family.autoencoder={channels: 16, multipliers: [1, 1], num_res_blocks: 1, latent_channels: 2}",
+    "family.autoencoder={channels: 16, multipliers: [1, 2], norm_groups: 4, num_res_blocks: 1, latent_channels: 2}",
     "family.learned_logvar=true",
     "family.kl_weight=1.0e-3",
     "family.perceptual.name=none",

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from gmdist.diffusion import predictions, samplers, schedules, spacings
 from gmdist.diffusion.noising import EDMNoise, FlowNoise
 
@@ -41,6 +43,8 @@ _MAX_TIMESTEPS = 1_000_000
 _WITH_BETAS = ("linear", "scaled_linear", "sigmoid")
 _WITH_SNR = ("eps", "x0", "v")
 _DIVIDE_BY_ALPHA = ("euler", "euler_ancestral", "heun")
+_DIVIDE_BY_NEXT_ALPHA = ("ddpm", "dpmpp_2m")
+_LEAST_ALPHA = 1e-30  # data divided by less are infinite in fp32: it counts as 0
 _PREDICTION_NEEDS = {
     "eps": "is for discrete schedules",
     "x0": "is for discrete schedules",
@@ -75,11 +79,14 @@ class SamplerConfig:
             return f"name: '{self.name}'; must be one of {', '.join(SAMPLERS)}"
         if self.name == "flow_euler" and diffusion.schedule != "flow":
             return f"name: 'flow_euler'; needs the straight path of schedule 'flow', not of '{diffusion.schedule}'"
-        if self.name in _DIVIDE_BY_ALPHA and (diffusion.schedule == "flow" or diffusion.zero_terminal_snr):
-            others = [name for name in SAMPLERS if name not in _DIVIDE_BY_ALPHA]
+        lost = diffusion.num_without_data()
+        failing = (*(_DIVIDE_BY_ALPHA if lost > 0 else ()), *(_DIVIDE_BY_NEXT_ALPHA if lost > 1 else ()))
+        if self.name in failing:
+            where = "is 0" if lost == 1 else f"is 0, as at the last {lost} timesteps"
+            others = [name for name in SAMPLERS if name not in failing]
             if diffusion.schedule != "flow":
                 others.remove("flow_euler")
-            return f"name: '{self.name}'; cannot start where alpha is 0; use {' or '.join(others)}"
+            return f"name: '{self.name}'; cannot start where alpha {where}; use {' or '.join(others)}"
         if self.name == "heun" and diffusion.schedule == "cosine" and self.spacing != "leading":
             # From sigma / alpha = 20,000 down to 30: the slopes at both ends say little of what is between.
             return "name: 'heun'; with schedule 'cosine' needs spacing 'leading', or its first step is too long"
@@ -133,6 +140,17 @@ class DiffusionConfig:
         """Timesteps are numbered."""
         return self.schedule in DISCRETE
 
+    def abar(self) -> Tensor:
+        """A discrete schedule: alpha^2 at each timestep. [T], float64."""
+        abar = DISCRETE[self.schedule](self.num_timesteps, *(self.betas or ()))
+        return schedules.zero_terminal_snr(abar) if self.zero_terminal_snr else abar
+
+    def num_without_data(self) -> int:
+        """The number of times, the last ones, whose alpha is 0."""
+        if not self.is_discrete:
+            return 1 if self.schedule == "flow" else 0
+        return int((self.abar().sqrt() < _LEAST_ALPHA).sum())
+
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
         if problem := self._schedule_problem() or self._prediction_problem() or self._weight_problem():
@@ -174,6 +192,8 @@ class DiffusionConfig:
             )
         if self.prediction == "eps" and self.zero_terminal_snr:
             return "prediction: 'eps'; with zero_terminal_snr must be x0 or v: pure noise says nothing of the data"
+        if self.prediction == "eps" and (lost := self.num_without_data()):
+            return f"prediction: 'eps'; must be x0 or v, as alpha is 0 at the last {lost} timesteps: use smaller betas"
         return None
 
     def _weight_problem(self) -> str | None:

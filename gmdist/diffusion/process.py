@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmdist.diffusion import predictions, samplers, schedules, weights
+from gmdist.diffusion import predictions, samplers, weights
 from gmdist.diffusion.config import (
-    DISCRETE,
     PREDICTIONS,
     SAMPLERS,
     TIMESTEP_SPACINGS,
@@ -157,8 +156,7 @@ class Diffusion:
 def _noising(config: DiffusionConfig) -> Noising:
     if not config.is_discrete:
         return config.flow if config.schedule == "flow" else config.edm
-    abar = DISCRETE[config.schedule](config.num_timesteps, *(config.betas or ()))
-    return DiscreteNoise(schedules.zero_terminal_snr(abar) if config.zero_terminal_snr else abar)
+    return DiscreteNoise(config.abar())
 
 
 def _each(values: Scalar, x: Tensor) -> Scalar:

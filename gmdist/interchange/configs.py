@@ -55,29 +55,28 @@ def _read_autoencoder(values: Values) -> NetworkSpec:
     channels, out_channels = values.number("in_channels", 3), values.number("out_channels", 3)
     if channels != out_channels:
         raise ConfigError(f"out_channels: {out_channels}; must be in_channels, {channels}")
-    quant = values.raw("use_quant_conv", True)
-    if quant != values.raw("use_post_quant_conv", True):
+    quant = values.flag("use_quant_conv", True)
+    if quant != values.flag("use_post_quant_conv", True):
         raise ConfigError(f"use_post_quant_conv: {not quant}; must be as use_quant_conv")
     width = math.gcd(*widths)
+    scale = values.number("scaling_factor", 0.18215, float)
+    if scale <= 0.0:
+        raise ConfigError(f"scaling_factor: {scale}; must be above 0")
     config = AutoencoderConfig(
         channels=width,
         multipliers=tuple(w // width for w in widths),
         num_res_blocks=values.number("layers_per_block", 1),
         latent_channels=values.number("latent_channels", 4),
-        quant_convs=bool(quant),
+        quant_convs=quant,
+        norm_groups=values.number("norm_num_groups", 32),
     )
-    size = values.raw("sample_size", None)
-    spec = NetworkSpec(
+    return NetworkSpec(
         config,
         channels,
-        size=size if isinstance(size, int) else None,
-        latent_scale=values.number("scaling_factor", 0.18215, float),
+        size=values.size(),
+        latent_scale=scale,
         latent_shift=values.number("shift_factor", None, float),
     )
-    groups = values.number("norm_num_groups", 32)
-    if config.problem() is None and (ours := spec.norm_groups()) != groups:
-        raise ConfigError(f"norm_num_groups: {groups}; gmdist's autoencoder has {ours} at widths {widths}")
-    return spec
 
 
 def _write_autoencoder(spec: NetworkSpec, config: AutoencoderConfig) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _read_dit(values: Values) -> NetworkSpec:
         feed_forward_norm_eps=float(values.number("norm_eps", 1e-5, float)),
     )
     size = values.number("sample_size", 32)
-    if config.patch_size < 1 or size % config.patch_size:
+    if size % config.patch_size:
         raise ConfigError(f"sample_size: {size}; must be a multiple of the patch, {config.patch_size}")
     return NetworkSpec(config, channels, num_classes=values.number("num_embeds_ada_norm", 1000), size=size)
 

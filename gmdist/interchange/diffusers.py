@@ -1,8 +1,9 @@
 """Folders of diffusers' weights, read and written: config.json and diffusion_pytorch_model.safetensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +14,52 @@ from torch import Tensor
 
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json, spec_of
-from gmdist.interchange.names import OF_LOSSES, Link, links, modern_name, shapes_there, to_ours, to_theirs
+from gmdist.interchange.names import (
+    OF_LOSSES,
+    Link,
+    copies_are_equal,
+    links,
+    modern_name,
+    shapes_there,
+    to_ours,
+    to_theirs,
+)
 from gmdist.interchange.spec import NetworkSpec
+from gmdist.nets.dit import DiTConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANTS = ("", ".fp16", ".bf16")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_NAMED = 10  # tensors that an error lists
 
 
-def read_folder(path: str | Path) -> tuple[NetworkSpec, dict[str, Tensor]]:
+def read_folder(path: str | Path, block_embeddings: bool = False) -> tuple[NetworkSpec, dict[str, Tensor]]:
     """The network that a folder of diffusers holds.
 
     Args:
         path: with config.json and diffusion_pytorch_model.safetensors, whole or in shards with their index.
+        block_embeddings: of a DiT: whether it is read as one that has them even where those of all blocks are equal.
 
     Returns:
         What it is, and its state dict under our names, in fp32: `spec.build().load_state_dict(state)`.
 
     Raises:
         ConfigError: a file that is missing or unsound, a network that ours cannot be, or tensors that are missing, not
-            known, or of another shape.
+            known, of another shape, or not finite.
     """
-    folder = Path(path)
-    with _opened(folder) as (spec, found, files):
-        state, unequal = to_ours(lambda name: _read(files[name], folder), found)
-    if unequal:
-        raise ConfigError(
-            f"{folder}: {_some(unequal)} differ from the first block's; gmdist's DiT has one embedding for all blocks"
-        )
-    return spec, state
+    with _opened(Path(path), block_embeddings) as (spec, found, read):
+        return spec, to_ours(read, found)
 
 
-def read_spec(path: str | Path) -> NetworkSpec:
+def read_spec(path: str | Path, block_embeddings: bool = False) -> NetworkSpec:
     """The network that a folder of diffusers holds; raises as `read_folder` does, for all but the tensors' values."""
-    with _opened(Path(path)) as (spec, _, _):
+    with _opened(Path(path), block_embeddings) as (spec, _, _):
         return spec
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[tuple[NetworkSpec, list[Link], dict[str, tuple[Any, str]]]]:
-    """A network, the places of its tensors, and by present name the open file of each and its name there."""
+def _opened(folder: Path, block_embeddings: bool) -> Iterator[tuple[NetworkSpec, list[Link], Callable[[str], Tensor]]]:
+    """A network, the places of its tensors, and what reads one by its present name there."""
     values = _read_json(folder / _CONFIG)
     try:
         spec = spec_of(values)
@@ -73,7 +78,15 @@ def _opened(folder: Path) -> Iterator[tuple[NetworkSpec, list[Link], dict[str, t
         for name, part in slices.items():
             if part.get_dtype() not in _DTYPES:
                 raise ConfigError(f"{folder}: {name} is {part.get_dtype()}; must be one of {', '.join(_DTYPES)}")
-        yield spec, found, files
+
+        def read(name: str) -> Tensor:
+            return _read(files[name], folder)
+
+        # Of blocks' embeddings, the config does not say whether they are one.
+        if isinstance(spec.config, DiTConfig) and (block_embeddings or not copies_are_equal(read, found)):
+            spec = replace(spec, config=replace(spec.config, block_embeddings=True))
+            found = links(spec, spec.outline())
+        yield spec, found, read
 
 
 def write_folder(
@@ -157,25 +170,24 @@ def _open(path: Path, stack: ExitStack) -> Any:
 def _read(place: tuple[Any, str], folder: Path) -> Tensor:
     opened, key = place
     try:
-        return opened.get_tensor(key).to(torch.float32)
+        tensor = opened.get_tensor(key).to(torch.float32)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: {key} cannot be read ({error})") from error
+    if not tensor.isfinite().all():
+        raise ConfigError(f"{folder}: {key} has values that are not finite in fp32")
+    return tensor
 
 
 def _check_shapes(where: str | Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     """ConfigError that names what is missing, what is not known, and what has another shape."""
     problems = []
     if missing := sorted(wanted.keys() - found.keys()):
-        problems.append(f"{len(missing)} missing: {_some(missing)}")
+        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
     if unknown := sorted(found.keys() - wanted.keys()):
-        problems.append(f"{len(unknown)} not known: {_some(unknown)}")
+        problems.append(f"{len(unknown)} not known: {', '.join(unknown)}")
     common = sorted(found.keys() & wanted.keys())
     wrong = [f"{name} {found[name]} for {wanted[name]}" for name in common if list(found[name]) != wanted[name]]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {_some(wrong)}")
+        problems.append(f"{len(wrong)} of another shape: {', '.join(wrong)}")
     if problems:
         raise ConfigError(f"{where}: tensors do not fit the config: {'; '.join(problems)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

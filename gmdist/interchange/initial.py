@@ -9,6 +9,7 @@ from torch import Tensor
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json
 from gmdist.interchange.diffusers import read_folder, read_spec
+from gmdist.interchange.names import class_tables
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET
@@ -34,6 +35,9 @@ _OURS = {
     "transformer_layers_per_block": "transformer_depths",
     "use_linear_projection": "linear_projections",
     "use_quant_conv": "quant_convs",
+    "freq_shift": "frequency_shift",
+    "flip_sin_to_cos": "not sines_first",
+    "downsample_padding": "not asymmetric_downsampling",
 }
 
 
@@ -56,10 +60,11 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
         ConfigError: there is none, it is another network, or its tensors are not what its config says.
     """
     folder = _network_folder(path, name)
-    there, state = _naming(read_folder, folder)
+    there, state = _naming(read_folder, folder, spec)
     if _may_be_filled_up(there):
-        state["label.weight"] = table = _without_filling(state["label.weight"])
-        there = replace(there, num_classes=len(table) - 1)
+        num_filling = min(_num_filling(state[table]) for table in class_tables(state))
+        there = replace(there, num_classes=there.num_classes - num_filling)
+        state |= {table: state[table][: there.num_classes + 1].clone() for table in class_tables(state)}
     _compare(folder, there, spec)
     return state
 
@@ -67,7 +72,7 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
 def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
     """Raise what `initial_state` would, as far as that is seen without reading weights."""
     folder = _network_folder(path, name)
-    there = _naming(read_spec, folder)
+    there = _naming(read_spec, folder, spec)
     if _may_be_filled_up(there) and spec.num_classes < DIT_CLASSES:
         initial_state(path, name, spec)  # the table of classes tells how many there are
     else:
@@ -75,20 +80,23 @@ def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
 
 
 def _may_be_filled_up(spec: NetworkSpec) -> bool:
-    """Whether the table of classes is as long as `dit_pipeline` makes it."""
+    """Whether tables of classes are as long as `dit_pipeline` makes it."""
     return isinstance(spec.config, DiTConfig) and spec.num_classes == DIT_CLASSES
 
 
-def _without_filling(table: Tensor) -> Tensor:
-    """The table [K + 1, C] of classes and "no class" that `dit_pipeline` made longer by rows like its last."""
+def _num_filling(table: Tensor) -> int:
+    """By how many rows like its last `dit_pipeline` made a table [K + 1, C] of classes and "no class" longer."""
     same = (table == table[-1]).all(dim=1).flip(0).long()
-    filling = int(same.cumprod(0).sum()) - 1
-    return table[: len(table) - filling].clone()
+    return int(same.cumprod(0).sum()) - 1
 
 
-def _naming(read: Any, folder: Path) -> Any:
+def _has_block_embeddings(spec: NetworkSpec) -> bool:
+    return isinstance(spec.config, DiTConfig) and spec.config.block_embeddings
+
+
+def _naming(read: Any, folder: Path, here: NetworkSpec) -> Any:
     try:
-        return read(folder)
+        return read(folder, _has_block_embeddings(here))
     except ConfigError as error:
         raise ConfigError(f"family.init_from: {error}") from error
 
@@ -119,5 +127,7 @@ def _compare(folder: Path, there: NetworkSpec, here: NetworkSpec) -> None:
         for key in sorted(ours.keys() - _FREE[kind])
         if ours[key] != theirs[key]
     ]
+    if _has_block_embeddings(there) and not _has_block_embeddings(here):
+        differences.append("block_embeddings true there, false here")
     if differences:
         raise ConfigError(f"family.init_from: {folder}; holds another network: {'; '.join(differences)}")

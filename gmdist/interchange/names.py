@@ -33,7 +33,7 @@ _PARTS: dict[type[nn.Module], dict[str, str | tuple[str, ...]]] = {
     Transformer2d: {"project_in": "proj_in", "project_out": "proj_out", "blocks": "transformer_blocks"},
     DiTBlock: {"modulation": "norm1.linear", "attention": "attn1", "feed_forward": "ff"},
 }
-# Of first stages written before diffusers 0.14.
+# Of plain self-attention written before diffusers 0.14.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -122,13 +122,20 @@ def _autoencoder_places(config: AutoencoderConfig) -> dict[str, tuple[str, ...]]
 
 
 def _dit_places(config: DiTConfig) -> dict[str, tuple[str, ...]]:
-    # Every block there has its own copy of the embeddings.
-    copies = [f"transformer_blocks.{i}.norm1.emb" for i in range(config.depth)]
-    return {
+    # Every block there has its own embeddings, or copies of the only ones; the output takes the first block's.
+    blocks = [f"transformer_blocks.{i}.norm1.emb" for i in range(config.depth)]
+    first, others = (blocks[:1], blocks[1:]) if config.block_embeddings else (blocks, [])
+    places = {
+        "time.0": tuple(f"{block}.timestep_embedder.linear_1" for block in first),
+        "time.2": tuple(f"{block}.timestep_embedder.linear_2" for block in first),
+        "label": tuple(f"{block}.class_embedder.embedding_table" for block in first),
+    }
+    for i, block in enumerate(others):
+        places[f"block_times.{i}.0"] = (f"{block}.timestep_embedder.linear_1",)
+        places[f"block_times.{i}.2"] = (f"{block}.timestep_embedder.linear_2",)
+        places[f"block_labels.{i}"] = (f"{block}.class_embedder.embedding_table",)
+    return places | {
         "patches": ("pos_embed.proj",),
-        "time.0": tuple(f"{place}.timestep_embedder.linear_1" for place in copies),
-        "time.2": tuple(f"{place}.timestep_embedder.linear_2" for place in copies),
-        "label": tuple(f"{place}.class_embedder.embedding_table" for place in copies),
         "blocks": ("transformer_blocks",),
         "modulation_out": ("proj_out_1",),
         "out": ("proj_out_2",),
@@ -150,7 +157,7 @@ def shapes_there(outline: nn.Module, found: list[Link]) -> dict[str, list[int]]:
 def modern_name(name: str) -> str:
     """The present name of a tensor of theirs that an old file may have under another."""
     parts = name.split(".")
-    if "mid_block.attentions." in name and parts[-2] in _OLD_ATTENTION:
+    if "attentions." in name and parts[-2] in _OLD_ATTENTION:
         parts[-2] = _OLD_ATTENTION[parts[-2]]
     return ".".join(parts)
 
@@ -165,15 +172,22 @@ def to_theirs(state: Mapping[str, Tensor], found: list[Link]) -> dict[str, Tenso
     return tensors
 
 
-def to_ours(read: Callable[[str], Tensor], found: list[Link]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under our names, from what reads one by its name there; and those there whose copies are not equal."""
+def to_ours(read: Callable[[str], Tensor], found: list[Link]) -> dict[str, Tensor]:
+    """Tensors under our names, from what reads one by its name there; of copies, the first."""
     state: dict[str, Tensor] = {}
-    unequal = []
     for link in found:
         first, *others = link.theirs
-        if link.are_copies:
-            state[link.ours] = read(first)
-            unequal += [name for name in others if not torch.equal(read(name), state[link.ours])]
-        else:
-            state[link.ours] = torch.cat([read(name) for name in link.theirs]) if others else read(first)
-    return state, unequal
+        fused = bool(others) and not link.are_copies
+        state[link.ours] = torch.cat([read(name) for name in link.theirs]) if fused else read(first)
+    return state
+
+
+def copies_are_equal(read: Callable[[str], Tensor], found: list[Link]) -> bool:
+    """Whether what should be copies of one tensor there are."""
+    copies = [link.theirs for link in found if link.are_copies]
+    return all(torch.equal(read(first), read(name)) for first, *others in copies for name in others)
+
+
+def class_tables(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of a DiT's tables of classes [K + 1, C]: one, or one for each block."""
+    return [name for name in state if name == "label.weight" or name.startswith("block_labels.")]

@@ -13,6 +13,7 @@ from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json
 from gmdist.interchange.diffusers import write_folder
+from gmdist.interchange.names import class_tables
 from gmdist.interchange.schedulers import scheduler_config
 from gmdist.interchange.spec import NetworkSpec
 
@@ -70,15 +71,15 @@ def stable_diffusion(unet: Network, first_stage: Network, text: dict[str, Any], 
 def dit_pipeline(transformer: Network, first_stage: Network, diffusion: DiffusionConfig) -> Pipeline:
     """A transformer of latents with classes; ConfigError where the pipeline would draw otherwise.
 
-    The pipeline asks for class 1000 where it means none, so the table of classes is filled up to there: every row after
+    The pipeline asks for class 1000 where it means none, so tables of classes are filled up to there: every row after
     the classes is that of "no class".
     """
     spec = transformer.spec
     if not 1 <= spec.num_classes <= DIT_CLASSES:
         raise ConfigError(f"a transformer of {spec.num_classes} classes; diffusers' DiTPipeline has 1 to {DIT_CLASSES}")
-    table = transformer.state["label.weight"]
-    filling = table[-1:].expand(DIT_CLASSES - spec.num_classes, -1)
-    state = {**transformer.state, "label.weight": torch.cat([table, filling])}
+    state = dict(transformer.state)
+    for name in class_tables(state):
+        state[name] = torch.cat([state[name], state[name][-1:].expand(DIT_CLASSES - spec.num_classes, -1)])
     padded = Network(replace(spec, num_classes=DIT_CLASSES), state)
     labels = {str(number): str(number) for number in range(spec.num_classes)}
     return Pipeline(

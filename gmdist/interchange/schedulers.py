@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from gmdist.diffusion.config import DISCRETE, DiffusionConfig
+from gmdist.diffusion.spacings import leading_timesteps
 from gmdist.errors import ConfigError
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -17,6 +18,10 @@ _CLASSES = {
     "heun": "HeunDiscreteScheduler",
 }
 _OF_SIGMAS = ("euler", "euler_ancestral", "heun")  # they sample x / alpha
+# Those that draw the same there. Theirs of linspace are fractions, or the next step is not at the next timestep;
+# DPM-Solver++ counts those of leading otherwise, too. From trailing, what samples x / alpha starts with noise of
+# sigma / alpha, where we, and theirs of leading, have 1 / alpha.
+_SPACINGS = {"dpmpp_2m": ("trailing",)} | dict.fromkeys(_OF_SIGMAS, ("leading",))
 _ENDS_AT_TIMESTEP_0 = ("ddim", "dpmpp_2m")
 _BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # ours, where the config has none
 
@@ -44,6 +49,12 @@ def scheduler_config(config: DiffusionConfig, scales_start: bool = True, clip: f
         raise _refusal(f"sampler.name: '{sampler.name}'; this pipeline starts from unit noise: use ddim or dpmpp_2m")
     if sampler.name in _OF_SIGMAS and config.prediction == "x0":
         raise _refusal(f"prediction: 'x0'; diffusers' {_CLASSES[sampler.name]} lacks it: use sampler ddim or dpmpp_2m")
+    if sampler.name == "dpmpp_2m" and config.zero_terminal_snr:
+        # Theirs has 2^-24 for an abar of 0: the first step has a length, and the second is one of order two.
+        raise _refusal(
+            f"sampler.name: 'dpmpp_2m'; with zero_terminal_snr diffusers' {_CLASSES[sampler.name]} does not begin at "
+            "pure noise: use ddim or ddpm"
+        )
     if not sampler.ends_clean and sampler.name not in _ENDS_AT_TIMESTEP_0:
         kind = _CLASSES[sampler.name]
         raise _refusal(f"sampler.ends_clean: false; diffusers' {kind} does not end at the noise of timestep 0")
@@ -60,11 +71,12 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
     sampler = config.sampler
     spacing = sampler.spacing_for(config.schedule)
     kind = _CLASSES[sampler.name]
-    # Theirs of linspace are fractions, or the next step is not at the next timestep; DPM-Solver++ counts others too.
-    valid = ("trailing",) if sampler.name == "dpmpp_2m" else ("trailing", "leading")
+    valid = _SPACINGS.get(sampler.name, ("trailing", "leading"))
     if spacing not in valid:
-        raise _refusal(f"sampler.spacing: '{spacing}'; diffusers' {kind} has other timesteps: use {' or '.join(valid)}")
-    written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": 1}
+        other = "another start" if spacing == "trailing" else "other timesteps"
+        raise _refusal(f"sampler.spacing: '{spacing}'; diffusers' {kind} has {other}: use {' or '.join(valid)}")
+    offset = leading_timesteps(config.num_timesteps, sampler.num_steps)[-1]
+    written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": offset}
     if sampler.name == "ddim":
         written |= {"clip_sample": False, "set_alpha_to_one": sampler.ends_clean}
     elif sampler.name == "ddpm":

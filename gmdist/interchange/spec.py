@@ -1,5 +1,6 @@
 """A network as a value: which one, and what its constructor takes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from gmdist.errors import ConfigError
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig
+from gmdist.nets.blocks import group_norm_groups
 from gmdist.nets.dit import DiT, DiTConfig
 from gmdist.nets.unet import UNet, UNetConfig
 
@@ -44,7 +46,7 @@ class NetworkSpec:
         if len(groups) > 1:
             widths = sorted({norm.num_channels for norm in norms})
             raise ConfigError(
-                f"channels: the norms of widths {widths} have {groups} groups; diffusers has one number for all: "
-                "take widths that are multiples of 128, or set norm_groups of a UNet"
+                f"norm_groups: null; the norms of widths {widths} have {groups} groups, and diffusers has one number "
+                f"for all: set norm_groups to {group_norm_groups(math.gcd(*widths))}"
             )
         return groups[0]

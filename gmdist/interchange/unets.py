@@ -24,7 +24,6 @@ def read_unet(values: Values) -> NetworkSpec:
     contexts = values.numbers("cross_attention_dim", [1280] * len(widths), len(widths))
     if len(set(contexts)) > 1:
         raise ConfigError(f"cross_attention_dim: {contexts}; gmdist's UNet has one context for all levels")
-    linear = values.raw("use_linear_projection", False)
     addition = values.raw("addition_embed_type", None)
     size_channels = values.number("addition_time_embed_dim", None)
     vector = values.number("projection_class_embeddings_input_dim", None)
@@ -38,7 +37,7 @@ def read_unet(values: Values) -> NetworkSpec:
         **common,
         context_channels=contexts[0],
         transformer_depths=() if set(depths) == {1} else tuple(depths),
-        linear_projections=bool(linear),
+        linear_projections=values.flag("use_linear_projection", False),
         vector_channels=vector if addition else None,
     )
     return _unet_spec(values, config, default_channels=4)
@@ -63,6 +62,11 @@ def _read_levels(values: Values, attention: str) -> tuple[dict[str, Any], list[i
     check_blocks("up_block_types", up, _block_types("UpBlock2D", attention, levels, with_attention)[::-1])
     if any(width % widths[0] for width in widths):
         raise ConfigError(f"block_out_channels: {widths}; all must be multiples of the first")
+    shift, padding = values.number("freq_shift", 0, least=0), values.number("downsample_padding", 1, least=0)
+    if padding > 1:
+        raise ConfigError(f"downsample_padding: {padding}; must be 1, or 0 for right and below only")
+    if shift > 1:
+        raise ConfigError(f"freq_shift: {shift}; must be 0 or 1")
     fields = {
         "channels": widths[0],
         "multipliers": tuple(width // widths[0] for width in widths),
@@ -71,6 +75,9 @@ def _read_levels(values: Values, attention: str) -> tuple[dict[str, Any], list[i
         "dropout": float(values.number("dropout", 0.0, float)),
         "norm_groups": values.number("norm_num_groups", 32),
         "norm_eps": float(values.number("norm_eps", 1e-5, float)),
+        "frequency_shift": shift,
+        "sines_first": not values.flag("flip_sin_to_cos", True),
+        "asymmetric_downsampling": padding == 0,
     }
     return fields, widths
 
@@ -82,14 +89,13 @@ def _block_types(name: str, attention: str, levels: range, with_attention: tuple
 def _unet_spec(values: Values, config: UNetConfig, default_channels: int) -> NetworkSpec:
     channels = values.number("in_channels", default_channels)
     out_channels = values.number("out_channels", default_channels)
-    embeddings = values.number("num_class_embeds", None)  # with one for "no class", as ours
-    size = values.raw("sample_size", None)
+    embeddings = values.number("num_class_embeds", None, least=2)  # with one for "no class", as ours
     return NetworkSpec(
         config,
         channels,
         num_classes=embeddings - 1 if embeddings else 0,
         out_channels=None if out_channels == channels else out_channels,
-        size=size if isinstance(size, int) else None,
+        size=values.size(),
     )
 
 
@@ -151,5 +157,8 @@ def _write_levels(spec: NetworkSpec, config: UNetConfig, attention: str) -> dict
         "dropout": config.dropout,
         "norm_num_groups": spec.norm_groups(),
         "norm_eps": config.norm_eps,
+        "freq_shift": config.frequency_shift,
+        "flip_sin_to_cos": not config.sines_first,
+        "downsample_padding": 0 if config.asymmetric_downsampling else 1,
         "num_class_embeds": spec.num_classes + 1 if spec.num_classes else None,
     }

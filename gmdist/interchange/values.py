@@ -11,10 +11,7 @@ UNET, PLAIN_UNET, AUTOENCODER, DIT = "UNet2DConditionModel", "UNet2DModel", "Aut
 _FIXED_OF_UNETS: dict[str, Any] = {
     "center_input_sample": False,
     "time_embedding_type": "positional",
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
     "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
     "act_fn": "silu",
     "resnet_time_scale_shift": "default",
 }
@@ -43,6 +40,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "norm_elementwise_affine": False,
     },
 }
+# What Transformer2DModel, which older DiTs are called, says besides: there is more that it could be.
+_OF_OLDER = {DIT: {"attention_type": "default"}}
 # What changes neither weights nor, in fp32, results.
 _WITHOUT_EFFECT = {
     UNET: {"upcast_attention", "addition_embed_type_num_heads"},
@@ -50,6 +49,7 @@ _WITHOUT_EFFECT = {
     AUTOENCODER: {"force_upcast"},
     DIT: {"upcast_attention", "norm_num_groups"},
 }
+_MOST = 1 << 20  # of any number; what is larger is a mistake
 
 
 class Values:
@@ -62,12 +62,30 @@ class Values:
         self.asked.add(key)
         return self.values.get(key, default)
 
-    def number(self, key: str, default: Any, kind: type = int) -> Any:
-        """A number, or None where that is the default."""
+    def number(self, key: str, default: Any, kind: type = int, least: int = 1) -> Any:
+        """A finite number, an integer of at least `least`, or None where that is the default."""
         value = self.raw(key, default)
-        if type(value) not in (int, kind) and not (value is None and default is None):
-            raise ConfigError(f"{key}: {value!r}; must be {'an integer' if kind is int else 'a number'}")
+        if value is None and default is None:
+            return None
+        least = least if kind is int else -_MOST
+        if type(value) not in (int, kind) or not least <= value <= _MOST:
+            name = "an integer" if kind is int else "a number"
+            raise ConfigError(f"{key}: {value!r}; must be {name} from {least} to {_MOST}")
         return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.raw(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key}: {value!r}; must be true or false")
+        return value
+
+    def size(self) -> int | None:
+        """The side of the input; None where there is none, or two."""
+        if isinstance(self.raw("sample_size", None), list | tuple):
+            self.numbers("sample_size", [])
+            return None
+        return self.number("sample_size", None)
 
     def numbers(self, key: str, default: list[int], count: int | None = None) -> list[int]:
         """Integers of at least 1; one stands for `count` equal ones."""
@@ -75,8 +93,8 @@ class Values:
         if type(value) is int and count is not None:
             value = [value] * count
         is_list = isinstance(value, list | tuple) and len(value) > 0
-        if not is_list or not all(type(item) is int and item >= 1 for item in value):
-            raise ConfigError(f"{key}: {value!r}; gmdist's network has numbers of at least 1 there, one for each level")
+        if not is_list or not all(type(item) is int and 1 <= item <= _MOST for item in value):
+            raise ConfigError(f"{key}: {value!r}; must be a list of numbers of at least 1")
         if count is not None and len(value) != count:
             raise ConfigError(f"{key}: {value!r}; must have one number for each of the {count} levels")
         return list(value)
@@ -93,7 +111,7 @@ class Values:
         for key, value in self.values.items():
             if key in self.asked or key.startswith("_") or key in _WITHOUT_EFFECT[self.kind]:
                 continue
-            fixed = FIXED[self.kind].get(key)
+            fixed = (FIXED[self.kind] | _OF_OLDER.get(self.kind, {})).get(key)
             if value != fixed and not (fixed is None and value is False):
                 raise ConfigError(f"{key}: {value!r}; gmdist has {self.kind} with {fixed!r} alone")
 

@@ -13,6 +13,7 @@ from gmdist.nets.blocks import (
     Upsample,
     at_least_fp32,
     group_norm,
+    norm_groups_problem,
     widths_problem,
 )
 
@@ -34,6 +35,7 @@ class AutoencoderConfig:
     num_res_blocks: int = 2  # a level of the encoder; the decoder has one more
     latent_channels: int = 4
     quant_convs: bool = True  # 1x1 convolutions on both sides of the latent; the 16-channel first stages have none
+    norm_groups: int | None = None  # None: at most 32, as many as divide a width and leave each 4 channels or more
 
     @property
     def downsampling(self) -> int:
@@ -44,17 +46,19 @@ class AutoencoderConfig:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
         if self.latent_channels < 1:
             return f"latent_channels: {self.latent_channels}; must be at least 1"
-        return widths_problem(self.channels, self.multipliers, self.num_res_blocks)
+        if problem := widths_problem(self.channels, self.multipliers, self.num_res_blocks):
+            return problem
+        return norm_groups_problem(self.norm_groups, sorted({self.channels * m for m in self.multipliers}))
 
 
 class Middle(nn.Module):
     """Residual, attention, residual at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int | None) -> None:
         super().__init__()
-        self.before = ResBlock(channels, channels)
-        self.attention = SelfAttention2d(channels)
-        self.after = ResBlock(channels, channels)
+        self.before = ResBlock(channels, channels, norm_groups=norm_groups)
+        self.attention = SelfAttention2d(channels, norm_groups=norm_groups)
+        self.after = ResBlock(channels, channels, norm_groups=norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, C, h, w]."""
@@ -73,13 +77,13 @@ class Encoder(nn.Module):
         for level, out in enumerate(widths):
             blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks):
-                blocks.append(ResBlock(width, out))
+                blocks.append(ResBlock(width, out, norm_groups=config.norm_groups))
                 width = out
             if level < len(widths) - 1:
                 blocks.append(Downsample(width, asymmetric=True))
             self.levels.append(nn.Sequential(*blocks))
-        self.middle = Middle(width)
-        self.norm_out = group_norm(width)
+        self.middle = Middle(width, config.norm_groups)
+        self.norm_out = group_norm(width, config.norm_groups)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
         width = 2 * config.latent_channels
         self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
@@ -103,18 +107,18 @@ class Decoder(nn.Module):
         width = config.latent_channels
         self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0])
+        self.middle = Middle(widths[0], config.norm_groups)
         self.levels = nn.ModuleList()
         width = widths[0]
         for level, out in enumerate(widths):
             blocks: list[nn.Module] = []
             for _ in range(config.num_res_blocks + 1):
-                blocks.append(ResBlock(width, out))
+                blocks.append(ResBlock(width, out, norm_groups=config.norm_groups))
                 width = out
             if level < len(widths) - 1:
                 blocks.append(Upsample(width))
             self.levels.append(nn.Sequential(*blocks))
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, config.norm_groups)
         self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -33,6 +33,14 @@ def widths_problem(channels: int, multipliers: tuple[int, ...], num_res_blocks: 
     return None
 
 
+def norm_groups_problem(norm_groups: int | None, widths: list[int]) -> str | None:
+    """Why norms of these widths cannot have so many groups, as "key: value; what is valid"; None if they can."""
+    if norm_groups is not None and (norm_groups < 1 or any(width % norm_groups for width in widths)):
+        fitting = group_norm_groups(math.gcd(*widths))
+        return f"norm_groups: {norm_groups}; must divide the widths {widths}, as {fitting} does"
+    return None
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """A tensor in fp32, or as it is in float64: norms and sums of bf16 would be rounded."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -69,15 +77,20 @@ def attention(
 
 
 def timestep_embedding(
-    timesteps: Tensor, channels: int, max_period: float = 10_000.0, frequency_shift: int = 0
+    timesteps: Tensor,
+    channels: int,
+    max_period: float = 10_000.0,
+    frequency_shift: int = 0,
+    sines_first: bool = False,
 ) -> Tensor:
-    """Sinusoidal embedding, cosines first (Ho 2020, Sec. B; frequencies as in Vaswani 2017, Sec. 3.5).
+    """Sinusoidal embedding (Ho 2020, Sec. B; frequencies as in Vaswani 2017, Sec. 3.5).
 
     Args:
         timesteps: [N], fractional values allowed.
         channels: width of the embedding, even.
         max_period: 2 pi times this is the longest period, in timesteps.
         frequency_shift: 0: `max_period` lies one step beyond the last frequency; 1: it is the last one.
+        sines_first: false: cosines come first.
 
     Returns:
         [N, channels], float32.
@@ -88,7 +101,8 @@ def timestep_embedding(
     exponents = -math.log(max_period) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
     frequencies = torch.exp(exponents / (half - frequency_shift))
     angles = timesteps.float()[:, None] * frequencies  # [N, half]
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    parts = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
+    return torch.cat(parts, dim=1)
 
 
 class ResBlock(nn.Module):
@@ -149,7 +163,8 @@ class SelfAttention2d(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width by a strided convolution.
 
-    `asymmetric` pads right and below only, as the latent diffusion first stages do; UNets pad all sides.
+    `asymmetric` pads right and below only, as DDPM's UNets and the latent diffusion first stages do; others pad all
+    sides.
     """
 
     def __init__(self, channels: int, asymmetric: bool = False) -> None:

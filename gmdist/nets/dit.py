@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class DiTConfig:
     learned_sigma: bool = False  # as many output channels again, for the variance; our losses and samplers use none
     frequency_shift: int = 1  # of the timestep embedding: 1 as in diffusers, 0 as in Peebles' own code
     feed_forward_norm_eps: float = 1e-6  # diffusers' published DiT has 1e-5 there; other norms have 1e-6
+    block_embeddings: bool = False  # each block has its own embedding of time and class, as diffusers trains them
 
     def problem(self) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
@@ -130,8 +132,11 @@ class DiT(nn.Module):
         self.config, self.in_channels, self.size = config, in_channels, size
         width, patch = config.channels, config.patch_size
         self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
-        self.time = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = _time_layers(width)  # of all blocks, or of the first, and of the output
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        others = range(1, config.depth) if config.block_embeddings else ()
+        self.block_times = nn.ModuleList(_time_layers(width) for _ in others)
+        self.block_labels = nn.ModuleList(nn.Embedding(num_classes + 1, width) for _ in others if num_classes)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
         self.modulation_out = nn.Linear(width, 2 * width)
@@ -145,7 +150,7 @@ class DiT(nn.Module):
             first = name.partition(".")[0]
             if name.endswith(".bias") or "modulation" in name or first == "out":
                 nn.init.zeros_(parameter)
-            elif first in ("time", "label"):
+            elif first in ("time", "label", "block_times", "block_labels"):
                 nn.init.normal_(parameter, std=0.02)
             elif parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter.flatten(1))  # patches too: a linear layer of their pixels
@@ -163,15 +168,13 @@ class DiT(nn.Module):
         """
         assert x.shape[2] == x.shape[3] == self.size, (x.shape, self.size)
         frequencies = timestep_embedding(timesteps, _FREQUENCIES, frequency_shift=self.config.frequency_shift)
-        condition = self.time(frequencies.to(x.dtype))  # [N, width]
-        if self.label is not None:
-            assert label is not None
-            condition = condition + self.label(label)
+        embeddings = [(self.time, self.label), *zip_longest(self.block_times, self.block_labels)]
+        conditions = [_condition(*pair, frequencies.to(x.dtype), label) for pair in embeddings]  # each [N, width]
         # The sum keeps the layout of its first operand, and so do all that follow: channels have to be last in it.
         tokens = self.positions + self.patches(x).flatten(2).transpose(1, 2)  # [N, L, width]
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        shift_out, scale_out = self.modulation_out(F.silu(condition)).chunk(2, dim=1)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, conditions[i if self.config.block_embeddings else 0])
+        shift_out, scale_out = self.modulation_out(F.silu(conditions[0])).chunk(2, dim=1)
         tokens = self.out(modulate(self.norm_out(tokens), shift_out, scale_out))  # [N, L, patch * patch * channels]
         return at_least_fp32(self._joined(tokens)[:, : self.in_channels])
 
@@ -180,3 +183,15 @@ class DiT(nn.Module):
         patch, side = self.config.patch_size, math.isqrt(tokens.shape[1])
         patches = tokens.view(-1, side, side, patch, patch, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.size, self.size)
+
+
+def _time_layers(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _condition(time: nn.Module, table: nn.Module | None, frequencies: Tensor, label: Tensor | None) -> Tensor:
+    """Frequencies [N, 256] and, where there is a table of classes, label [N] -> [N, width]."""
+    if table is None:
+        return time(frequencies)
+    assert label is not None
+    return time(frequencies) + table(label)

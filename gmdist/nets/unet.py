@@ -13,6 +13,7 @@ from gmdist.nets.blocks import (
     Upsample,
     at_least_fp32,
     group_norm,
+    norm_groups_problem,
     timestep_embedding,
     widths_problem,
     zero_init,
@@ -45,6 +46,10 @@ class UNetConfig:
     vector_channels: int | None = None  # width of a vector that conditions the whole image (SDXL); None: no vector
     norm_groups: int | None = None  # None: at most 32, as many as divide a width and leave each 4 channels or more
     norm_eps: float = 1e-6  # of residual blocks, plain self-attention and the output; transformers have 1e-6
+    # As in Ho's own code, and so in the weights published with it, are 1, true and true.
+    frequency_shift: int = 0  # of the timestep embedding: 1: the longest period is the last one
+    sines_first: bool = False  # in the timestep embedding; false: cosines
+    asymmetric_downsampling: bool = False  # padded right and below only; false: on all sides
 
     @property
     def downsampling(self) -> int:
@@ -86,10 +91,10 @@ class UNetConfig:
         ):
             depths = list(self.transformer_depths)
             return f"transformer_depths: {depths}; must be a number of at least 1 for each of the {len(levels)} levels"
-        if self.norm_groups is not None and (
-            self.norm_groups < 1 or any(width % self.norm_groups for width in (self.channels, *widths))
-        ):
-            return f"norm_groups: {self.norm_groups}; must divide the widths {widths}"
+        if problem := norm_groups_problem(self.norm_groups, sorted({self.channels, *widths})):
+            return problem
+        if self.frequency_shift not in (0, 1) or self.channels <= 2 * self.frequency_shift:
+            return f"frequency_shift: {self.frequency_shift}; must be 0, or 1 for more than 2 channels"
         if not 0.0 < self.norm_eps < 1.0:
             return f"norm_eps: {self.norm_eps}; must be above 0 and below 1"
         return None
@@ -194,7 +199,7 @@ class UNet(nn.Module):
             out_channels: None: in_channels.
         """
         super().__init__()
-        self.channels = config.channels
+        self.config = config
         self.takes_context = config.context_channels is not None
         embedding = 4 * config.channels
         self.time = _two_layers(config.channels, embedding)
@@ -213,7 +218,7 @@ class UNet(nn.Module):
                 width = out
                 skips.append(width)
             if level < len(widths) - 1:
-                self.down.append(Downsample(width))
+                self.down.append(Downsample(width, config.asymmetric_downsampling))
                 skips.append(width)
 
         self.middle = nn.ModuleList(
@@ -257,7 +262,11 @@ class UNet(nn.Module):
             [N, C_out, H, W], at least fp32.
         """
         assert self.takes_context == (context is not None)
-        embedding = self.time(timestep_embedding(timesteps, self.channels).to(x.dtype))
+        config = self.config
+        frequencies = timestep_embedding(
+            timesteps, config.channels, frequency_shift=config.frequency_shift, sines_first=config.sines_first
+        )
+        embedding = self.time(frequencies.to(x.dtype))
         if self.label is not None:
             assert label is not None
             embedding = embedding + self.label(label)

@@ -5,15 +5,23 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from gmdist.config import from_yaml, load
 from gmdist.diffusion.config import DISCRETE, SAMPLERS, DiffusionConfig, SamplerConfig
 from gmdist.diffusion.noising import EDMNoise, FlowNoise
+from gmdist.diffusion.process import Diffusion
 from gmdist.errors import ConfigError
 
 
 def sampled(schedule: str = "linear", prediction: str = "eps", **sampler) -> DiffusionConfig:
     return DiffusionConfig(schedule, prediction=prediction, sampler=SamplerConfig(**sampler))
+
+
+def steep(prediction: str, name: str = "ddim", zero_terminal_snr: bool = False) -> DiffusionConfig:
+    """Betas whose abar is 0, in float64, from timestep 272 on; its alpha below 1e-30 from 51 on."""
+    sampler = SamplerConfig(name)
+    return DiffusionConfig("linear", 1000, prediction, sampler, (0.9, 0.99), zero_terminal_snr=zero_terminal_snr)
 
 
 def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
@@ -71,6 +79,16 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (sampled(name="plms"), "sampler.name: 'plms'; must be one of ddim, ddpm, euler, euler_ancestral, heun"),
         (sampled(name="flow_euler"), "sampler.name: 'flow_euler'; needs the straight path of schedule 'flow'"),
         (terminal(name="heun"), "sampler.name: 'heun'; cannot start where alpha is 0; use ddim or ddpm or dpm"),
+        (steep("eps"), "prediction: 'eps'; must be x0 or v, as alpha is 0 at the last 9"),
+        (
+            DiffusionConfig("linear", 100, betas=(0.9, 0.99)),
+            "prediction: 'eps'; must be x0 or v, as alpha is 0 at the last",
+        ),
+        (steep("v", "euler"), "sampler.name: 'euler'; cannot start where alpha is 0, as at the last 9"),
+        (steep("x0", "heun"), "sampler.name: 'heun'; cannot start where alpha is 0"),
+        (steep("v", "euler_ancestral"), "sampler.name: 'euler_ancestral'; cannot start where alpha is 0"),
+        (steep("v", "ddpm"), "sampler.name: 'ddpm'; cannot start where alpha is 0"),
+        (steep("v", "dpmpp_2m", zero_terminal_snr=True), "sampler.name: 'dpmpp_2m'; cannot start where alpha is 0"),
         (sampled("cosine", name="heun"), "sampler.name: 'heun'; with schedule 'cosine' needs spacing 'leading'"),
         (sampled("flow", "flow", name="euler"), "sampler.name: 'euler'; cannot start where alpha is 0"),
         (sampled(num_steps=1001), "sampler.num_steps: 1001; must be between 1 and 1000"),
@@ -147,6 +165,25 @@ def test_a_config_file_is_refused_with_the_whole_key() -> None:
     path = Path(__file__).parents[2] / "configs/digits/ddpm.yaml"
     with pytest.raises(ConfigError, match=r"^family\.diffusion\.sampler\.guidance: -1\.0; must be"):
         load(str(path), ["family.diffusion.sampler.guidance=-1"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        steep("v"),
+        steep("x0", zero_terminal_snr=True),
+        terminal(name="ddpm"),
+        terminal(name="dpmpp_2m"),
+        DiffusionConfig("linear", 11_000, "eps", SamplerConfig("euler")),  # alpha is 8e-25 at the end
+        DiffusionConfig("linear", 11_000, "eps", SamplerConfig("dpmpp_2m")),
+    ],
+)
+def test_settings_with_little_data_left_draw_numbers(config: DiffusionConfig) -> None:
+    assert config.problem() is None
+    start = torch.linspace(-2.0, 2.0, 8)
+    end = Diffusion(config).sample(lambda x, t: 0.5 * x, start, lambda i: start.flip(0))
+    assert end.dtype == torch.float32
+    assert end.isfinite().all()
 
 
 def test_continuous_times_allow_any_number_of_steps() -> None:

@@ -1,6 +1,7 @@
 """Published config.json files of diffusers, and what neither side can express."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -130,19 +131,43 @@ PLAIN = {
     "in_channels": 1,
     "out_channels": 1,
 }
+DDPM = {
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
 
 _DIT = dataclasses.replace(dit_xl(), learned_sigma=True, feed_forward_norm_eps=1e-5)
-_VAE_16 = AutoencoderConfig(latent_channels=16, quant_convs=False)
+_VAE = AutoencoderConfig(norm_groups=32)
+_VAE_16 = AutoencoderConfig(latent_channels=16, quant_convs=False, norm_groups=32)
 _PLAIN = UNetConfig(64, (1, 2), 2, (1,), head_channels=8, norm_groups=32, norm_eps=1e-5)
+_DDPM = UNetConfig(norm_groups=32, frequency_shift=1, sines_first=True, asymmetric_downsampling=True)
 PUBLISHED: dict[str, tuple[dict[str, Any], NetworkSpec]] = {
     "sd1": (SD1, NetworkSpec(stable_diffusion_1(), 4, size=64)),
     "sd1_inpainting": (SD1 | {"in_channels": 9}, NetworkSpec(stable_diffusion_1(), 9, out_channels=4, size=64)),
     "sd2": (SD2, NetworkSpec(stable_diffusion_2(), 4, size=96)),
     "sdxl": (SDXL, NetworkSpec(stable_diffusion_xl(), 4, size=128)),
-    "vae": (VAE, NetworkSpec(AutoencoderConfig(), 3, size=1024, latent_scale=0.13025)),
+    "vae": (VAE, NetworkSpec(_VAE, 3, size=1024, latent_scale=0.13025)),
     "vae_16": (VAE_16, NetworkSpec(_VAE_16, 3, size=1024, latent_scale=0.3611, latent_shift=0.1159)),
     "dit": (DIT_XL, NetworkSpec(_DIT, 4, num_classes=1000, size=32)),
     "plain": (PLAIN, NetworkSpec(_PLAIN, 1)),
+    "ddpm_cifar10": (DDPM, NetworkSpec(_DDPM, 3, size=32)),
 }
 
 
@@ -162,7 +187,21 @@ def test_published_configs(name: str) -> None:
     [
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name: 'FluxTransformer2DModel'; must be one of"),
         ({"act_fn": "gelu"}, "act_fn: 'gelu'; gmdist has UNet2DConditionModel with 'silu' alone"),
-        ({"flip_sin_to_cos": False}, "flip_sin_to_cos: False"),
+        ({"flip_sin_to_cos": "no"}, "flip_sin_to_cos: 'no'; must be true or false"),
+        ({"freq_shift": 2}, "freq_shift: 2; must be 0 or 1"),
+        ({"downsample_padding": 2}, "downsample_padding: 2; must be 1, or 0"),
+        ({"downsample_padding": -1}, "downsample_padding: -1; must be an integer from 0"),
+        ({"in_channels": -4}, "in_channels: -4; must be an integer from 1"),
+        ({"in_channels": 10**30}, "in_channels: 10+; must be an integer from 1"),
+        ({"out_channels": 0}, "out_channels: 0; must be an integer from 1"),
+        ({"sample_size": -8}, "sample_size: -8; must be an integer from 1"),
+        ({"sample_size": [64, -8]}, "sample_size: .*at least 1"),
+        ({"num_class_embeds": -3}, "num_class_embeds: -3; must be an integer from 2"),
+        ({"num_class_embeds": 1}, "num_class_embeds: 1; must be an integer from 2"),
+        ({"layers_per_block": 0}, "layers_per_block: 0; must be an integer from 1"),
+        ({"norm_eps": math.nan}, "norm_eps: nan; must be a number"),
+        ({"dropout": math.inf}, "dropout: inf; must be a number"),
+        ({"use_linear_projection": "a"}, "use_linear_projection: 'a'; must be true or false"),
         ({"only_cross_attention": [True, True, True, False]}, "only_cross_attention: "),
         ({"encoder_hid_dim": 768}, "encoder_hid_dim: 768; gmdist has UNet2DConditionModel with None alone"),
         ({"from_the_future": "yes"}, "from_the_future: 'yes'"),
@@ -191,16 +230,31 @@ def test_what_our_unet_cannot_be_is_named(changes: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (VAE | {"norm_num_groups": 16}, "norm_num_groups: 16; gmdist's autoencoder has 32"),
+        (VAE | {"norm_num_groups": 48}, "norm_groups: 48; must divide the widths .*, as 32 does"),
+        (VAE | {"norm_num_groups": 0}, "norm_num_groups: 0; must be an integer from 1"),
+        (VAE | {"scaling_factor": 0}, "scaling_factor: 0; must be above 0"),
+        (VAE | {"scaling_factor": -0.5}, "scaling_factor: -0.5; must be above 0"),
+        (VAE | {"scaling_factor": math.nan}, "scaling_factor: nan; must be a number"),
+        (VAE | {"shift_factor": math.inf}, "shift_factor: inf; must be a number"),
+        (VAE | {"use_quant_conv": "a", "use_post_quant_conv": "a"}, "use_quant_conv: 'a'; must be true or false"),
+        (VAE | {"sample_size": 0}, "sample_size: 0; must be an integer from 1"),
+        (VAE | {"latent_channels": 0}, "latent_channels: 0; must be an integer from 1"),
         (VAE | {"out_channels": 4}, "out_channels: 4; must be in_channels, 3"),
         (VAE | {"use_quant_conv": False}, "use_post_quant_conv: True; must be as use_quant_conv"),
         (VAE | {"mid_block_add_attention": False}, "mid_block_add_attention: False"),
         (VAE | {"latents_mean": [0.0] * 4}, "latents_mean: "),
         (DIT_XL | {"out_channels": 6}, "out_channels: 6; must be 4, or 8"),
+        (DIT_XL | {"sample_size": 0}, "sample_size: 0; must be an integer from 1"),
+        (DIT_XL | {"num_embeds_ada_norm": 0}, "num_embeds_ada_norm: 0; must be an integer from 1"),
+        (DIT_XL | {"num_attention_heads": -16, "attention_head_dim": -72}, "num_attention_heads: -16; must be"),
+        (DIT_XL | {"patch_size": 0}, "patch_size: 0; must be an integer from 1"),
+        (DIT_XL | {"attention_type": "gated"}, "attention_type: 'gated'; gmdist has .* with 'default' alone"),
         (DIT_XL | {"sample_size": 33}, "sample_size: 33; must be a multiple of the patch, 2"),
         (DIT_XL | {"dropout": 0.1}, "dropout: 0.1; gmdist has DiTTransformer2DModel with 0.0 alone"),
         (DIT_XL | {"norm_type": "layer_norm"}, "_class_name: 'Transformer2DModel'"),
-        (PLAIN | {"downsample_padding": 0}, "downsample_padding: 0"),
+        (PLAIN | {"attention_head_dim": 0}, "attention_head_dim: 0; must be an integer from 1"),
+        (PLAIN | {"time_embedding_type": "fourier"}, "time_embedding_type: 'fourier'; gmdist has UNet2DModel with"),
+        (PLAIN | {"down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D"]}, "down_block_types: "),
         ({}, "_class_name: 'None'"),
     ],
 )
@@ -209,18 +263,36 @@ def test_what_our_others_cannot_be_is_named(config: dict[str, Any], message: str
         spec_of(config)
 
 
+@pytest.mark.parametrize(("widths", "groups"), [([32, 64], 8), ([32, 64], 32), ([64, 64], 32), ([16, 32, 32], 4)])
+def test_first_stages_of_small_widths(widths: list[int], groups: int) -> None:
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * len(widths)}
+    blocks["up_block_types"] = ["UpDecoderBlock2D"] * len(widths)
+    spec = spec_of(VAE | blocks | {"block_out_channels": widths, "norm_num_groups": groups})
+    assert spec.norm_groups() == groups
+    written = config_json(spec)
+    assert (written["block_out_channels"], written["norm_num_groups"]) == (widths, groups)
+
+
+def test_a_transformer_saved_in_the_older_class() -> None:
+    older = {"attention_type": "default", "caption_channels": None, "double_self_attention": False}
+    assert spec_of(DIT_XL | older) == PUBLISHED["dit"][1]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         (NetworkSpec(UNetConfig(multipliers=(2, 4)), 3), "multipliers: .*the first must be 1"),
-        (NetworkSpec(UNetConfig(channels=32), 3), "channels: the norms of widths .* groups; diffusers has one number"),
+        (
+            NetworkSpec(UNetConfig(channels=32), 3),
+            "norm_groups: null; the norms of widths .* groups, and diffusers has one number for all: set .* to 8",
+        ),
         (
             NetworkSpec(UNetConfig(attention_levels=(0, 1), num_heads=2), 3),
             "num_heads: 2; the heads of diffusers' UNet2DModel have one width at all levels: set head_channels",
         ),
         (NetworkSpec(UNetConfig(vector_channels=8), 3), "vector_channels: 8; diffusers' UNet2DModel, without context"),
         (NetworkSpec(UNetConfig(context_channels=8, vector_channels=8), 3), "vector_channels: 8; .*pooled text"),
-        (NetworkSpec(AutoencoderConfig(channels=32), 3), "channels: the norms of widths"),
+        (NetworkSpec(AutoencoderConfig(channels=32), 3), "norm_groups: null; .*: set norm_groups to 8"),
         (NetworkSpec(DiTConfig(qk_norm=True), 4, 10, size=8), "qk_norm: true; diffusers' DiTTransformer2DModel"),
         (NetworkSpec(DiTConfig(), 4, 0, size=8), "num_classes: 0; diffusers' DiTTransformer2DModel"),
         (NetworkSpec(DiTConfig(frequency_shift=0), 4, 10, size=8), "frequency_shift: 0; "),

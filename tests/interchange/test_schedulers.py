@@ -26,6 +26,12 @@ def test_stable_diffusion_1() -> None:
     }
 
 
+@pytest.mark.parametrize(("steps", "offset"), [(10, 1), (50, 1), (51, 0), (100, 0)])
+def test_the_first_of_leading_timesteps(steps: int, offset: int) -> None:
+    written = scheduler_config(DiffusionConfig("linear", 100, sampler=SamplerConfig("ddim", steps, spacing="leading")))
+    assert written["steps_offset"] == offset
+
+
 def test_a_schedule_that_theirs_lack_is_written_beta_by_beta() -> None:
     betas = scheduler_config(DiffusionConfig("sigmoid", 100))["trained_betas"]
     kept = 1.0
@@ -44,6 +50,13 @@ def test_a_schedule_that_theirs_lack_is_written_beta_by_beta() -> None:
         (
             DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", spacing="leading")),
             "sampler.spacing: .*other timesteps: use trailing",
+        ),
+        (DiffusionConfig(sampler=SamplerConfig("euler")), "sampler.spacing: 'trailing'; .*another start: use leading"),
+        (DiffusionConfig(sampler=SamplerConfig("euler_ancestral")), "sampler.spacing: 'trailing'; .*: use leading"),
+        (DiffusionConfig(sampler=SamplerConfig("heun")), "sampler.spacing: 'trailing'; .*another start: use leading"),
+        (
+            DiffusionConfig(prediction="v", sampler=SamplerConfig("dpmpp_2m"), zero_terminal_snr=True),
+            "sampler.name: 'dpmpp_2m'; with zero_terminal_snr .*pure noise: use ddim or ddpm",
         ),
         (DiffusionConfig(prediction="x0", sampler=SamplerConfig("heun")), "prediction: 'x0'; .*use sampler ddim"),
         (DiffusionConfig(sampler=SamplerConfig("ddpm", ends_clean=False)), "sampler.ends_clean: false"),

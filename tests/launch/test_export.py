@@ -200,6 +200,29 @@ def test_tensors_that_do_not_fit_are_named(change: str, exported: Path, start: l
         check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
 
 
+def test_embeddings_of_each_block_are_asked_for(exported: Path, start: list[str], tmp_path: Path) -> None:
+    own = "family.dit={channels: 16, depth: 2, num_heads: 2, block_embeddings: true}"
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((exported / "transformer/config.json").read_bytes())
+    tensors = load_file(exported / "transformer" / WEIGHTS)
+    second = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    tensors[second][2] += 1.0
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ConfigError, match="holds another network: block_embeddings true there, false here"):
+        check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
+
+    for source in (folder, exported):  # and where all are equal, each block begins with that one
+        config = load(start[0], [*start[1:], own, f"family.init_from={source}"])
+        assert check_start(config) == (None, [])
+        family = build_family(config)
+        family.initialize({"key": torch.arange(4), "image": torch.rand(4, 3, 16, 16)})
+        state = family.denoiser.network.state_dict()
+        assert len(state["block_labels.0.weight"]) == len(state["label.weight"]) == 5
+        differing = (state["block_labels.0.weight"] != state["label.weight"]).any(dim=1)
+        assert differing.tolist() == [False, False, source == folder, False, False]
+
+
 def test_every_difference_is_named_before_the_start(
     noise: str, exported: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,10 @@ def test_published_work() -> None:
     assert counter.get_total_flops() / 1e9 == pytest.approx(2 * 118.64, rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, qk_norm=True)])
+OWN = dataclasses.replace(SMALL, depth=3, block_embeddings=True)
+
+
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, qk_norm=True), OWN])
 def test_gradients_reach_every_parameter(config: DiTConfig) -> None:
     network = perturbed(config)
     output = network(torch.randn(2, 2, 8, 8), torch.tensor([3.5, 900.0]), torch.tensor([0, 3]))
@@ -58,6 +61,26 @@ def test_gradients_reach_every_parameter(config: DiTConfig) -> None:
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_equal_embeddings_of_blocks_are_one_embedding() -> None:
+    one, own = perturbed(dataclasses.replace(OWN, block_embeddings=False)), perturbed(OWN)
+    copies = {f"block_{kind}s.{i}": kind for kind in ("time", "label") for i in range(2)}
+    state = one.state_dict()
+    state |= {
+        name: state[name.replace(copy, kind)]
+        for name in own.state_dict()
+        for copy, kind in copies.items()
+        if copy in name
+    }
+    own.load_state_dict(state)
+    inputs = torch.randn(2, 2, 8, 8), torch.tensor([3.5, 900.0]), torch.tensor([0, 3])
+    with torch.no_grad():
+        assert torch.equal(own(*inputs), one(*inputs))
+        own.block_labels[1].weight[3] += 1.0  # of the third block, where there is no class
+        after = own(*inputs)
+    assert torch.equal(after[0], one(*inputs)[0])
+    assert (after[1] - one(*inputs)[1]).abs().max() > 1e-3
 
 
 def test_starts_at_zero_with_blocks_that_are_the_identity() -> None:

@@ -45,6 +45,14 @@ def test_autoencoder_shapes(multipliers: tuple[int, ...], side: int) -> None:
     assert net.decode(mean).shape == (2, 1, 16, 16)
 
 
+def test_norms_of_an_autoencoder() -> None:
+    net = Autoencoder(AutoencoderConfig(16, (1, 2), 1, 3, norm_groups=8), 1)
+    assert {norm.num_groups for norm in net.modules() if isinstance(norm, torch.nn.GroupNorm)} == {8}
+    assert AutoencoderConfig(16, (1, 2), norm_groups=8).problem() is None
+    problem = AutoencoderConfig(16, (1, 2), norm_groups=32).problem()
+    assert problem == "norm_groups: 32; must divide the widths [16, 32], as 4 does"
+
+
 def test_unet_depends_on_time_and_label() -> None:
     torch.manual_seed(0)
     net = UNet(UNetConfig(16, (1, 2), 1, (0, 1), 2, 0.0), 3, num_classes=4).eval()

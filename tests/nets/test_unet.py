@@ -108,6 +108,16 @@ def test_depends_on_each_condition(name: str) -> None:
     torch.testing.assert_close(before[1], after[1])  # its own condition alone
 
 
+def test_sines_first_is_another_order_of_the_same_network() -> None:
+    cosines = perturbed(SMALL, num_classes=4)
+    sines = UNet(dataclasses.replace(SMALL, sines_first=True), 3, 4).eval()
+    state = cosines.state_dict()
+    state["time.0.weight"] = state["time.0.weight"].roll(8, 1)
+    sines.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(sines(**inputs()), cosines(**inputs()), rtol=1e-5, atol=1e-6)
+
+
 def test_a_mask_hides_padding_exactly() -> None:
     network = perturbed(SMALL, num_classes=4)
     mask = torch.arange(5) < torch.tensor([[3], [5]])
@@ -160,7 +170,12 @@ def test_linear_and_convolutional_projections_are_the_same_function() -> None:
             "transformer_depths: [1]; must be a number of at least 1 for each of the 2 levels",
         ),
         ({"transformer_depths": (1, 0)}, "transformer_depths: [1, 0]; must be"),
-        ({"norm_groups": 5}, "norm_groups: 5; must divide the widths [16, 32]"),
+        ({"norm_groups": 5}, "norm_groups: 5; must divide the widths [16, 32], as 4 does"),
+        ({"frequency_shift": 2}, "frequency_shift: 2; must be 0, or 1"),
+        (
+            {"channels": 2, "head_channels": 2, "frequency_shift": 1},
+            "frequency_shift: 1; must be 0, or 1 for more than",
+        ),
         ({"norm_eps": 0.0}, "norm_eps: 0.0; must be above 0"),
         ({"head_channels": None, "num_heads": 3}, "num_heads: 3; must divide the attended widths [16, 32]"),
     ],

@@ -57,9 +57,25 @@ SPECS = {
     "ddpm": NetworkSpec(
         UNetConfig(channels=32, multipliers=(1, 2, 2), head_channels=8, norm_groups=8), 3, num_classes=CLASSES, size=16
     ),
+    "ddpm_published": NetworkSpec(
+        UNetConfig(
+            channels=32,
+            multipliers=(1, 2),
+            norm_groups=32,
+            frequency_shift=1,
+            sines_first=True,
+            asymmetric_downsampling=True,
+        ),
+        3,
+        size=16,
+    ),
     "autoencoder": NetworkSpec(AutoencoderConfig(128, (1, 2), 1, 4), 3, latent_scale=0.13025),
     "autoencoder_16": NetworkSpec(
         AutoencoderConfig(64, (2, 2, 2), 1, 16, quant_convs=False), 3, latent_scale=0.3611, latent_shift=0.1159
+    ),
+    "autoencoder_small": NetworkSpec(AutoencoderConfig(32, (1, 2), 1, 4, norm_groups=8), 3, latent_scale=0.5),
+    "dit_block_embeddings": NetworkSpec(
+        DiTConfig(32, 3, 4, 2, learned_sigma=True, block_embeddings=True), 4, num_classes=CLASSES, size=16
     ),
     "dit": NetworkSpec(DiTConfig(32, 3, 4, 2, learned_sigma=True), 4, num_classes=CLASSES, size=16),
     "dit_published_norms": NetworkSpec(
@@ -177,9 +193,30 @@ def test_a_mask_hides_what_it_hides_there() -> None:
     assert relative_error(found, wanted) < 1e-5
 
 
-def test_attention_of_old_first_stages(tmp_path: Path) -> None:
-    # Before diffusers 0.14 an autoencoder's projections were query, key, value and proj_attn.
-    spec, network = SPECS["autoencoder"], random_network(SPECS["autoencoder"])
+@pytest.mark.parametrize("of", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_transformer_made_by_diffusers(of: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    peer = getattr(diffusers, of)(
+        num_attention_heads=4, attention_head_dim=8, num_layers=3, in_channels=4, out_channels=8, sample_size=16,
+        patch_size=2, num_embeds_ada_norm=CLASSES, activation_fn="gelu-approximate", attention_bias=True,
+        norm_type="ada_norm_zero", norm_elementwise_affine=False,
+    ).eval()  # fmt: skip
+    peer.save_pretrained(tmp_path)
+    spec, state = read_folder(tmp_path)
+    assert spec.config == DiTConfig(32, 3, 4, 2, learned_sigma=True, feed_forward_norm_eps=1e-5, block_embeddings=True)
+    network = spec.build().eval()
+    network.load_state_dict(state)
+    x = inputs_of(spec)["x"]
+    with torch.no_grad():
+        found = network(x, TIMESTEPS, LABELS)
+        wanted = peer(x, timestep=TIMESTEPS, class_labels=LABELS).sample[:, :4]
+    assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "ddpm_published"])
+def test_old_names_of_attention(name: str, tmp_path: Path) -> None:
+    # Before diffusers 0.14 the projections of plain self-attention were query, key, value and proj_attn.
+    spec, network = SPECS[name], random_network(SPECS[name])
     write_folder(tmp_path, spec, network.state_dict())
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
