@@ -140,7 +140,7 @@ def test_what_diffusers_has_no_pipeline_for(
     bytes_ = ["family.conditioning={kind: text, text: {transformer: {channels: 16, depth: 1, num_heads: 2}}}"]
     kinds = {
         "told classes": latents,
-        "told bytes": [*latents, *bytes_, "data.caption=txt"],
+        "told words": [*latents, *bytes_, "data.caption=txt"],
         "told nothing": [*latents, "family.conditioning={kind: none}"],
         "diffusers' pipelines of pixels have a UNet that is told nothing": ["ddpm", UNET],
         "'heun'; diffusers' pipelines of pixels have ddim and ddpm": [
