@@ -19,7 +19,7 @@ def sampled(schedule: str = "linear", prediction: str = "eps", **sampler) -> Dif
 
 
 def steep(prediction: str, name: str = "ddim", zero_terminal_snr: bool = False) -> DiffusionConfig:
-    """Betas whose abar is 0, in float64, from timestep 272 on; its alpha below 1e-30 from 51 on."""
+    """Betas whose abar is 0, in float64, from timestep 303 on; its alpha is below 1e-30 from 59 on."""
     sampler = SamplerConfig(name)
     return DiffusionConfig("linear", 1000, prediction, sampler, (0.9, 0.99), zero_terminal_snr=zero_terminal_snr)
 
@@ -79,12 +79,15 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (sampled(name="plms"), "sampler.name: 'plms'; must be one of ddim, ddpm, euler, euler_ancestral, heun"),
         (sampled(name="flow_euler"), "sampler.name: 'flow_euler'; needs the straight path of schedule 'flow'"),
         (terminal(name="heun"), "sampler.name: 'heun'; cannot start where alpha is 0; use ddim or ddpm or dpm"),
-        (steep("eps"), "prediction: 'eps'; must be x0 or v, as alpha is 0 at the last 9"),
+        (steep("eps"), "prediction: 'eps'; must be x0 or v, as alpha is 0 at the last 941 timesteps"),
         (
             DiffusionConfig("linear", 100, betas=(0.9, 0.99)),
             "prediction: 'eps'; must be x0 or v, as alpha is 0 at the last",
         ),
-        (steep("v", "euler"), "sampler.name: 'euler'; cannot start where alpha is 0, as at the last 9"),
+        (
+            steep("v", "euler"),
+            "sampler.name: 'euler'; cannot start where alpha is 0, as at the last 941 timesteps; use ddim",
+        ),
         (steep("x0", "heun"), "sampler.name: 'heun'; cannot start where alpha is 0"),
         (steep("v", "euler_ancestral"), "sampler.name: 'euler_ancestral'; cannot start where alpha is 0"),
         (steep("v", "ddpm"), "sampler.name: 'ddpm'; cannot start where alpha is 0"),
@@ -174,7 +177,7 @@ def test_a_config_file_is_refused_with_the_whole_key() -> None:
         steep("x0", zero_terminal_snr=True),
         terminal(name="ddpm"),
         terminal(name="dpmpp_2m"),
-        DiffusionConfig("linear", 11_000, "eps", SamplerConfig("euler")),  # alpha is 8e-25 at the end
+        DiffusionConfig("linear", 11_000, "eps", SamplerConfig("euler")),  # alpha is 7e-25 at the end
         DiffusionConfig("linear", 11_000, "eps", SamplerConfig("dpmpp_2m")),
     ],
 )
