@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-tokenizers
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -98,3 +98,6 @@ bench-loader: setup .s3/installed .peers/installed
 
 bench-diffusion: setup .parity/installed
 	$(BIN)/python benchmarks/diffusion.py --peers .parity
+
+bench-tokenizers: setup .parity/installed
+	$(BIN)/python benchmarks/tokenizing.py --peers .parity

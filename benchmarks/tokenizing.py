@@ -331,7 +331,7 @@ def row(task: str, found: dict[str, Peer]) -> str:
 def main() -> None:
     """Print the lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=Path, default=Path(".parity"), help="the folder that the peers are installed in")
+    parser.add_argument("--peers", type=Path, default=Path(".parity"), help="the folder that peers are installed in")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="TASK", choices=TASKS)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
