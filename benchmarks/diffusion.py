@@ -11,14 +11,9 @@ our two; nhwc marks channels last. Neither side is compiled.
 
 import argparse
 import contextlib
-import dataclasses
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import Peer, difference, ratio, serve, start, take_turns
 
 from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.diffusion.process import Diffusion
@@ -34,7 +30,6 @@ from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets.autoencoder import AutoencoderConfig, gaussian_kl
 from gmdist.nets.dit import DiTConfig
 from gmdist.nets.unet import UNetConfig
-from gmdist.train.cost import peak_memory_gib
 
 CLASSES, LENGTH, CONTEXT, SIDE = 1000, 77, 256, 16
 SPECS = {
@@ -51,8 +46,6 @@ SPECS = {
 }  # fmt: skip
 BATCH, IMAGE_SIDE = {"unet": 4, "autoencoder": 2, "dit": 8}, 64
 SAMPLES, STEPS, GUIDANCE, KL_WEIGHT = 4, 50, 4.0, 1e-6
-# As Ray's workers have it: large temporaries come from the heap and stay there.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 # Whose, under our workers' allocator, channels last.
 SIDES = {
     "ours": ("ours", True, False),
@@ -218,7 +211,7 @@ def sampling(name: str, whose: str, layout: torch.memory_format, folder: Path) -
 
 
 def work(side: str, task: str, precision: str, folder: Path) -> None:
-    """One side: a step for each line of the input, and for each a line of the processor's time and the loss."""
+    """One side."""
     torch.set_num_threads(1)
     whose, _, channels_last = SIDES[side]
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -227,96 +220,33 @@ def work(side: str, task: str, precision: str, folder: Path) -> None:
             step = sampling(task.removeprefix("sample "), whose, layout, folder)
         else:
             step = training(task, precision, whose, layout, folder)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start_s = time.process_time()
-        value = step()
-        taken_s = time.process_time() - start_s
-        print(json.dumps({"s": taken_s, "value": value, "gib": peak_memory_gib(torch.device("cpu"))}), flush=True)
-
-
-@dataclasses.dataclass
-class Peer:
-    """A side's process, and what it has said; what it did first is not counted."""
-
-    process: subprocess.Popen[str]
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    values: list[float] = dataclasses.field(default_factory=list)
-    gib: float = 0.0
-
-    def wait(self) -> None:
-        """Until it has its weights."""
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            raise SystemExit(f"it did not start; run it to see why: {self.process.args}")
-
-    def step(self, is_counted: bool) -> None:
-        """Let it make one."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        self.values.append(answer["value"])
-        self.gib = answer["gib"]
-        if is_counted:
-            self.seconds.append(answer["s"])
-
-
-def start(side: str, task: str, precision: str, folder: Path, peers: Path) -> Peer:
-    """A side that loads its weights."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    if SIDES[side][0] == "theirs":
-        environment["PYTHONPATH"] = str(peers.absolute())
-    if SIDES[side][1]:
-        environment |= ALLOCATOR
-    command = [sys.executable, __file__, "--work", side, task, precision, str(folder)]
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    return Peer(process)
+    serve(step)
 
 
 def measure(task: str, precision: str, rounds: int, folder: Path, peers: Path) -> dict[str, Peer]:
     """All sides in turn; a step of training once before anything is counted."""
-    is_warm = task.startswith("sample ")
-    found = {side: start(side, task, precision, folder, peers) for side in SIDES}
-    for peer in found.values():
-        peer.wait()
-    for number in range(rounds if is_warm else rounds + 1):
-        for peer in found.values():
-            peer.step(is_counted=is_warm or number > 0)
-    for peer in found.values():
-        assert peer.process.stdin is not None
-        peer.process.stdin.close()
-        peer.process.wait()
+    found = {}
+    for side, (whose, our_allocator, _) in SIDES.items():
+        arguments = [side, task, precision, str(folder)]
+        found[side] = start(
+            __file__, arguments, our_allocator=our_allocator, peers=peers if whose == "theirs" else None
+        )
+    take_turns(found, rounds, is_warm=task.startswith("sample "))
     return found
-
-
-def ratio(ours: Peer, theirs: Peer) -> float:
-    """Of their times, turn by turn."""
-    return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
-
-
-def difference(first: Peer, second: Peer, num_values: int | None) -> float:
-    """The largest relative one of the first losses; None: of all."""
-    pairs = list(zip(first.values, second.values, strict=True))[:num_values]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def row(task: str, precision: str, found: dict[str, Peer]) -> str:
     """A line of the table."""
 
     def faster(*sides: str) -> str:
-        return min(sides, key=lambda side: statistics.median(found[side].seconds))
+        return min(sides, key=lambda side: found[side].median_s())
 
     ours, tuned = faster("ours", "ours, channels last"), faster("tuned", "tuned, channels last")
     plain = found["as it comes"]
     columns = [f"{task}, {precision}"]
     for side in ("as it comes", tuned, ours):
         layout = ", nhwc" if side.endswith("last") else ""
-        columns.append(f"{statistics.median(found[side].seconds):.3f} s{layout}, {found[side].gib:.2f} GiB")
+        columns.append(f"{found[side].median_s():.3f} s{layout}, {found[side].gib:.2f} GiB")
     of_plain, of_tuned = ratio(found[ours], plain), ratio(found[ours], found[tuned])
     columns += [f"{of_plain:.2f}", f"{of_tuned:.2f}", f"{found[ours].gib / plain.gib:.2f}"]
     # Each block of diffusers' DiT trains its own copy of the embeddings, so that later losses differ.

@@ -1,12 +1,12 @@
-"""One GPU: the trainer's step beside a plain torch loop's, then networks of the field on cached latents.
+"""One GPU: the trainer's step beside a plain torch loop's, then networks of the field: denoisers, tokenizers, priors.
 
     python benchmarks/gpu.py
 
 Needs neither Ray nor DeepSpeed. The first table's model is a UNet of 140 M parameters on 64x64 images, AdamW, synthetic
 batches in memory, in every precision, with what the config can switch on; ours is the trainer at stage 0 with EMA,
 gradient norms and metrics. In turn, medians over rounds. The second table (`gpu_latents.py`) is the trainer's with
-Stable Diffusion 1's UNet and DiT-XL/2. What does not run is said in its line. `--small` is for a machine without a GPU,
-and says nothing about one.
+Stable Diffusion 1's UNet and DiT-XL/2, the third (`gpu_tokenizers.py`) with ViT VQ-VAEs and transformer priors. What
+does not run is said in its line. `--small` is for a machine without a GPU, and says nothing about one.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import time
 from typing import Any
 
 import gpu_latents
+import gpu_tokenizers
 import torch
+from gpu_table import print_table
 from in_memory import Synthetic, free_memory, one_line, train
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from gmdist.train.blocks import prepare
 from gmdist.train.config import TrainConfig
 from gmdist.train.engine import computing
 
+TABLES = ["loop", "latents", "tokenizers"]
 WARM_UP, STEPS, ROUNDS = 10, 30, 3
 # What is switched on in ours and, as far as torch has it, in the plain loop.
 CASES: list[dict[str, Any]] = [
@@ -110,7 +113,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--tables", nargs="+", choices=["loop", "latents"], default=["loop", "latents"])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     options = parser.parse_args()
     small = options.small
     if not small and not torch.cuda.is_available():
@@ -133,7 +136,9 @@ def main() -> None:
             free_memory()
             print(f"| {name} | {columns} |", flush=True)
     if "latents" in options.tables:
-        gpu_latents.print_table(small, device)
+        print_table(gpu_latents.SMALL_CASES if small else gpu_latents.CASES, small, device)
+    if "tokenizers" in options.tables:
+        print_table(gpu_tokenizers.SMALL_CASES if small else gpu_tokenizers.CASES, small, device)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,16 @@ class Synthetic:
         return []
 
 
-def train(family: Family, config: TrainConfig, source: Synthetic, device: torch.device) -> list[dict[str, Any]]:
-    """The lines of metrics of a run that trains `denoiser`; the device's memory is free and uncounted before."""
+def train(
+    family: Family, config: TrainConfig, source: Synthetic, device: torch.device, trains: str = "denoiser"
+) -> list[dict[str, Any]]:
+    """The lines of metrics of a run that trains one child; the device's memory is free and uncounted before."""
     if device.type == "cuda":
         free_memory()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(prefix="gmdist-gpu-") as run:
         identity = RunIdentity("in_memory", source.batch_size)
-        trainer = Trainer(family, config, {"denoiser": OptimConfig()}, identity, None, run, source, device=device)
+        trainer = Trainer(family, config, {trains: OptimConfig()}, identity, None, run, source, device=device)
         try:
             trainer.fit()
         finally:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import attention, timestep_embedding
@@ -43,16 +44,25 @@ class ViTConfig:
         return None
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm whose weights may be bf16 where its input is fp32, which on processors torch refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        kind = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
+
+
 class ViTBlock(nn.Module):
     """Self-attention without biases of its inputs, a feed-forward with tanh; each residual after a norm."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, self.num_heads = config.channels, config.num_heads
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = Norm(width)
         self.qkv = nn.Linear(width, 3 * config.attention_channels, bias=False)
         self.out = nn.Linear(config.attention_channels, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = Norm(width)
         self.up = nn.Linear(width, config.hidden_channels)
         self.down = nn.Linear(config.hidden_channels, width)
 
@@ -78,7 +88,7 @@ class ViTEncoder(nn.Module):
         self.patches = nn.Conv2d(image_channels, config.channels, patch_size, stride=patch_size)
         self.register_buffer("positions", _positions(num_patches, config.channels), persistent=False)
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.depth)))
-        self.norm = nn.LayerNorm(config.channels)
+        self.norm = Norm(config.channels)
         _initialize(self)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -98,7 +108,7 @@ class ViTDecoder(nn.Module):
         self.num_patches = num_patches
         self.register_buffer("positions", _positions(num_patches, config.channels), persistent=False)
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.depth)))
-        self.norm = nn.LayerNorm(config.channels)
+        self.norm = Norm(config.channels)
         self.pixels = nn.ConvTranspose2d(config.channels, image_channels, patch_size, stride=patch_size)
         _initialize(self)
 

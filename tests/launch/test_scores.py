@@ -137,7 +137,10 @@ def test_what_has_no_scores_is_refused(trained: Path, digits: Path, tmp_path: Pa
         load(WITHOUT_LIKELIHOOD, [*TINY, f"data.train={digits}/train", given, f"run.dir={run}"]), torch.device("cpu")
     )
     line = refused(capsys, 2, "evaluate", str(run), "--scores", out)
-    assert "--scores: family 'autoencoder_kl' gives no likelihoods; those that do are pixelcnn, transformer_prior, vae" in line
+    assert (
+        "--scores: family 'autoencoder_kl' gives no likelihoods; those that do are pixelcnn, transformer_prior, vae"
+        in line
+    )
     assert not Path(out).exists()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmdist import rng
-from gmdist.nets.kmeans import kmeans, nearest, sums_of
+from gmdist.nets.kmeans import _two_least, kmeans, nearest, sums_of
 
 
 def dense(vectors: Tensor, codes: Tensor) -> Tensor:
@@ -35,6 +35,14 @@ def test_of_equal_codes_it_is_the_first() -> None:
         found = nearest(vectors, codes, chunk_elements)
         assert torch.equal(found, dense(vectors, codes))
         assert found.max() < 64
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 130, 192, 256, 1000, 8192, 20_000])
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_the_two_least_of_a_row_are_the_first_in_order(size: int, levels: int) -> None:
+    rows = torch.randint(0, levels, (50, size), generator=torch.Generator().manual_seed(0)).float()
+    expected = rows.sort(dim=1, stable=True).indices[:, :2].expand(-1, 2)
+    assert torch.equal(_two_least(rows), expected)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -76,3 +76,15 @@ def test_sizes_that_cannot_be(config: ViTConfig, problem: str) -> None:
     assert (config.problem() or "").startswith(problem)
     assert SMALL.problem() is None
     assert LARGE.problem() is None
+
+
+def test_weights_in_bf16_are_near_those_in_fp32() -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(32, 2, 2, 64, 16)
+    encoder, decoder = ViTEncoder(config, 3, 4, 4), ViTDecoder(config, 3, 4, 4)
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = decoder(encoder(image))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoder.bfloat16()(encoder.bfloat16()(image))
+    found.float().square().mean().backward()
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
