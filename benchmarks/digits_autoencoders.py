@@ -32,14 +32,15 @@ MINUTES = 4.0  # asked for, of training
 LEVELS = 256
 
 
-def trained(name: str, root: Path, data: Path) -> float:
-    """Train a family's config into `root`; returns minutes, of this call."""
+def trained(name: str, root: Path, data: Path) -> float | None:
+    """Train a family's config into `root`; returns minutes, or None where the run was begun before."""
+    was_there = (root / name / "config.yaml").exists()
     settings = [f"data.train={data}/train", f"data.test={data}/test", f"run.dir={root / name}"]
     if name == "transformer_prior":
         settings.append(f"family.first_stage={root / 'vq_vae'}")
     start_s = time.monotonic()
     subprocess.run(["gmdist", "train", f"configs/digits/{name}.yaml", *settings], check=True)
-    return (time.monotonic() - start_s) / 60
+    return None if was_there else (time.monotonic() - start_s) / 60
 
 
 def measured(run: Path, *options: str) -> dict[str, float]:
@@ -127,7 +128,10 @@ def main() -> int:
     for name in FAMILIES:
         shown = {key: value for key, value in found[name].items() if not key.startswith("kl_nats_")}
         line = ", ".join(f"{key} {value:.4g}" for key, value in shown.items() if value is not None)
-        print(f"| {name} | {size_of(options.runs / name):,} | {minutes[name]:.1f} | {line} |")
+        spent = minutes[name]
+        shown_minutes = "not timed" if spent is None else f"{spent:.1f}"
+        print(f"| {name} | {size_of(options.runs / name):,} | {shown_minutes} | {line} |")
+    slowest = max((spent for spent in minutes.values() if spent is not None), default=0.0)
     asked = [
         (f"VAE's ELBO {ours:.1f} nats, pythae's {pythae:.1f}", ours >= pythae),
         (f"VQ-VAE uses {used:.1%} of its codes (asked: 90%)", used >= 0.9),
@@ -138,8 +142,8 @@ def main() -> int:
             bits <= 0.6 * independent,
         ),
         (
-            f"slowest training {max(minutes.values()):.1f} minutes (asked: {MINUTES:g})",
-            max(minutes.values()) <= MINUTES,
+            f"slowest training of this call {slowest:.1f} minutes (asked: {MINUTES:g})",
+            slowest <= MINUTES,
         ),
     ]
     print()
