@@ -10,10 +10,8 @@ from gmdist import rng
 from gmdist.families.adversarial import DiscriminatorConfig, JudgedAutoencoder
 from gmdist.families.codes import (
     check_finite,
-    collapse_concerns,
     observe,
     start_codebook,
-    summarize_shares,
     token_shares,
     update_codebook,
 )
@@ -160,15 +158,6 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, image).mean()
         return metrics
-
-    def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """The means, and the use that all images make of the codebook."""
-        scalars = {name: mean for name, mean in means.items() if name != "shares"}
-        return super().summarize(scalars) | (summarize_shares(means["shares"]) if "shares" in means else {})
-
-    def concerns(self, found: dict[str, float]) -> list[str]:
-        """A codebook that has collapsed."""
-        return collapse_concerns(found, self.codebook_size) if "perplexity" in found else []
 
     def _checked_features(self, image: Tensor) -> Tensor:
         """The encoder's features [N, L, C]; DivergedError names the first layer that gives what is not finite."""

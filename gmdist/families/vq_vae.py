@@ -9,10 +9,8 @@ from gmdist import rng
 from gmdist.errors import DataError
 from gmdist.families.codes import (
     check_finite,
-    collapse_concerns,
     observe,
     start_codebook,
-    summarize_shares,
     token_shares,
     update_codebook,
 )
@@ -130,15 +128,6 @@ class VQVAE(Tokenizer):
             "mse": (reconstruction - image).square().mean(),
             "shares": token_shares(tokens, self.codebook_size),
         }
-
-    def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """The means, and the use that all images make of the codebook."""
-        scalars = {name: mean for name, mean in means.items() if name != "shares"}
-        return super().summarize(scalars) | (summarize_shares(means["shares"]) if "shares" in means else {})
-
-    def concerns(self, found: dict[str, float]) -> list[str]:
-        """A codebook that has collapsed."""
-        return collapse_concerns(found, self.codebook_size) if "perplexity" in found else []
 
     def _features(self, image: Tensor) -> Tensor:
         """What is quantized of images [N, C, H, W]: [N, h, w, Z]."""
