@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gmdist import storage
-from gmdist.data.config import DataConfig
+from gmdist.data.config import MAX_IMAGE_SIZE, DataConfig
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import MEASURED, EvaluationConfig
 from gmdist.families import CATALOGUE
@@ -144,21 +144,25 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values against the dataclasses."""
     tree = {key: value for key, value in tree.items() if key != "base"}
     _refuse_unknown(tree, list(_TOP_KEYS), "")
-    for key in ("name", "family", "data", "optim", "train", "run"):
-        if tree.get(key) is None:
-            raise ConfigError(f"{key}: missing")
     for key in ("family", "optim", *_SECTIONS):
-        if not isinstance(tree.get(key, {}), dict):
+        if not isinstance(tree.get(key) or {}, dict):
             raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
-
-    family = dict(tree["family"])
-    family_name = family.pop("name", None)
+    if tree.get("family") is None:
+        raise ConfigError("family: missing")
+    family_name = tree["family"].get("name")
     if not isinstance(family_name, str) or family_name not in CATALOGUE:
         raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}")
+    kind = CATALOGUE[family_name][1]
+    tree = _with_preset(kind, tree)
+    for key in ("name", "data", "optim", "train", "run"):
+        if tree.get(key) is None:
+            raise ConfigError(f"{key}: missing")
+
+    family = {key: value for key, value in tree["family"].items() if key != "name"}
     config = Config(
         name=_name(tree["name"]),
         family_name=family_name,
-        family=_structured(CATALOGUE[family_name][1], family, "family"),
+        family=_structured(kind, family, "family"),
         data=_structured(DataConfig, tree["data"], "data"),
         optim={
             str(child): _structured(OptimConfig, values, f"optim.{child}") for child, values in tree["optim"].items()
@@ -171,6 +175,20 @@ def from_tree(tree: dict[str, Any]) -> Config:
     _check(config)
     _make_absolute(config)
     return config
+
+
+def _with_preset(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree on top of what its family's preset sets, where it names one."""
+    name = tree["family"].get("preset")
+    if name is None or not hasattr(kind, "preset_settings"):
+        return tree
+    image_size = (tree.get("data") or {}).get("image_size")
+    if type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"data.image_size: {image_size}; must be from 1 to {MAX_IMAGE_SIZE}, for family.preset")
+    cluster = _structured(ClusterConfig, tree.get("cluster") or {}, "cluster")
+    cluster.validate()
+    settings: dict[str, Any] = kind.preset_settings(str(name), image_size, cluster.worker_range[1])
+    return _merged(settings, tree)
 
 
 def _check(config: Config) -> None:

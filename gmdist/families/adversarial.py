@@ -11,7 +11,7 @@ from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings, 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
 from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
-from gmdist.nets.stylegan2 import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 
 NAMES = ("patch", "stylegan2")
 LOSSES = ("hinge", "vanilla")

@@ -17,7 +17,7 @@ from gmdist.families.codes import (
 )
 from gmdist.families.family import Batch, Condition, Metrics, Surroundings
 from gmdist.families.tokenizer import Tokenizer
-from gmdist.nets import stylegan2, vit
+from gmdist.nets import stylegan2_discriminator, vit
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.finite import watched
 from gmdist.nets.image_quality import psnr, ssim
@@ -71,7 +71,7 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
     says when a begins and how it grows.
     """
 
-    blocks = (*vit.BLOCKS, *stylegan2.BLOCKS)
+    blocks = (*vit.BLOCKS, *stylegan2_discriminator.BLOCKS)
     autoencoder: nn.ModuleDict
 
     def __init__(self, config: ViTVQVAEConfig, surroundings: Surroundings) -> None:

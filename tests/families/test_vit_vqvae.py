@@ -11,7 +11,7 @@ from gmdist.families.family import Surroundings
 from gmdist.families.vit_vqvae import ViTVQVAE, ViTVQVAEConfig, logit_laplace, pixels
 from gmdist.nets.perceptual import PerceptualConfig
 from gmdist.nets.quantizer import QuantizerConfig
-from gmdist.nets.stylegan2 import StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from gmdist.nets.vit import ViTConfig
 from tests.support import SIZE, SMALL, MemorySource, small_family
 
