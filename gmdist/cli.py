@@ -15,6 +15,7 @@ from gmdist import __version__
 from gmdist.errors import ConfigError, GmdistError
 
 _REPORTED_IMAGES = 100
+_OF_DRAWN_IMAGES = ("label", "prompt", "steps", "guidance", "complete")  # options of `sample`
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
     sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
     sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
+    sample.add_argument("--translate", metavar="DIRECTION", help="a2b or b2a: real images, into the other domain")
+    sample.add_argument("--images", type=_location, metavar="SRC", help="those: a folder of images, or shards")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
@@ -104,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make, pack, index and check data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
-    make.add_argument("name", metavar="NAME", help="digits, glyphs or glyphs-color")
+    names = "digits, digits-color, glyphs, glyphs-color, glyphs-serif or glyphs-sans"
+    make.add_argument("name", metavar="NAME", help=names)
     make.add_argument("destination", type=_location, metavar="DEST")
     pack = _command(actions, "pack", _data_pack, "pack images into shards; the same command goes on where it stopped")
     pack.add_argument(
@@ -185,12 +189,20 @@ def _sample(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
     check_out(options.out, options.num_images)
+    if (options.translate is None) != (options.images is None):
+        given, missing = ("images", "translate") if options.translate is None else ("translate", "images")
+        raise ConfigError(f"--{missing}: missing; --{given} {getattr(options, given)} needs it")
+    if options.translate is not None:
+        from gmdist.launch.translate import translate
+
+        _refuse_beside(options, "translate", (*_OF_DRAWN_IMAGES, "show"))
+        asked = options.translate, options.images, options.num_images
+        print(translate(options.run, *asked, options.out, options.overrides))
+        return EXIT_DONE
     if options.show is not None:
         from gmdist.launch.show import show
 
-        for name in ("label", "prompt", "steps", "guidance", "complete"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name}: does not go with --show, which shows what becomes of real images")
+        _refuse_beside(options, "show", _OF_DRAWN_IMAGES)
         print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
         return EXIT_DONE
     request = SampleRequest(
@@ -204,6 +216,13 @@ def _sample(options: argparse.Namespace) -> int:
     )
     print(save(draw(options.run, request, options.overrides), options.out))
     return EXIT_DONE
+
+
+def _refuse_beside(options: argparse.Namespace, given: str, names: Sequence[str]) -> None:
+    """ConfigError for options that say something of images that are drawn, where none are."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: does not go with --{given}, which shows what becomes of real images")
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ from gmdist.data.dataset import check_labels
 from gmdist.data.latents import FirstStage, check_latents, flat
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
+from gmdist.data.mix import UNPAIRED
+from gmdist.data.unpaired import Unpaired, open_held_out, open_training
 from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.evaluator import check_reference, open_evaluator, open_features
 from gmdist.families import CATALOGUE
@@ -38,6 +40,10 @@ CONFIG_NAME = "config.yaml"
 # All that a run writes into its folder.
 _WRITTEN = ("checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json")
 _WRITTEN_TOO = ("report.html", "error.txt")
+
+# What gives a batch what a family needs.
+_SECOND_DOMAIN = {"image_b": "data.unpaired", "label_b": "data.unpaired and data.num_classes"}
+_ONE_DOMAIN = "data.image, data.num_classes, data.caption or data.arrays"
 
 _OPEN_ATTEMPTS = 3
 
@@ -79,7 +85,7 @@ def build_family(config: Config, on_open: Callable[[str, Family, int], None] | N
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
             raise ConfigError(
                 f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(keys)}: set data.image, data.num_classes, data.caption or data.arrays"
+                f"{', '.join(keys)}: set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"
             )
     trained_children(family, config.optim)
     return family
@@ -162,9 +168,11 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             run folder that holds another run.
     """
     use_storage(config)
-    tests = [config.data.test] if config.data.test is not None else []
-    for folder in [data.train for data in config.data.trained_on] + tests:
-        check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+    for key, folder in config.data.folders:
+        try:
+            check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
     opened: list[tuple[str, Family, int]] = []
     with torch.device("meta"):
         family = build_family(config, lambda *first: opened.append(first))
@@ -179,8 +187,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         family.check_files()
     check_latents(config.data, [] if config.data.image or found is not None else [identify(*one) for one in opened])
     if found is not None:
-        loader = Loader(config.data, config.data.trained_on)
-        check_identity(found, _identity(config, loader), config.train.seed, loader.fingerprint)
+        data = open_training(config.data)
+        check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
@@ -228,22 +236,25 @@ def clear(run_dir: str) -> None:
             storage.delete(location)
 
 
-def _identity(config: Config, loader: Loader) -> RunIdentity:
-    return RunIdentity(config.family_name, config.data.batch_size, loader.fingerprint.to_dict())
+def _identity(config: Config, data: Loader | Unpaired) -> RunIdentity:
+    return RunIdentity(config.family_name, config.data.batch_size, data.fingerprint.to_dict())
 
 
-def _check_agreement(key: str, loader: Loader) -> None:
+def _check_agreement(split: str, data: Loader | Unpaired) -> None:
     """DataError if the workers do not read the same data: a folder of the same name on each machine may differ."""
-    own = loader.fingerprint.to_dict()
-    found: list[Any] = [None] * world_size()
+    first = data.fingerprint.to_dict()
+    second = first.pop(UNPAIRED, None)
+    own: dict[str, Any] = {f"data.{split}": first, f"data.unpaired.{split}": second}
+    found: list[dict[str, Any]] = [own] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, own)
-    for other, theirs in enumerate(found[1:], 1):
-        if theirs != found[0]:
-            raise DataError(
-                f"{key}: worker {other} reads another data set than worker 0, or another version of it; all workers "
-                "need the same, in a shared folder or on s3://, or copied with its manifest"
-            )
+    for key in own:
+        for other, theirs in enumerate(found[1:], 1):
+            if theirs[key] != found[0][key]:
+                raise DataError(
+                    f"{key}: worker {other} reads another data set than worker 0, or another version of it; all "
+                    "workers need the same, in a shared folder or on s3://, or copied with its manifest"
+                )
 
 
 def train_worker(config: Config, device: torch.device, hooks: Hooks | None = None) -> Outcome:
@@ -254,11 +265,11 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     use_storage(config)
     gc.freeze()  # what was imported stays: looking through it for garbage would take a twentieth of the loader's time
     run_dir = storage.absolute(config.run.dir)
-    data = Loader(config.data, config.data.trained_on, rank(), world_size())
-    test = Loader(config.data, config.data.test, rank(), world_size()) if config.data.test else None
-    for key, loader in (("data.train", data), ("data.test", test)):
-        if loader is not None:
-            _check_agreement(key, loader)
+    data = open_training(config.data, rank(), world_size())
+    test = open_held_out(config.data, rank(), world_size())
+    for split, read in (("train", data), ("test", test)):
+        if read is not None:
+            _check_agreement(split, read)
     measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
     trainer = Trainer(
         build_family(config),

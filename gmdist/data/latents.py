@@ -140,12 +140,8 @@ def check_latents(config: DataConfig, first_stages: Sequence[FirstStage]) -> Non
         ConfigError: the config asks for what is not in a cache, or for another transform.
         DataError: a cache of another first stage, or a data set without images that is no cache.
     """
-    folders = [(f"data.mix.{name}.train", mixed.train) for name, mixed in config.mix.items()]
-    folders += [(key, getattr(config, key.partition(".")[2])) for key in ("data.train", "data.test")]
     known = list(first_stages)
-    for key, folder in folders:
-        if folder is None:
-            continue
+    for key, folder in config.folders:
         record = Record.load(storage.absolute(folder))
         if record is None:
             _check_images(config, key, folder, needs_cache=bool(first_stages))

@@ -11,8 +11,10 @@ from gmdist.errors import ConfigError
 from gmdist.interchange.pipelines import Network, Pipeline
 
 # image: float32 [N, C, H, W] in [-1, 1]; label: int64 [N]; key: int64 [N], sample numbers; caption: uint8 [N, L], which
-# `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...].
+# `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...]. With data.unpaired, image_b and
+# label_b too: of a second domain, whose samples have nothing to do with the first's beside them.
 Batch = dict[str, Tensor]
+DIRECTIONS = ("a2b", "b2a")  # of translations between the two
 Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
 
 
@@ -82,6 +84,13 @@ class Family(nn.Module):
         ConfigError for rows that nothing can be drawn below, or a family that cannot.
         """
         raise ConfigError("the run's family draws images as a whole, and completes none")
+
+    def translate(self, image: Tensor, direction: str) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] of one domain as they would be in the other; direction: one of DIRECTIONS.
+
+        ConfigError for a family of one domain.
+        """
+        raise ConfigError("the run's family knows one domain, and translates no images")
 
     def preview(self, batch: Batch) -> Tensor:
         """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""

@@ -115,11 +115,16 @@ def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
     return Condition(label, None if request.prompt is None else (request.prompt,) * len(numbers))
 
 
+def is_grid(out: str) -> bool:
+    """Whether images that are saved there are one grid, and not a folder."""
+    return out.lower().endswith(".png")
+
+
 def check_out(out: str, num_images: int) -> None:
     """ConfigError for a name that is neither a grid's nor a folder's, or a folder that holds other files."""
     if out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif")):
         raise ConfigError(f"--out: {out}; grids are PNG files: use a name that ends in .png, or a folder's")
-    if not out.lower().endswith(".png"):
+    if not is_grid(out):
         others = sorted(set(storage.list_names(out)) - set(_names(num_images)))
         if others:  # whoever reads the folder would take them for samples
             raise ConfigError(f"--out: {out}; holds other files already ({others[0]}, ...): choose another folder")
@@ -136,7 +141,7 @@ def save(pictures: Tensor, out: str) -> str:
     Returns:
         A line that says what was written.
     """
-    if out.lower().endswith(".png"):
+    if is_grid(out):
         storage.write(out, images.png(images.grid(pictures)))
         return f"{out}: {len(pictures)} images"
     for name, picture in zip(_names(len(pictures)), pictures, strict=True):
