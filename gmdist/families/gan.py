@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist import rng
-from gmdist.families.augmentation import AugmentConfig, Augmentation
+from gmdist.families.augmentation import Augmentation, AugmentConfig
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.families.gan_losses import (
     LOSSES,
@@ -71,7 +71,7 @@ class GAN(Family):
     generated beside it.
     """
 
-    averaged = ("generator",)
+    averaged: tuple[str, ...] = ("generator",)
 
     def __init__(
         self,
@@ -192,13 +192,13 @@ class GAN(Family):
         right = found.get("real_sign", 0.0), -found.get("fake_sign", 0.0)
         if min(right) > 1.0 - 2.0 * _UNDECIDED:
             concerns.append(
-                "the discriminator tells nearly all held-out images from generated ones: the generator may learn little "
-                "from it; a larger penalty, or a lower optim.discriminator.lr, would hold it back"
+                "the discriminator tells nearly all held-out images from generated ones: the generator may learn little"
+                " from it; a larger penalty, or a lower optim.discriminator.lr, would hold it back"
             )
         if right[0] < -1.0 + 2.0 * _UNDECIDED:
             concerns.append(
-                "the discriminator takes nearly all held-out images for generated ones: it knows its training images by "
-                "heart; family.augmentation.kind 'ada' is made against that"
+                "the discriminator takes nearly all held-out images for generated ones: it knows its training images by"
+                " heart; family.augmentation.kind 'ada' is made against that"
             )
         if found.get("spread", 1.0) < _SMALL_SPREAD:
             concerns.append(

@@ -86,7 +86,11 @@ class StyleGAN2(GAN):
         generator = StyleGAN2Generator(config.generator, *shape)
         discriminator = StyleGAN2Discriminator(config.discriminator, *shape)
         super().__init__(config, generator, discriminator, config.generator.latent_channels, surroundings, classes)
-        self.path_length, self.style_mixing, self.truncation = config.path_length, config.style_mixing, config.truncation
+        self.path_length, self.style_mixing, self.truncation = (
+            config.path_length,
+            config.style_mixing,
+            config.truncation,
+        )
         width = config.generator.style_channels
         self.register_buffer("style_sum", torch.zeros(width + 1))  # of this step's styles, and their number
         self.register_buffer("mean_length", torch.zeros(()))
@@ -97,7 +101,9 @@ class StyleGAN2(GAN):
         phases = {phase.name: phase for phase in super().phases()}
         generator = [phases.pop("g")]
         if self.path_length.weight:
-            generator.append(Phase("g_pl", "generator", self.path_length_loss, self.path_length.every, higher_order=True))
+            generator.append(
+                Phase("g_pl", "generator", self.path_length_loss, self.path_length.every, higher_order=True)
+            )
         return [*generator, *phases.values()]
 
     def generate(self, keys: Tensor, label: Tensor | None, purpose: str) -> Tensor:
@@ -154,7 +160,7 @@ class StyleGAN2(GAN):
         return self.generator.synthesis(styles, self._noise(keys, "sample")).clamp(-1.0, 1.0)
 
     def _mixed_styles(self, keys: Tensor, label: Tensor | None, purpose: str) -> Tensor:
-        """Styles [N, L, W]: of most images the layers behind a random one have another latent's (Karras 2019, Sec. 3.1)."""
+        """Styles [N, L, W]: from a random layer on, most images have another latent's (Karras 2019, Sec. 3.1)."""
         num_styles = self.generator.synthesis.num_styles
         num_latents = 2 if self.style_mixing else 1
         latents = rng.normal(self.seed, f"latent/{purpose}", keys, (num_latents, self.latent_channels))

@@ -31,9 +31,7 @@ class VanillaGAN(GAN):
     def __init__(self, config: VanillaGANConfig, surroundings: Surroundings) -> None:
         shape = surroundings.image_channels, surroundings.image_size, surroundings.image_size
         pixels = surroundings.image_channels * surroundings.image_size**2
-        generator = nn.Sequential(
-            *_layers(config.latent_channels, pixels, config), nn.Tanh(), nn.Unflatten(1, shape)
-        )
+        generator = nn.Sequential(*_layers(config.latent_channels, pixels, config), nn.Tanh(), nn.Unflatten(1, shape))
         discriminator = nn.Sequential(nn.Flatten(), *_layers(pixels, 1, config))
         super().__init__(config, _Told(generator), _Told(discriminator), config.latent_channels, surroundings)
 

@@ -11,7 +11,7 @@ from gmdist.nets.blocks import at_least_fp32
 
 
 class _MeanOverWorkers(torch.autograd.Function):
-    """The mean of a tensor over workers. It is linear and its own transpose, so it differentiates any number of times."""
+    """The mean of a tensor over workers: linear and its own transpose, so it differentiates any number of times."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
         centered = x - mean.view(shape)
         variance = _over_workers(centered.square().mean(dims))
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            # Where the network is not what is trained, such as a generator in the discriminator's phase, no trace is left.
+            # In another network's phase, such as a generator in the discriminator's, no trace is left.
             count = x.numel() // x.shape[1] * _num_workers()
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)

@@ -74,8 +74,8 @@ class EqualizedLinear(nn.Module):
 def activate(x: Tensor) -> Tensor:
     """Leaky ReLU, in place: x comes out of a layer that has no use for it.
 
-    Its gain of ACTIVATION_GAIN is in that layer's weights and bias, of which there are fewer than features: the function
-    commutes with factors above 0.
+    Its gain of ACTIVATION_GAIN is in that layer's weights and bias, of which there are fewer than features: the
+    function commutes with factors above 0.
     """
     return F.leaky_relu(x, _SLOPE, inplace=True)
 

@@ -115,7 +115,6 @@ class StyleGAN2Discriminator(nn.Module):
             # Projection on what the class is mapped to (Miyato 2018, Eq. 5).
             return (x * self.mapping(None, label)).sum(dim=1, keepdim=True) / math.sqrt(x.shape[1])
 
-
     def _taken_in(self, image: Tensor, i: int) -> Tensor:
         """Features of the image at its i-th side."""
         with whole_precision(image, i >= self.num_bf16_sides):

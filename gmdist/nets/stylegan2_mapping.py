@@ -26,15 +26,16 @@ class MappingNetwork(nn.Module):
     def forward(self, latent: Tensor | None, label: Tensor | None = None) -> Tensor:
         """Latents [N, Z] and classes int64 [N] -> styles [N, W], fp32."""
         parts = [] if latent is None else [normalized(latent)]
-        with whole_precision(self.layers[0].weight if len(self.layers) else parts[0], wanted=True):
-            if self.embedding is not None:
-                assert label is not None
-                one_hot = F.one_hot(label, self.num_classes).to(torch.float32)
+        if self.embedding is not None:
+            assert label is not None
+            one_hot = F.one_hot(label, self.num_classes).to(self.embedding.weight.dtype)
+            with whole_precision(one_hot, wanted=True):
                 parts.append(normalized(self.embedding(one_hot)))
-            x = torch.cat(parts, dim=1)
+        x = torch.cat(parts, dim=1)
+        with whole_precision(x, wanted=True):
             for layer in self.layers:
                 x = layer(x)
-            return x
+        return x
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 def lazily(config: OptimConfig, phases: Sequence[Phase]) -> OptimConfig:
     """The optimizer of a child that these phases train: by several updates in a step as far as it says for one.
 
-    A main phase and one at every k-th step are 1 + 1/k updates: Adam's learning rate is times k / (k + 1), and so is the
-    exponent of what it remembers (Karras 2020, App. B, "Lazy regularization"). Others are left as they are.
+    A main phase and one at every k-th step are 1 + 1/k updates: Adam's learning rate is times k / (k + 1), and so is
+    the exponent of what it remembers (Karras 2020, App. B, "Lazy regularization"). Others are left as they are.
     """
     share = 1.0 / sum(1.0 / phase.every for phase in phases)
     if config.name == "sgd" or share == 1.0:

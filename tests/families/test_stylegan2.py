@@ -177,5 +177,10 @@ def test_auto_goes_by_size_and_workers() -> None:
 )
 def test_settings_that_cannot_be(config: StyleGAN2Config, problem: str) -> None:
     assert (config.problem(32) or "").startswith(problem)
-    assert dataclasses.replace(config, truncation=0.5, style_mixing=0.5, path_length=PathLengthConfig()).problem(32) is None
-    assert (StyleGAN2Config().problem(48) or "").startswith("generator.channel_base: makes images whose sides are powers")
+    assert (
+        dataclasses.replace(config, truncation=0.5, style_mixing=0.5, path_length=PathLengthConfig()).problem(32)
+        is None
+    )
+    assert (StyleGAN2Config().problem(48) or "").startswith(
+        "generator.channel_base: makes images whose sides are powers"
+    )

@@ -127,7 +127,11 @@ def test_small_sides_stay_in_fp32_under_autocast() -> None:
         (StyleGAN2GeneratorConfig(), 48, "channel_base: makes images whose sides are powers of 2 from 8 on, not 48"),
         (StyleGAN2GeneratorConfig(latent_channels=0), 32, "latent_channels: 0"),
         (StyleGAN2GeneratorConfig(mapping_layers=0), 32, "mapping_layers: 0"),
-        (StyleGAN2GeneratorConfig(architecture="dense"), 32, "architecture: 'dense'; must be one of orig, skip, resnet"),
+        (
+            StyleGAN2GeneratorConfig(architecture="dense"),
+            32,
+            "architecture: 'dense'; must be one of orig, skip, resnet",
+        ),
         (StyleGAN2GeneratorConfig(num_bf16_sides=-1), 32, "num_bf16_sides: -1"),
     ],
 )

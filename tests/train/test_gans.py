@@ -1,6 +1,6 @@
 """Two workers train StyleGAN2 and a conditional GAN as single-process torch does, on every stage."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +26,7 @@ def conditional_gan() -> Family:
     return family
 
 
+PRECISIONS = ("fp32", "autocast")
 # A batch statistic of a micro-batch is not one of the batch.
 CASES = [(stylegan2, stage, micro) for stage in (0, 1, 2, 3) for micro in (4, 2)]
 CASES += [(conditional_gan, stage, 4) for stage in (0, 1, 2, 3)]
@@ -37,7 +38,7 @@ def case_name(make: Callable[[], Family], stage: int, micro: int, precision: str
 
 def train_all(rank: int, world: int, folder: str) -> None:
     for make, stage, micro in CASES:
-        for precision in ("fp32", "autocast"):
+        for precision in PRECISIONS:
             name = case_name(make, stage, micro, precision)
             settings = {"zero_stage": stage, "micro_batch_size": micro, "precision": precision}
             parity.train(rank, folder, name, make, **settings)
@@ -52,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected() -> Iterator[Callable[[Callable[[], Family]], dict[str, torch.Tensor]]]:
+def expected() -> Callable[[Callable[[], Family]], dict[str, torch.Tensor]]:
     """In float64, noise and latents too."""
     known: dict[str, dict[str, torch.Tensor]] = {}
     normal = rng.normal
@@ -63,18 +64,16 @@ def expected() -> Iterator[Callable[[Callable[[], Family]], dict[str, torch.Tens
                 *_, known[make.__name__] = parity.reference(make, SGD)
         return known[make.__name__]
 
-    yield of
+    return of
 
 
 @pytest.mark.parametrize(("make", "stage", "micro"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_parity_with_torch(trained: Path, expected: Callable, make: Callable, stage: int, micro: int) -> None:
-    start = make().state_dict()
-    worst = {
-        precision: parity.worst(
-            parity.load(trained, case_name(make, stage, micro, precision)), expected(make), start
-        )
-        for precision in ("fp32", "autocast")
-    }
-    print(worst)
-    assert worst["fp32"] < 1e-5
-    assert worst["autocast"] < 0.1
+    found = {precision: parity.load(trained, case_name(make, stage, micro, precision)) for precision in PRECISIONS}
+    start, wanted = make().state_dict(), expected(make)
+    assert parity.worst(found["fp32"], wanted, start) < 1e-5
+    # bf16 has 8 bits: rounding is a part of each step, and of a few small tensors a large part.
+    for child in ("generator", "discriminator"):
+        names = [name for name, _ in make().named_parameters() if name.startswith(child)]
+        distance = torch.cat([(found["autocast"][name] - wanted[name]).flatten() for name in names]).norm()
+        assert distance < 0.15 * torch.cat([(wanted[name] - start[name]).flatten() for name in names]).norm()
