@@ -30,6 +30,7 @@ from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.blocks import check_precision
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
+from gmdist.train.config import micro_batch_size
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
@@ -177,7 +178,19 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     with torch.device("meta"):
         family = build_family(config, lambda *first: opened.append(first))
     check_precision(family, trained_children(family, config.optim), config.train.precision)
+    for num_workers in config.cluster.sizes(config.data.batch_size):
+        size = micro_batch_size(config.train, config.data.batch_size, num_workers)
+        if size % family.compared:
+            raise ConfigError(
+                f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once, "
+                f"and the discriminator compares {family.compared} (minibatch_std_group), which must divide them"
+            )
     if _measures(config):
+        if type(family).sample is Family.sample:
+            raise ConfigError(
+                f"evaluation.metrics: {list(config.evaluation.metrics)}; must be [] with family '{config.family_name}', "
+                "which draws no images"
+            )
         check_reference(config)
         open_features(config)
     found, warnings = None, list[str]()

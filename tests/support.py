@@ -28,6 +28,7 @@ from gmdist.families.autoencoder_kl import AutoencoderKLConfig
 from gmdist.families.code_sampler import CodeSamplerConfig
 from gmdist.families.conditional_gan import ConditionalGANConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
+from gmdist.families.cyclegan import CycleGANConfig
 from gmdist.families.dcgan import DCGANConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
@@ -45,6 +46,7 @@ from gmdist.nets import dcgan
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.causal_transformer import CausalTransformerConfig
 from gmdist.nets.convolutional import ConvolutionalConfig
+from gmdist.nets.cyclegan import TranslatorConfig
 from gmdist.nets.pixelcnn import GatedPixelCNNConfig
 from gmdist.nets.quantizer import QuantizerConfig
 from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -91,6 +93,7 @@ SMALL: dict[str, Any] = {
     "conditional_gan/concatenation": ConditionalGANConfig(
         ObjectiveConfig("hinge", r1_gamma=0.1), networks=_DCGAN, conditioning="concatenation"
     ),
+    "cyclegan": CycleGANConfig(TranslatorConfig(8, 1), 8, 1, pool_size=0),
     "dcgan": DCGANConfig(ObjectiveConfig("least_squares"), AugmentConfig("diffaugment"), _DCGAN),
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
     "gan": VanillaGANConfig(ObjectiveConfig("relativistic", 0.1, 0.1), latent_channels=8, hidden_channels=32),
@@ -182,6 +185,7 @@ class MemorySource:
         label = which % CLASSES
         caption = torch.stack([torch.full_like(label, ord("a")), label + ord("a")], dim=1).to(torch.uint8)
         batch = {"image": self.images[which], "label": label, "key": torch.from_numpy(numbers), "caption": caption}
+        batch["image_b"] = -self.images.roll(7, 0)[which]
         return Part(batch, digest(numbers, which.numpy()))
 
     def counters(self) -> dict[str, float]:

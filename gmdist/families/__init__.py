@@ -3,6 +3,7 @@
 from gmdist.families.autoencoder import PlainAutoencoder, PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.conditional_gan import ConditionalGAN, ConditionalGANConfig
+from gmdist.families.cyclegan import CycleGAN, CycleGANConfig
 from gmdist.families.dcgan import DCGAN, DCGANConfig
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Family
@@ -19,6 +20,7 @@ CATALOGUE: dict[str, tuple[type[Family], type]] = {
     "autoencoder": (PlainAutoencoder, PlainAutoencoderConfig),
     "autoencoder_kl": (AutoencoderKL, AutoencoderKLConfig),
     "conditional_gan": (ConditionalGAN, ConditionalGANConfig),
+    "cyclegan": (CycleGAN, CycleGANConfig),
     "dcgan": (DCGAN, DCGANConfig),
     "ddpm": (DDPM, DDPMConfig),
     "gan": (VanillaGAN, VanillaGANConfig),

@@ -89,6 +89,8 @@ class JudgedAutoencoder(Family):
         self.seed = surroundings.seed
         self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
         self._perceptual, self._judge = perceptual, judge
+        if judge is not None and judge.name == "stylegan2":
+            self.compared = max(judge.stylegan2.minibatch_std_group, 1)
         self.autoencoder = autoencoder
         self.perceptual = make_perceptual(perceptual)
         self.discriminator = None if judge is None else judge.build(self.image_size, self.image_channels)

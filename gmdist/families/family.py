@@ -59,6 +59,7 @@ class Family(nn.Module):
     blocks: tuple[type[nn.Module], ...] = ()  # modules that are compiled, and computed again in the backward, as one
     inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
     conditions: tuple[str, ...] = ()  # of "label" and "prompt": what samples can be asked for by
+    compared: int = 1  # samples that a loss compares with each other: micro-batches are multiples of it
     cached: tuple[str, ...] = ()  # of `encode` of a first stage, any of which may be in a batch in place of its image
 
     def initialize(self, batch: Batch) -> None:
@@ -75,8 +76,11 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image."""
-        raise NotImplementedError
+        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image.
+
+        ConfigError for a family that does not draw: a family that does has its own.
+        """
+        raise ConfigError("the run's family translates images, and draws none: use --translate")
 
     def complete(self, rows: Tensor, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images as `sample` gives them, whose first rows of pixels [N, C, R, W] in [-1, 1] are given.

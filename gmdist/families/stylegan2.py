@@ -86,6 +86,7 @@ class StyleGAN2(GAN):
         generator = StyleGAN2Generator(config.generator, *shape)
         discriminator = StyleGAN2Discriminator(config.discriminator, *shape)
         super().__init__(config, generator, discriminator, config.generator.latent_channels, surroundings, classes)
+        self.compared = max(config.discriminator.minibatch_std_group, 1)
         self.path_length, self.style_mixing, self.truncation = (
             config.path_length,
             config.style_mixing,
