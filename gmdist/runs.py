@@ -182,14 +182,14 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         size = micro_batch_size(config.train, config.data.batch_size, num_workers)
         if size % family.compared:
             raise ConfigError(
-                f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once, "
-                f"and the discriminator compares {family.compared} (minibatch_std_group), which must divide them"
+                f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once,"
+                f" and the discriminator compares {family.compared} (minibatch_std_group), which must divide them"
             )
     if _measures(config):
         if type(family).sample is Family.sample:
             raise ConfigError(
-                f"evaluation.metrics: {list(config.evaluation.metrics)}; must be [] with family '{config.family_name}', "
-                "which draws no images"
+                f"evaluation.metrics: {list(config.evaluation.metrics)}; must be [] with family '{config.family_name}',"
+                " which draws no images"
             )
         check_reference(config)
         open_features(config)

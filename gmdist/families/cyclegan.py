@@ -83,17 +83,14 @@ class CycleGAN(Family):
 
     def g_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """To be taken for the other domain, to come back, and to leave what is there already."""
-        loss, metrics = batch["image"].new_zeros(()), {}
+        loss = batch["image"].new_zeros(())
+        metrics: Metrics = {}
         for direction, image, target in self._both(batch):
             there, back = self.generators[direction], self.generators[_opposite(direction)]
             translated = there(image)
-            fake = at_least_fp32(self.discriminators[direction[-1]](translated))
-            real = (
-                at_least_fp32(self.discriminators[direction[-1]](target))
-                if self.config.loss == "relativistic"
-                else None
-            )
-            judged = generator_loss(self.config.loss, fake, real)
+            network = self.discriminators[direction[-1]]
+            real = at_least_fp32(network(target)) if self.config.loss == "relativistic" else None
+            judged = generator_loss(self.config.loss, at_least_fp32(network(translated)), real)
             cycle = (back(translated) - image).abs().mean()
             loss = loss + judged + self.config.cycle_weight * cycle
             metrics |= {f"{direction}_judged": judged.detach(), f"{direction}_cycle": cycle.detach()}
@@ -105,7 +102,8 @@ class CycleGAN(Family):
 
     def d_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """Images of each domain against translations into it, of now and of before."""
-        loss, metrics = batch["image"].new_zeros(()), {}
+        loss = batch["image"].new_zeros(())
+        metrics: Metrics = {}
         for direction, image, target in self._both(batch):
             with torch.no_grad():
                 translated = at_least_fp32(self.generators[direction](image))
@@ -148,7 +146,7 @@ class CycleGAN(Family):
         return [("a2b", a, b), ("b2a", b, a)]
 
     def _pooled(self, name: str, images: Tensor, keys: Tensor) -> Tensor:
-        """The images [N, C, H, W], half of them replaced by older ones, by their keys; the pool takes in all of them."""
+        """The images [N, C, H, W], half of them replaced by older ones, by key; the pool takes in all of them."""
         size = self.config.pool_size
         if not size:
             return images
