@@ -10,12 +10,25 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gmdist import __version__
 from gmdist.errors import ConfigError, GmdistError
 
+if TYPE_CHECKING:
+    from gmdist.launch.sample import SampleRequest
+
 _REPORTED_IMAGES = 100
-_OF_DRAWN_IMAGES = ("label", "prompt", "steps", "guidance", "complete")  # options of `sample`
+_OF_DRAWN_IMAGES = (
+    "label",
+    "prompt",
+    "steps",
+    "guidance",
+    "complete",
+    "truncation",
+    "interpolate",
+    "mix_styles",
+)  # options of `sample`
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -78,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+    sample.add_argument("--truncation", type=float, help="0 to 1, of styles: 1 is none; default: the run's setting")
+    sample.add_argument("--interpolate", type=int, metavar="FRAMES", help="from each image to the next, so many")
+    sample.add_argument(
+        "--mix-styles", action="store_const", const=True, help="a table: coarse layers of rows, fine ones of columns"
+    )
     sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
     sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
     sample.add_argument("--translate", metavar="DIRECTION", help="a2b or b2a: real images, into the other domain")
@@ -212,9 +230,28 @@ def _sample(options: argparse.Namespace) -> int:
         options.seed,
         options.steps,
         options.guidance,
+        options.truncation,
         options.complete,
     )
+    if options.interpolate is not None or options.mix_styles:
+        return _walk(options, request)
     print(save(draw(options.run, request, options.overrides), options.out))
+    return EXIT_DONE
+
+
+def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
+    from gmdist.launch.sample import is_grid, save
+    from gmdist.launch.walk import interpolate, mix
+
+    if options.complete is not None or (options.interpolate is not None and options.mix_styles):
+        other = "--complete" if options.complete is not None else "--mix-styles"
+        raise ConfigError(f"{other}: does not go with --interpolate or --mix-styles")
+    if options.mix_styles:
+        print(save(mix(options.run, request, options.overrides), options.out, request.num_images + 1))
+        return EXIT_DONE
+    frames = interpolate(options.run, request, options.interpolate, options.overrides)
+    columns = options.interpolate if is_grid(options.out) else None
+    print(save(frames.flatten(0, 1), options.out, columns))
     return EXIT_DONE
 
 
@@ -222,7 +259,9 @@ def _refuse_beside(options: argparse.Namespace, given: str, names: Sequence[str]
     """ConfigError for options that say something of images that are drawn, where none are."""
     for name in names:
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name}: does not go with --{given}, which shows what becomes of real images")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: does not go with --{given}, which shows what becomes of real images"
+            )
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from gmdist.errors import ConfigError
 from gmdist.families.dcgan import DCGANConfig
-from gmdist.families.family import Surroundings
+from gmdist.families.family import Condition, Surroundings, conditioned_labels
 from gmdist.families.gan import GAN
+from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.dcgan import CONDITIONINGS, DCGANDiscriminator, DCGANGenerator
 
 
@@ -28,6 +32,8 @@ class ConditionalGAN(GAN):
 
     averaged = ()
 
+    generator: DCGANGenerator
+
     def __init__(self, config: ConditionalGANConfig, surroundings: Surroundings) -> None:
         classes = surroundings.num_classes
         if not classes:
@@ -41,3 +47,16 @@ class ConditionalGAN(GAN):
             surroundings,
             classes,
         )
+
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        """With the class's embedding behind the latent, so that there is a way between classes too."""
+        label = conditioned_labels(keys, condition, self.num_classes)
+        return self.generator.told(super().drawn_latents(keys), label)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return at_least_fp32(self.generator.layers(latents[:, :, None, None])).clamp(-1.0, 1.0)
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        size = self.latent_channels
+        classes = torch.lerp(one[:, size:], other[:, size:], share)
+        return torch.cat([super().between(one[:, :size], other[:, :size], share), classes], dim=1)

@@ -1,5 +1,6 @@
 """The contract of a family: what the trainer, the sampler and the evaluation know of a model."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,6 +113,21 @@ class Family(nn.Module):
         """Images [N, C, H, W] in [-1, 1] of places [N, D] there."""
         raise NotImplementedError
 
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor | None:
+        """Where the samples of int64 keys [N] lie there, [N, D]; None for a family that draws in another way."""
+        return None
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        """Places [N, D] on the way from one to the other, after a share of it in [0, 1]."""
+        return torch.lerp(one, other, share)
+
+    def mixed(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] with what is coarse of some places [N, D], and what is fine of others.
+
+        ConfigError for a family whose latents are not layered so.
+        """
+        raise ConfigError("the run's family has no styles to mix")
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
 
@@ -182,6 +198,11 @@ def all_gathered(value: Tensor) -> Tensor:
 
 def _are_several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def between_gaussians(one: Tensor, other: Tensor, share: float) -> Tensor:
+    """Places [N, D] on a way on which normal vectors stay normal: half way between two, the mean would be too short."""
+    return torch.lerp(one, other, share) / math.sqrt(share**2 + (1.0 - share) ** 2)
 
 
 def captions(batch: Batch) -> list[str]:

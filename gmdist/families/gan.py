@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from gmdist import rng
 from gmdist.families.augmentation import Augmentation, AugmentConfig
-from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, conditioned_labels
+from gmdist.families.family import (
+    Batch,
+    Condition,
+    Family,
+    Metrics,
+    Phase,
+    Surroundings,
+    between_gaussians,
+    conditioned_labels,
+)
 from gmdist.families.gan_losses import (
     LOSSES,
     discriminator_loss,
@@ -169,6 +178,15 @@ class GAN(Family):
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         label = conditioned_labels(keys, condition, self.num_classes)
         return self.generate(keys, label, "sample").clamp(-1.0, 1.0)
+
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        return rng.normal(self.seed, "latent/sample", keys, (self.latent_channels,))
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return at_least_fp32(self.generator(latents, None)).clamp(-1.0, 1.0)
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        return between_gaussians(one, other, share)
 
     def evaluate(self, batch: Batch) -> Metrics:
         """How the discriminator does with held-out images and generated ones, and how far apart each of them are.

@@ -146,19 +146,32 @@ class StyleGAN2(GAN):
         return super().after_step(seen)
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.from_styles(self.sampled_styles(keys, condition), keys)
+        return self._synthesized(self.drawn_latents(keys, condition), self._noise(keys, "sample"))
 
-    def sampled_styles(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Styles [N, W] for int64 keys [N], truncated (Karras 2019, App. B)."""
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        """Styles [N, W], truncated (Karras 2019, App. B)."""
         label = conditioned_labels(keys, condition, self.num_classes)
         latent = rng.normal(self.seed, "latent/sample", keys, (self.latent_channels,))
         return torch.lerp(self.generator.mean_style, self.generator.mapping(latent, label), self.truncation)
 
-    def from_styles(self, styles: Tensor, keys: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1] of styles [N, W], or of one for each layer [N, L, W], and the keys' noise."""
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """With the noise that comes with the network: on a way through styles, nothing else changes."""
+        return self._synthesized(latents, None)
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        return torch.lerp(one, other, share)
+
+    def mixed(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """The first half of the layers has the one's style, the second the other's."""
+        num_styles = self.generator.synthesis.num_styles
+        is_fine = torch.arange(num_styles, device=fine.device)[:, None] >= num_styles // 2
+        return self._synthesized(torch.where(is_fine, fine[:, None], coarse[:, None]), None)
+
+    def _synthesized(self, styles: Tensor, noise: list[Tensor] | None) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] of styles [N, W], or of one for each layer [N, L, W]."""
         if styles.ndim == 2:
             styles = styles[:, None].expand(-1, self.generator.synthesis.num_styles, -1)
-        return self.generator.synthesis(styles, self._noise(keys, "sample")).clamp(-1.0, 1.0)
+        return self.generator.synthesis(styles, noise).clamp(-1.0, 1.0)
 
     def _mixed_styles(self, keys: Tensor, label: Tensor | None, purpose: str) -> Tensor:
         """Styles [N, L, W]: from a random layer on, most images have another latent's (Karras 2019, Sec. 3.1)."""

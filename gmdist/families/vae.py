@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmdist import rng
 from gmdist.families.betas import BetaConfig, beta, capacity_nats, kl_loss
-from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
+from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, between_gaussians
 from gmdist.families.likelihoods import LikelihoodConfig, bits_per_dim, expected_image, log_likelihood
 from gmdist.families.posterior import active_units, kl_of_dimensions, moments, mutual_information
 from gmdist.nets.blocks import at_least_fp32
@@ -123,7 +123,13 @@ class VAE(Family):
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """What the decoder expects for latents drawn from the prior, without the likelihood's noise."""
-        return self._shown(rng.normal(self.seed, "sample", keys, (self.config.latent_dim,)))
+        return self._shown(self.drawn_latents(keys))
+
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        return rng.normal(self.seed, "sample", keys, (self.config.latent_dim,))
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        return between_gaussians(one, other, share)
 
     def preview(self, batch: Batch) -> Tensor:
         """Originals, their reconstructions, and samples of the prior [N, C, H, 3 W]."""

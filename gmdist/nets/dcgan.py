@@ -59,10 +59,14 @@ class DCGANGenerator(nn.Module):
 
     def forward(self, latent: Tensor, label: Tensor | None = None) -> Tensor:
         """[N, Z], int64 [N] -> [N, C, H, W] in [-1, 1]."""
-        if self.embedding is not None:
-            assert label is not None
-            latent = torch.cat([latent, self.embedding(label)], dim=1)
-        return self.layers(latent[:, :, None, None])
+        return self.layers(self.told(latent, label)[:, :, None, None])
+
+    def told(self, latent: Tensor, label: Tensor | None) -> Tensor:
+        """The first layer's input: the latent, and beside it the embedding of the class where there are some."""
+        if self.embedding is None:
+            return latent
+        assert label is not None
+        return torch.cat([latent, self.embedding(label)], dim=1)
 
 
 class DCGANDiscriminator(nn.Module):

@@ -104,11 +104,11 @@ def test_truncation_draws_styles_to_their_mean() -> None:
         family.after_step(8 * step)
     mean = family.generator.mean_style
     assert mean.abs().sum() > 0.0
-    whole = family.sampled_styles(keys)
+    whole = family.drawn_latents(keys)
     family.truncation = 0.5
-    torch.testing.assert_close(family.sampled_styles(keys), mean + 0.5 * (whole - mean))
+    torch.testing.assert_close(family.drawn_latents(keys), mean + 0.5 * (whole - mean))
     family.truncation = 0.0
-    torch.testing.assert_close(family.sampled_styles(keys), mean.expand(4, -1))
+    torch.testing.assert_close(family.drawn_latents(keys), mean.expand(4, -1))
 
 
 def test_the_mean_style_follows_all_styles_of_a_step() -> None:
