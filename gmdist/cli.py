@@ -289,10 +289,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, draw
+    from gmdist.launch.sample import SampleRequest, draw, draws
     from gmdist.report.page import write
 
-    print(write(options.runs, draw(options.runs[-1], SampleRequest(_REPORTED_IMAGES))))
+    last = options.runs[-1]
+    print(write(options.runs, draw(last, SampleRequest(_REPORTED_IMAGES)) if draws(last) else None))
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ from gmdist.config import Config
 from gmdist.data.batch import as_floats
 from gmdist.data.decode import UndecodableError, decode_image
 from gmdist.errors import ConfigError
+from gmdist.families import CATALOGUE
 from gmdist.families.family import Condition, Family
 
 _AT_ONCE = 64  # images in one pass
@@ -74,6 +75,11 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
             )
             parts.append(images.to_uint8(made))
     return torch.cat(parts)
+
+
+def draws(run: str) -> bool:
+    """Whether a run's family draws images."""
+    return CATALOGUE[runs.read_config(run).family_name][0].sample is not Family.sample
 
 
 def check_request(config: Config, request: SampleRequest) -> None:
