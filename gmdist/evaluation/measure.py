@@ -130,8 +130,8 @@ class Evaluator:
     def _generate(self, family: Family, beat: Beat, found: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
         """The images that `gmdist sample` draws too: numbers 0 to N - 1, labels in turn, or under captions.
 
-        At the end `found` has the label agreement and the class coverage. Which images are made together does not depend on the workers, so
-        neither do their bits.
+        At the end `found` has the label agreement and the class coverage. Which images are made together does not
+        depend on the workers, so neither do their bits.
         """
         numbers = torch.arange(self.config.num_images, device=self.device).split(self.config.batch_size)
         is_judged = self._is_judged()
