@@ -4,7 +4,7 @@
 
 Every family is trained by `gmdist train` with its config (a run that is finished is only measured). Generated images
 are compared with the held-out digits by `gmdist evaluate`, with the features of the classifier beside the data. Of
-CycleGAN, each held-out digit is translated, and the classifier of the domain that it arrives in says whether it is still
+CycleGAN, each held-out digit is translated, and the classifier of the domain where it arrives says whether it is still
 the same. Exits 1 where a figure falls short.
 """
 
