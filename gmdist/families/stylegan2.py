@@ -11,6 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Condition, Metrics, Phase, Surroundings, all_sum, conditioned_labels
 from gmdist.families.gan import GAN, GANConfig, ObjectiveConfig
 from gmdist.families.stylegan2_presets import preset_settings
+from gmdist.interchange.stylegan2 import initial_problem, initial_states
 from gmdist.nets import stylegan2_discriminator, stylegan2_generator
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
@@ -52,6 +53,10 @@ class StyleGAN2Config(GANConfig):
     style_mixing: float = 0.9  # share of images whose finer layers have another latent's style
     truncation: float = 1.0  # of samples: styles are drawn so far from their mean, 0 to 1; 1: as they are
     conditional: bool | None = None  # told classes; None: where the data has some
+    # Networks in the names of StyleGAN2-ADA's authors, on every worker's machine: a folder with generator.safetensors
+    # and discriminator.safetensors, or a generator's file, and the discriminator starts anew. Read when the run starts;
+    # from then on the weights are in its checkpoints.
+    init_from: str | None = field(default=None, metadata={"location": True})
 
     preset_settings = staticmethod(preset_settings)
 
@@ -65,7 +70,7 @@ class StyleGAN2Config(GANConfig):
         for key in ("style_mixing", "truncation"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 return f"{key}: {getattr(self, key)}; must be from 0 to 1"
-        return super().problem(image_size)
+        return super().problem(image_size) or initial_problem(self.init_from)
 
 
 class StyleGAN2(GAN):
@@ -74,6 +79,7 @@ class StyleGAN2(GAN):
     blocks = (*stylegan2_generator.BLOCKS, *stylegan2_discriminator.BLOCKS)
 
     generator: StyleGAN2Generator
+    discriminator: StyleGAN2Discriminator
     style_sum: Tensor
     mean_length: Tensor
     length_sum: Tensor
@@ -92,10 +98,22 @@ class StyleGAN2(GAN):
             config.style_mixing,
             config.truncation,
         )
+        self.init_from = config.init_from
         width = config.generator.style_channels
         self.register_buffer("style_sum", torch.zeros(width + 1))  # of this step's styles, and their number
         self.register_buffer("mean_length", torch.zeros(()))
         self.register_buffer("length_sum", torch.zeros(2))  # of this step's path lengths, and their number
+
+    def initialize(self, batch: Batch) -> None:
+        """Read the networks' first weights, where they are another's."""
+        if self.init_from is not None:
+            for child, state in initial_states(self.init_from, self.generator, self.discriminator).items():
+                self.get_submodule(child).load_state_dict(state)
+
+    def check_files(self) -> None:
+        """Compare them with the run's networks."""
+        if self.init_from is not None:
+            initial_states(self.init_from, self.generator, self.discriminator)
 
     def phases(self) -> list[Phase]:
         """Each network, then its regularisation."""
