@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _REPORTED_IMAGES = 100
 _OF_DRAWN_IMAGES = (
+    "seed",
     "label",
     "prompt",
     "steps",
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
     sample.add_argument("--prompt", help="what all images show, of a run with captions")
     sample.add_argument("--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
+    sample.add_argument("--seed", type=int, help="another seed, other images; default: 0")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
     sample.add_argument("--truncation", type=float, help="0 to 1, of styles: 1 is none; default: the run's setting")
@@ -227,7 +228,7 @@ def _sample(options: argparse.Namespace) -> int:
         options.num_images,
         options.label,
         options.prompt,
-        options.seed,
+        options.seed or 0,
         options.steps,
         options.guidance,
         options.truncation,

@@ -138,7 +138,8 @@ class JudgedAutoencoder(Family):
             return loss, {"loss": loss.detach()}
         with torch.no_grad():
             reconstruction = self.reconstruction(batch)
-        real, fake = at_least_fp32(self.discriminator(torch.cat([image, reconstruction]))).chunk(2)
+        # Apart: where it compares samples with each other, neither may be told from the other by its company.
+        real, fake = (at_least_fp32(self.discriminator(judged)) for judged in (image, reconstruction))
         loss = discriminator_loss(real, fake, self._judge.loss)
         metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
         return loss, metrics

@@ -58,8 +58,7 @@ class PlainAutoencoder(Family):
 
         These are not samples of a model of the data; for those there is the `vae`.
         """
-        latents = rng.normal(self.seed, "sample", keys, (self.latent_dim,))
-        return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
+        return self.from_latents(rng.normal(self.seed, "sample", keys, (self.latent_dim,)))
 
     def preview(self, batch: Batch) -> Tensor:
         """Originals beside their reconstructions [N, C, H, 2 W]."""
@@ -67,7 +66,13 @@ class PlainAutoencoder(Family):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its vector [N, C, H, W] in [-1, 1]."""
-        return self.autoencoder.decode(self.autoencoder.encode(batch["image"])).clamp(-1.0, 1.0)
+        return self.from_latents(self.latents(batch))
+
+    def latents(self, batch: Batch) -> Tensor:
+        return self.autoencoder.encode(batch["image"])
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The vectors [N, Z]."""

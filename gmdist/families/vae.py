@@ -139,6 +139,13 @@ class VAE(Family):
         """Each image decoded from the mean of its posterior [N, C, H, W] in [-1, 1]."""
         return self._shown(self.posterior(batch["image"])[0])
 
+    def latents(self, batch: Batch) -> Tensor:
+        """Means of the posteriors [N, Z]."""
+        return self.posterior(batch["image"])[0]
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return self._shown(latents)
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The posterior: means, then log-variances [N, 2 Z]."""
         return {"moments": torch.cat(self.posterior(image), dim=1)}

@@ -119,6 +119,22 @@ def test_samples_follow_their_label(name: str, device: torch.device) -> None:
     assert torch.allclose(first, second) != ("label" in family.conditions)
 
 
+def test_latents_are_places_of_images(name: str, device: torch.device) -> None:
+    family, batch = ready(name, device).eval(), batch_on(device)
+    with torch.inference_mode():
+        latents, drawn = family.latents(batch), family.drawn_latents(batch["key"])
+        if latents is not None:
+            torch.testing.assert_close(family.from_latents(latents), family.reconstruct(batch))
+        if drawn is not None:
+            images = family.from_latents(drawn)
+            assert images.shape == (8, CHANNELS, SIZE, SIZE)
+            assert images.abs().max() <= 1.0
+            one, other = drawn, drawn.roll(1, 0)
+            torch.testing.assert_close(family.between(one, other, 0.0), one)
+            torch.testing.assert_close(family.between(one, other, 1.0), other)
+            assert not torch.allclose(family.from_latents(family.between(one, other, 0.5)), images)
+
+
 def test_preview_and_evaluate(name: str, device: torch.device) -> None:
     family, batch = ready(name, device).eval(), batch_on(device)
     with torch.inference_mode():

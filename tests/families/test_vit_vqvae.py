@@ -148,6 +148,21 @@ def test_what_cannot_be_is_named(changes: dict[str, object], problem: str) -> No
     assert (config.problem(SIZE) or "").startswith(problem)
 
 
+def test_a_judge_that_compares_samples_sees_images_and_reconstructions_apart() -> None:
+    judge = dataclasses.replace(
+        JUDGE, start_images=0, stylegan2=StyleGAN2DiscriminatorConfig(128, 16, minibatch_std_group=4)
+    )
+    family = made(discriminator=judge)
+    assert family.discriminator is not None
+    batch = MemorySource(48, 8).first(8).batch
+    with torch.no_grad():
+        real = family.discriminator(batch["image"])
+        fake = family.discriminator(family.reconstruction(batch))
+        loss, metrics = family.discriminator_loss(batch, 0)
+    torch.testing.assert_close(metrics["real"], real.mean())
+    torch.testing.assert_close(loss, 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean()))
+
+
 def test_stylegan2_judges_powers_of_two() -> None:
     config = dataclasses.replace(SMALL["vit_vqvae"], discriminator=JUDGE)
     assert config.problem(16) is None
