@@ -162,7 +162,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
 
     Returns:
         How the run ended, if it is finished already; and warnings: of a finished run about checkpoints that cannot be
-        used, of one that goes on about what its model was begun with. It gives the former itself.
+        used, of one that goes on about what its model was begun with. It gives the former itself. And of settings
+        without effect.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -205,8 +206,16 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
-        return None, _changes(config)
-    return None, []
+        return None, _changes(config) + _without_effect(config)
+    return None, _without_effect(config)
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Settings that ask for what cannot be, without harm."""
+    if config.train.evaluate_every is None or config.data.test is not None or config.evaluation.metrics:
+        return []
+    every = config.train.evaluate_every
+    return [f"train.evaluate_every: {every}; nothing is evaluated without data.test or evaluation.metrics"]
 
 
 def _changes(config: Config) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
@@ -27,6 +28,14 @@ def write(folder: Path, seed: int) -> str:
     images = (png(random.integers(0, 256, (32, 32, 1), np.uint8)) for _ in range(8))
     write_shards(((f"{i}", {"png": image, "cls": b"1"}) for i, image in enumerate(images)), str(folder))
     return str(folder)
+
+
+def test_an_evaluation_of_nothing_is_warned_of(tmp_path: Path) -> None:
+    assert main(["data", "make", "digits", str(tmp_path / "data")]) == 0
+    settings = [f"data.train={tmp_path}/data/train", "data.test=null", f"run.dir={tmp_path}/run"]
+    _, warnings = check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=20"]))
+    assert warnings == ["train.evaluate_every: 20; nothing is evaluated without data.test or evaluation.metrics"]
+    assert check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=null"]))[1] == []
 
 
 def train_on_own_folder(rank: int, world_size: int, folder: str) -> None:
