@@ -8,6 +8,7 @@ from torch import Tensor
 from gmdist import rng
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
+from gmdist.nets.finite import all_finite
 from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
@@ -67,11 +68,12 @@ class PlainAutoencoder(Family):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its vector [N, C, H, W] in [-1, 1]."""
-        return self.autoencoder.decode(self.autoencoder.encode(batch["image"])).clamp(-1.0, 1.0)
+        return self.autoencoder.decode(self.encode(batch["image"])["latent"]).clamp(-1.0, 1.0)
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """The vectors [N, Z]."""
-        return {"latent": self.autoencoder.encode(image)}
+        """The vectors [N, Z]; DivergedError names the first layer that gives what is not finite."""
+        with all_finite(self.autoencoder, "vectors"):
+            return {"latent": self.autoencoder.encode(image)}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images, means over images."""

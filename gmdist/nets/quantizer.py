@@ -86,7 +86,8 @@ class Codebook(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("usage", torch.ones(config.codebook_size))
-        self.register_buffer("observed", torch.zeros(config.codebook_size, num_sums + 1))
+        # Of one step: in checkpoints as all buffers, and of no use to those who read the weights.
+        self.register_buffer("observed", torch.zeros(config.codebook_size, num_sums + 1), persistent=False)
 
     def forward(self) -> Tensor:
         """The codes [K, D], fp32 or float64."""
@@ -163,8 +164,8 @@ class AveragedCodebook(Codebook):
         self.register_buffer("sums", F.normalize(codes, dim=1) if config.normalize else codes)
         if config.revive:
             count = min(_REVIVED_A_STEP, config.codebook_size)
-            self.register_buffer("candidates", torch.zeros(count, channels))
-            self.register_buffer("priority", torch.full((count,), -1))
+            self.register_buffer("candidates", torch.zeros(count, channels), persistent=False)
+            self.register_buffer("priority", torch.full((count,), -1), persistent=False)
 
     def forward(self) -> Tensor:
         uses = self.usage.sum()
