@@ -34,7 +34,7 @@ class QuantizerConfig:
     estimator: str = "straight_through"  # of the encoder's gradient; or rotation
     commitment_weight: float = 0.25
     kmeans_steps: int = 10  # of Lloyd's algorithm, on features of the first samples; 0: codes start at random
-    dead_below: float = 0.05  # a code that is used less, where 1 is an equal share of all uses
+    dead_below: float = 0.05  # a code that is used less, in the average, where 1 is the mean of all codes
     revive: bool = False  # put dead codes, up to 64 a step, where vectors of the batch are; with averages only
 
     def problem(self) -> str | None:
