@@ -16,7 +16,7 @@ LEARNED_BY = ("averages", "gradient")
 ESTIMATORS = ("straight_through", "rotation")
 _MAX_CODES, _MAX_CHANNELS = 1 << 20, 1 << 16
 _SMOOTHING = 1e-5  # of Laplace, in uses: as in the published code of van den Oord 2017
-_SHORT = 1e-3  # of two vectors' lengths, below which the shorter one is taken for zero
+_SHORT = 1e-3  # ratio of two vectors' lengths below which the shorter one is taken for zero
 _REVIVED_A_STEP = 64  # the most: each of them is sent to all workers
 
 Reduce = Callable[[Tensor], Tensor]  # of a tensor of each worker, one for all
