@@ -117,6 +117,7 @@ _SECTIONS: dict[str, type] = {
     "cluster": ClusterConfig,
     "run": RunConfig,
 }
+_NOUNS = {int: "integers", float: "numbers", str: "texts"}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
@@ -319,6 +320,7 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
     _refuse_unknown(values, list(fields), prefix)
     for key, value in values.items():
         inner = fields[str(key)].type
+        _refuse_items(kind, inner, value, str(key), prefix)
         named = {f"{prefix}.{key}": value}
         if get_origin(inner) is dict and isinstance(value, dict):
             inner = get_args(inner)[1]
@@ -330,6 +332,20 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             if not isinstance(item, dict):
                 raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
             _refuse_unknown_fields(inner, item, place)
+
+
+def _refuse_items(kind: type, declared: Any, value: Any, key: str, prefix: str) -> None:
+    """Refuse a list with items of another type than a field's: of those, OmegaConf names neither key nor value."""
+    declared = next((part for part in (declared, *get_args(declared)) if get_origin(part) is tuple), None)
+    if declared is None or not isinstance(value, list):
+        return
+    refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {_NOUNS[get_args(declared)[0]]}")
+    if any(isinstance(item, list | dict) for item in value):  # which OmegaConf lets pass
+        raise refusal
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+    except OmegaConfBaseException as error:
+        raise refusal from error
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

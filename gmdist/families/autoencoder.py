@@ -8,6 +8,7 @@ from torch import Tensor
 from gmdist import rng
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
+from gmdist.nets.finite import all_finite
 from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
@@ -69,14 +70,15 @@ class PlainAutoencoder(Family):
         return self.from_latents(self.latents(batch))
 
     def latents(self, batch: Batch) -> Tensor:
-        return self.autoencoder.encode(batch["image"])
+        return self.encode(batch["image"])["latent"]
 
     def from_latents(self, latents: Tensor) -> Tensor:
         return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """The vectors [N, Z]."""
-        return {"latent": self.autoencoder.encode(image)}
+        """The vectors [N, Z]; DivergedError names the first layer that gives what is not finite."""
+        with all_finite(self.autoencoder, "vectors"):
+            return {"latent": self.autoencoder.encode(image)}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images, means over images."""

@@ -16,6 +16,7 @@ from gmdist.interchange.pipelines import Network, Pipeline
 # label_b too: of a second domain, whose samples have nothing to do with the first's beside them.
 Batch = dict[str, Tensor]
 DIRECTIONS = ("a2b", "b2a")  # of translations between the two
+INITIALIZE_SAMPLES = 256  # that a family sees before its first step, where the data set has as many
 Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
 
 
@@ -66,7 +67,7 @@ class Family(nn.Module):
     def initialize(self, batch: Batch) -> None:
         """Set what depends on data: a latent's scale, actnorm. Once, at the start of a run.
 
-        Every worker gets the same batch, the first samples of the data set.
+        Every worker gets the same batch, the first `INITIALIZE_SAMPLES` of the data set.
         """
 
     def check_files(self) -> None:

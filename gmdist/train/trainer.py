@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gmdist import images, storage
 from gmdist.errors import ConfigError, DivergedError
-from gmdist.families.family import Family, Metrics
+from gmdist.families.family import INITIALIZE_SAMPLES, Family, Metrics
 from gmdist.nets.finite import watched
 from gmdist.rng import derive
 from gmdist.train import checkpoint
@@ -31,7 +31,6 @@ from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 from gmdist.train.workers import rank, world_size
 
-_INITIALIZE_SAMPLES = 256
 _MASK64 = (1 << 64) - 1
 
 
@@ -80,7 +79,7 @@ class Trainer:
         self._trained = trained_children(family, optim)
         self.optim = {name: lazily(optim[name], [p for p in self.phases if p.trains == name]) for name in self._trained}
         if found is None:
-            self.family.initialize(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
+            self.family.initialize(data.first(min(INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
         self._shapes = shapes_of(family)  # before stage 3 shares the weights out
         self._set_mode(training=True)
         prepare(family, self._trained, config)

@@ -134,6 +134,11 @@ def test_published_sizes(encoder: ViTConfig, decoder: ViTConfig, count: int) -> 
         ({"patch_size": 0}, "patch_size: 0"),
         ({"encoder": ViTConfig(depth=0)}, "encoder.depth: 0"),
         ({"quantizer": QuantizerConfig(1)}, "quantizer.codebook_size: 1"),
+        ({"quantizer": QuantizerConfig(4097)}, "quantizer.codebook_size: 4097; must be at most 4096, as k-means"),
+        (
+            {"l2_weight": 0.0, "logit_laplace_weight": 0.0, "perceptual": PerceptualConfig("none")},
+            "l2_weight: 0.0; must be above 0, or logit_laplace_weight or that of a perceptual distance",
+        ),
         ({"l2_weight": -1.0}, "l2_weight: -1.0; must be a number of at least 0"),
         ({"perceptual": PerceptualConfig("vgg")}, "perceptual.name: 'vgg'"),
         ({"discriminator": dataclasses.replace(JUDGE, warmup_images=-1)}, "discriminator.warmup_images: -1"),
