@@ -7,6 +7,7 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -111,24 +112,31 @@ def read_config(run: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
 
 
-def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Family]:
+def open_run(
+    run: str, config: Config | None = None, reads: Sequence[tuple[str, str]] = ()
+) -> tuple[dict[str, Any], Family]:
     """A run's family with its averaged weights, in eval mode, and the checkpoint's meta.
 
     Args:
         run: a run's folder (its newest sound checkpoint is used), or one of its checkpoints.
         config: in place of the run's own, where a setting of the sampler is changed.
+        reads: data sets that it will be given as they are, never mirrored, each after its key; where they are latents,
+            they must be of its own first stage.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or no such checkpoint; or latents, and the config reads others.
         CheckpointError: it has no sound checkpoint.
+        DataError: latents of another first stage.
     """
     run_dir, location = split_run(run)
     config = config or read_config(run_dir)
     use_storage(config)
     if location is not None:
+        if not storage.list_names(location):
+            raise ConfigError(f"{run}: no such checkpoint; those of {run_dir} are in its folder checkpoints")
         meta = checkpoint.read_meta(location)
         checkpoint.verify(location, meta)
-        return meta, _load_family(config, location, meta)
+        return meta, _load_family(config, location, meta, reads)
     for attempt in range(_OPEN_ATTEMPTS):
         found, warnings = checkpoint.find_newest(run_dir)
         if found is None:
@@ -136,15 +144,16 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Fa
         for warning in warnings:
             _log.warning("%s", warning)
         try:
-            return found.meta, _load_family(config, found.location, found.meta)
+            return found.meta, _load_family(config, found.location, found.meta, reads)
         except CheckpointError:  # a run that is still training deletes its oldest checkpoint now and then
             if attempt + 1 == _OPEN_ATTEMPTS or storage.exists(storage.join(found.location, checkpoint.META_NAME)):
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _load_family(config: Config, location: str, meta: dict[str, Any]) -> Family:
-    family = build_family(config)
+def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]) -> Family:
+    opened: list[tuple[str, Family]] = []
+    family = build_family(config, lambda run, first, step: opened.append((run, first)))
     checkpoint.check_shapes(location, meta, shapes_of(family))
     trained = trained_children(family, config.optim)
     with Reader(location, meta) as reader, torch.no_grad():
@@ -154,6 +163,9 @@ def _load_family(config: Config, location: str, meta: dict[str, Any]) -> Family:
             load_tensor(reader, kind, name, parameter.data)
         for name, buffer in family.named_buffers():
             load_tensor(reader, BUFFER, name, buffer)
+    if reads:  # by now, what encodes in the opened ones has the weights that the checkpoint holds
+        own = [] if config.data.image else [identify(run, first, None) for run, first in opened]
+        check_latents(replace(config.data, flip=False), reads, own)
     return family.eval().requires_grad_(False)
 
 
@@ -199,7 +211,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
     if found is None:
         family.check_files()
-    check_latents(config.data, [] if config.data.image or found is not None else [identify(*one) for one in opened])
+    first_stages = [] if config.data.image or found is not None else [identify(*one) for one in opened]
+    check_latents(config.data, config.data.folders, first_stages)
     if found is not None:
         data = open_training(config.data)
         check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
@@ -233,11 +246,17 @@ def _family_tree(config: Config) -> dict[str, Any]:
     return yaml.safe_load(config.to_yaml())["family"]
 
 
-def identify(run: str, family: Family, step: int) -> FirstStage:
-    """What tells an opened run's family, at a step, from any other that would encode otherwise."""
+def identify(run: str, family: Family, step: int | None) -> FirstStage:
+    """What tells an opened run's family, at a step, from any other that would encode otherwise.
+
+    Other networks than `Family.encode` needs do not count: a second stage does without them.
+    """
     run_dir, _ = split_run(run)
     state = hashlib.sha256()
     for name, tensor in sorted(family.state_dict().items()):
+        child, _, inner = name.partition(".")
+        if inner and child not in family.averaged:
+            continue
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return FirstStage(run_dir, step, _family_tree(read_config(run_dir)), state.hexdigest())

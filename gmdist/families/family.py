@@ -132,7 +132,7 @@ class Family(nn.Module):
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
 
-        Empty for a family that encodes nothing.
+        It needs averaged children and own buffers, and no other child. Empty for a family that encodes nothing.
         """
         return {}
 

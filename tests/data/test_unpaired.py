@@ -308,7 +308,7 @@ def test_latents_are_no_second_domain(plain: str, tmp_path: Path) -> None:
     stage = FirstStage("run", 1, {}, "weights")
     Record(stage, Transform.of(config), "fp32", False, "source", {"latent": ([1], "float16")}).save(str(tmp_path))
     with pytest.raises(ConfigError, match=f"data.image: True; {tmp_path} holds latents"):
-        check_latents(config, [])
+        check_latents(config, config.folders, [])
 
 
 def test_domains_in_object_storage_share_one_cache(bucket, plain: str, second: str, tmp_path: Path) -> None:
