@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-autoencoders bench-tokenizers
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-autoencoders bench-gans bench-tokenizers
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -102,6 +102,10 @@ bench-diffusion: setup .parity/installed
 # Twenty minutes: the digits' autoencoders, tokenizers and priors, trained and measured.
 bench-autoencoders: setup .parity/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.parity $(BIN)/python benchmarks/digits_autoencoders.py
+
+# Twenty-five minutes: the digits' GANs, trained and measured.
+bench-gans: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/digits_gans.py
 
 bench-tokenizers: setup .parity/installed
 	$(BIN)/python benchmarks/tokenizing.py --peers .parity

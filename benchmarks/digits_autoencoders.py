@@ -10,15 +10,14 @@ independent pixels: the best code for each pixel by itself, its levels counted o
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from digits_runs import measured, size_of, trained
 from torch import Tensor
 
 from gmdist import runs
@@ -30,30 +29,6 @@ from gmdist.train.optim import learning_rate
 FAMILIES = ("autoencoder", "vae", "vq_vae", "vit_vqvae", "transformer_prior", "pixelcnn")
 MINUTES = 4.0  # asked for, of training
 LEVELS = 256
-
-
-def trained(name: str, root: Path, data: Path) -> float | None:
-    """Train a family's config into `root`; returns minutes, or None where the run was begun before."""
-    was_there = (root / name / "config.yaml").exists()
-    settings = [f"data.train={data}/train", f"data.test={data}/test", f"run.dir={root / name}"]
-    if name == "transformer_prior":
-        settings.append(f"family.first_stage={root / 'vq_vae'}")
-    start_s = time.monotonic()
-    subprocess.run(["gmdist", "train", f"configs/digits/{name}.yaml", *settings], check=True)
-    return None if was_there else (time.monotonic() - start_s) / 60
-
-
-def measured(run: Path, *options: str) -> dict[str, float]:
-    """What `gmdist evaluate` writes down."""
-    subprocess.run(["gmdist", "evaluate", str(run), *options], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((run / "evaluation.json").read_text())["metrics"]
-
-
-def size_of(run: Path) -> int:
-    """Trained parameters."""
-    with torch.device("meta"):
-        family = runs.build_family(runs.read_config(str(run)))
-    return sum(p.numel() for phase in family.phases() for p in getattr(family, phase.trains).parameters())
 
 
 def elbo_of_pythae(run: Path) -> float:
@@ -117,7 +92,9 @@ def main() -> int:
     options = parser.parse_args()
     if not options.data.exists():
         subprocess.run(["gmdist", "data", "make", "digits", str(options.data)], check=True)
-    minutes = {name: trained(name, options.runs, options.data) for name in FAMILIES}
+    data = [f"data.train={options.data}/train", f"data.test={options.data}/test"]
+    own = {"transformer_prior": [f"family.first_stage={options.runs / 'vq_vae'}"]}
+    minutes = {name: trained(name, options.runs, *data, *own.get(name, [])) for name in FAMILIES}
     found = {name: measured(options.runs / name, "--num-images", "500") for name in FAMILIES}
     pythae = elbo_of_pythae(options.runs / "vae")
     independent = bits_of_independent_pixels(runs.read_config(str(options.runs / "pixelcnn")))

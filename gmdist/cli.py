@@ -10,11 +10,26 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gmdist import __version__
 from gmdist.errors import ConfigError, GmdistError
 
+if TYPE_CHECKING:
+    from gmdist.launch.sample import SampleRequest
+
 _REPORTED_IMAGES = 100
+_OF_DRAWN_IMAGES = (
+    "seed",
+    "label",
+    "prompt",
+    "steps",
+    "guidance",
+    "complete",
+    "truncation",
+    "interpolate",
+    "mix_styles",
+)  # options of `sample`
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -74,11 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
     sample.add_argument("--prompt", help="what all images show, of a run with captions")
     sample.add_argument("--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, other images; default: %(default)s")
+    sample.add_argument("--seed", type=int, help="another seed, other images; default: 0")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
+    sample.add_argument("--truncation", type=float, help="0 to 1, of styles: 1 is none; default: the run's setting")
+    sample.add_argument("--interpolate", type=int, metavar="FRAMES", help="from each image to the next, so many")
+    sample.add_argument(
+        "--mix-styles", action="store_const", const=True, help="a table: coarse layers of rows, fine ones of columns"
+    )
     sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
     sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
+    sample.add_argument("--translate", metavar="DIRECTION", help="a2b or b2a: real images, into the other domain")
+    sample.add_argument("--images", type=_location, metavar="SRC", help="those: a folder of images, or shards")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
     evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
@@ -104,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make, pack, index and check data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
-    make.add_argument("name", metavar="NAME", help="digits, glyphs or glyphs-color")
+    names = "digits, digits-color, glyphs, glyphs-color, glyphs-serif or glyphs-sans"
+    make.add_argument("name", metavar="NAME", help=names)
     make.add_argument("destination", type=_location, metavar="DEST")
     pack = _command(actions, "pack", _data_pack, "pack images into shards; the same command goes on where it stopped")
     pack.add_argument(
@@ -185,25 +208,61 @@ def _sample(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, check_out, draw, save
 
     check_out(options.out, options.num_images)
+    if (options.translate is None) != (options.images is None):
+        given, missing = ("images", "translate") if options.translate is None else ("translate", "images")
+        raise ConfigError(f"--{missing}: missing; --{given} {getattr(options, given)} needs it")
+    if options.translate is not None:
+        from gmdist.launch.translate import translate
+
+        _refuse_beside(options, "translate", (*_OF_DRAWN_IMAGES, "show"))
+        asked = options.translate, options.images, options.num_images
+        print(translate(options.run, *asked, options.out, options.overrides))
+        return EXIT_DONE
     if options.show is not None:
         from gmdist.launch.show import show
 
-        for name in ("label", "prompt", "steps", "guidance", "complete"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name}: does not go with --show, which shows what becomes of real images")
+        _refuse_beside(options, "show", _OF_DRAWN_IMAGES)
         print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
         return EXIT_DONE
     request = SampleRequest(
         options.num_images,
         options.label,
         options.prompt,
-        options.seed,
+        options.seed or 0,
         options.steps,
         options.guidance,
+        options.truncation,
         options.complete,
     )
+    if options.interpolate is not None or options.mix_styles:
+        return _walk(options, request)
     print(save(draw(options.run, request, options.overrides), options.out))
     return EXIT_DONE
+
+
+def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
+    from gmdist.launch.sample import is_grid, save
+    from gmdist.launch.walk import interpolate, mix
+
+    if options.complete is not None or (options.interpolate is not None and options.mix_styles):
+        other = "--complete" if options.complete is not None else "--mix-styles"
+        raise ConfigError(f"{other}: does not go with --interpolate or --mix-styles")
+    if options.mix_styles:
+        print(save(mix(options.run, request, options.overrides), options.out, request.num_images + 1))
+        return EXIT_DONE
+    frames = interpolate(options.run, request, options.interpolate, options.overrides)
+    columns = options.interpolate if is_grid(options.out) else None
+    print(save(frames.flatten(0, 1), options.out, columns))
+    return EXIT_DONE
+
+
+def _refuse_beside(options: argparse.Namespace, given: str, names: Sequence[str]) -> None:
+    """ConfigError for options that say something of images that are drawn, where none are."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: does not go with --{given}, which shows what becomes of real images"
+            )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -231,10 +290,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, draw
+    from gmdist.launch.sample import SampleRequest, draw, draws
     from gmdist.report.page import write
 
-    print(write(options.runs, draw(options.runs[-1], SampleRequest(_REPORTED_IMAGES))))
+    last = options.runs[-1]
+    print(write(options.runs, draw(last, SampleRequest(_REPORTED_IMAGES)) if draws(last) else None))
     return EXIT_DONE
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gmdist import storage
-from gmdist.data.config import DataConfig
+from gmdist.data.config import MAX_IMAGE_SIZE, DataConfig
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import MEASURED, EvaluationConfig
 from gmdist.families import CATALOGUE
@@ -117,6 +117,7 @@ _SECTIONS: dict[str, type] = {
     "cluster": ClusterConfig,
     "run": RunConfig,
 }
+_NOUNS = {int: "integers", float: "numbers", str: "texts"}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
@@ -144,21 +145,25 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values against the dataclasses."""
     tree = {key: value for key, value in tree.items() if key != "base"}
     _refuse_unknown(tree, list(_TOP_KEYS), "")
-    for key in ("name", "family", "data", "optim", "train", "run"):
-        if tree.get(key) is None:
-            raise ConfigError(f"{key}: missing")
     for key in ("family", "optim", *_SECTIONS):
-        if not isinstance(tree.get(key, {}), dict):
+        if not isinstance(tree.get(key) or {}, dict):
             raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
-
-    family = dict(tree["family"])
-    family_name = family.pop("name", None)
+    if tree.get("family") is None:
+        raise ConfigError("family: missing")
+    family_name = tree["family"].get("name")
     if not isinstance(family_name, str) or family_name not in CATALOGUE:
         raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}")
+    kind = CATALOGUE[family_name][1]
+    tree = _with_preset(kind, tree)
+    for key in ("name", "data", "optim", "train", "run"):
+        if tree.get(key) is None:
+            raise ConfigError(f"{key}: missing")
+
+    family = {key: value for key, value in tree["family"].items() if key != "name"}
     config = Config(
         name=_name(tree["name"]),
         family_name=family_name,
-        family=_structured(CATALOGUE[family_name][1], family, "family"),
+        family=_structured(kind, family, "family"),
         data=_structured(DataConfig, tree["data"], "data"),
         optim={
             str(child): _structured(OptimConfig, values, f"optim.{child}") for child, values in tree["optim"].items()
@@ -171,6 +176,20 @@ def from_tree(tree: dict[str, Any]) -> Config:
     _check(config)
     _make_absolute(config)
     return config
+
+
+def _with_preset(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree on top of what its family's preset sets, where it names one."""
+    name = tree["family"].get("preset")
+    if name is None or not hasattr(kind, "preset_settings"):
+        return tree
+    image_size = (tree.get("data") or {}).get("image_size")
+    if type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"data.image_size: {image_size}; must be from 1 to {MAX_IMAGE_SIZE}, for family.preset")
+    cluster = _structured(ClusterConfig, tree.get("cluster") or {}, "cluster")
+    cluster.validate()
+    settings: dict[str, Any] = kind.preset_settings(str(name), image_size, cluster.worker_range[1])
+    return _merged(settings, tree)
 
 
 def _check(config: Config) -> None:
@@ -301,6 +320,7 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
     _refuse_unknown(values, list(fields), prefix)
     for key, value in values.items():
         inner = fields[str(key)].type
+        _refuse_items(kind, inner, value, str(key), prefix)
         named = {f"{prefix}.{key}": value}
         if get_origin(inner) is dict and isinstance(value, dict):
             inner = get_args(inner)[1]
@@ -312,6 +332,20 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             if not isinstance(item, dict):
                 raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
             _refuse_unknown_fields(inner, item, place)
+
+
+def _refuse_items(kind: type, declared: Any, value: Any, key: str, prefix: str) -> None:
+    """Refuse a list with items of another type than a field's: of those, OmegaConf names neither key nor value."""
+    declared = next((part for part in (declared, *get_args(declared)) if get_origin(part) is tuple), None)
+    if declared is None or not isinstance(value, list):
+        return
+    refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {_NOUNS[get_args(declared)[0]]}")
+    if any(isinstance(item, list | dict) for item in value):  # which OmegaConf lets pass
+        raise refusal
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+    except OmegaConfBaseException as error:
+        raise refusal from error
 
 
 def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:

@@ -12,6 +12,7 @@ from gmdist.data.config import MixedConfig
 from gmdist.data.latents import Record
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
+from gmdist.data.unpaired import Unpaired
 from gmdist.errors import ConfigError
 from gmdist.evaluation.features import Features, beside, load_features
 from gmdist.evaluation.measure import Captions, Evaluator, Images
@@ -61,13 +62,13 @@ def open_features(config: Config) -> Features:
 
 
 def open_evaluator(
-    config: Config, held_out: Loader | None, device: torch.device, rank: int = 0, world_size: int = 1
+    config: Config, held_out: Loader | Unpaired | None, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Evaluator:
     """What measures a run's family, as one of some workers.
 
     Args:
         config: of the run.
-        held_out: reads data.test, for reconstructions; None: there is none.
+        held_out: reads data.test, of one domain or two, for reconstructions; None: there is none.
         device: that images are made on.
         rank, world_size: of this worker.
 
@@ -91,7 +92,7 @@ def open_evaluator(
     )
 
 
-def _images(loader: Loader, count: int, device: torch.device) -> Images:
+def _images(loader: Loader | Unpaired, count: int, device: torch.device) -> Images:
     def batches(batch_size: int) -> Iterator[Batch]:
         return (loaded.batch_on(device) for loaded in loader.sweep(batch_size, count))
 

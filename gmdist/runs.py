@@ -7,6 +7,7 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ from gmdist.data.dataset import check_labels
 from gmdist.data.latents import FirstStage, check_latents, flat
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
+from gmdist.data.mix import UNPAIRED
+from gmdist.data.unpaired import Unpaired, open_held_out, open_training
 from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.evaluator import check_reference, open_evaluator, open_features
 from gmdist.families import CATALOGUE
@@ -28,6 +31,7 @@ from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.blocks import check_precision
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
+from gmdist.train.config import micro_batch_size
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
@@ -38,6 +42,10 @@ CONFIG_NAME = "config.yaml"
 # All that a run writes into its folder.
 _WRITTEN = ("checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json")
 _WRITTEN_TOO = ("report.html", "error.txt")
+
+# What gives a batch what a family needs.
+_SECOND_DOMAIN = {"image_b": "data.unpaired", "label_b": "data.unpaired and data.num_classes"}
+_ONE_DOMAIN = "data.image, data.num_classes, data.caption or data.arrays"
 
 _OPEN_ATTEMPTS = 3
 
@@ -79,7 +87,7 @@ def build_family(config: Config, on_open: Callable[[str, Family, int], None] | N
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
             raise ConfigError(
                 f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(keys)}: set data.image, data.num_classes, data.caption or data.arrays"
+                f"{', '.join(keys)}: set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"
             )
     trained_children(family, config.optim)
     return family
@@ -104,24 +112,31 @@ def read_config(run: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
 
 
-def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Family]:
+def open_run(
+    run: str, config: Config | None = None, reads: Sequence[tuple[str, str]] = ()
+) -> tuple[dict[str, Any], Family]:
     """A run's family with its averaged weights, in eval mode, and the checkpoint's meta.
 
     Args:
         run: a run's folder (its newest sound checkpoint is used), or one of its checkpoints.
         config: in place of the run's own, where a setting of the sampler is changed.
+        reads: data sets that it will be given as they are, never mirrored, each after its key; where they are latents,
+            they must be of its own first stage.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or no such checkpoint; or latents, and the config reads others.
         CheckpointError: it has no sound checkpoint.
+        DataError: latents of another first stage.
     """
     run_dir, location = split_run(run)
     config = config or read_config(run_dir)
     use_storage(config)
     if location is not None:
+        if not storage.list_names(location):
+            raise ConfigError(f"{run}: no such checkpoint; those of {run_dir} are in its folder checkpoints")
         meta = checkpoint.read_meta(location)
         checkpoint.verify(location, meta)
-        return meta, _load_family(config, location, meta)
+        return meta, _load_family(config, location, meta, reads)
     for attempt in range(_OPEN_ATTEMPTS):
         found, warnings = checkpoint.find_newest(run_dir)
         if found is None:
@@ -129,15 +144,16 @@ def open_run(run: str, config: Config | None = None) -> tuple[dict[str, Any], Fa
         for warning in warnings:
             _log.warning("%s", warning)
         try:
-            return found.meta, _load_family(config, found.location, found.meta)
+            return found.meta, _load_family(config, found.location, found.meta, reads)
         except CheckpointError:  # a run that is still training deletes its oldest checkpoint now and then
             if attempt + 1 == _OPEN_ATTEMPTS or storage.exists(storage.join(found.location, checkpoint.META_NAME)):
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _load_family(config: Config, location: str, meta: dict[str, Any]) -> Family:
-    family = build_family(config)
+def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]) -> Family:
+    opened: list[tuple[str, Family]] = []
+    family = build_family(config, lambda run, first, step: opened.append((run, first)))
     checkpoint.check_shapes(location, meta, shapes_of(family))
     trained = trained_children(family, config.optim)
     with Reader(location, meta) as reader, torch.no_grad():
@@ -147,6 +163,9 @@ def _load_family(config: Config, location: str, meta: dict[str, Any]) -> Family:
             load_tensor(reader, kind, name, parameter.data)
         for name, buffer in family.named_buffers():
             load_tensor(reader, BUFFER, name, buffer)
+    if reads:  # by now, what encodes in the opened ones has the weights that the checkpoint holds
+        own = [] if config.data.image else [identify(run, first, None) for run, first in opened]
+        check_latents(replace(config.data, flip=False), reads, own)
     return family.eval().requires_grad_(False)
 
 
@@ -155,21 +174,36 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
 
     Returns:
         How the run ended, if it is finished already; and warnings: of a finished run about checkpoints that cannot be
-        used, of one that goes on about what its model was begun with. It gives the former itself.
+        used, of one that goes on about what its model was begun with. It gives the former itself. And of settings
+        without effect.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
             run folder that holds another run.
     """
     use_storage(config)
-    tests = [config.data.test] if config.data.test is not None else []
-    for folder in [data.train for data in config.data.trained_on] + tests:
-        check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+    for key, folder in config.data.folders:
+        try:
+            check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
     opened: list[tuple[str, Family, int]] = []
     with torch.device("meta"):
         family = build_family(config, lambda *first: opened.append(first))
     check_precision(family, trained_children(family, config.optim), config.train.precision)
+    for num_workers in config.cluster.sizes(config.data.batch_size):
+        size = micro_batch_size(config.train, config.data.batch_size, num_workers)
+        if size % family.compared:
+            raise ConfigError(
+                f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once,"
+                f" and the discriminator compares {family.compared} (minibatch_std_group), which must divide them"
+            )
     if _measures(config):
+        if type(family).sample is Family.sample:
+            raise ConfigError(
+                f"evaluation.metrics: {list(config.evaluation.metrics)}; must be [] with family '{config.family_name}',"
+                " which draws no images"
+            )
         check_reference(config)
         open_features(config)
     found, warnings = None, list[str]()
@@ -177,15 +211,24 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
     if found is None:
         family.check_files()
-    check_latents(config.data, [] if config.data.image or found is not None else [identify(*one) for one in opened])
+    first_stages = [] if config.data.image or found is not None else [identify(*one) for one in opened]
+    check_latents(config.data, config.data.folders, first_stages)
     if found is not None:
-        loader = Loader(config.data, config.data.trained_on)
-        check_identity(found, _identity(config, loader), config.train.seed, loader.fingerprint)
+        data = open_training(config.data)
+        check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
-        return None, _changes(config)
-    return None, []
+        return None, _changes(config) + _without_effect(config)
+    return None, _without_effect(config)
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Settings that ask for what cannot be, without harm."""
+    if config.train.evaluate_every is None or config.data.test is not None or config.evaluation.metrics:
+        return []
+    every = config.train.evaluate_every
+    return [f"train.evaluate_every: {every}; nothing is evaluated without data.test or evaluation.metrics"]
 
 
 def _changes(config: Config) -> list[str]:
@@ -203,11 +246,17 @@ def _family_tree(config: Config) -> dict[str, Any]:
     return yaml.safe_load(config.to_yaml())["family"]
 
 
-def identify(run: str, family: Family, step: int) -> FirstStage:
-    """What tells an opened run's family, at a step, from any other that would encode otherwise."""
+def identify(run: str, family: Family, step: int | None) -> FirstStage:
+    """What tells an opened run's family, at a step, from any other that would encode otherwise.
+
+    Other networks than `Family.encode` needs do not count: a second stage does without them.
+    """
     run_dir, _ = split_run(run)
     state = hashlib.sha256()
     for name, tensor in sorted(family.state_dict().items()):
+        child, _, inner = name.partition(".")
+        if inner and child not in family.averaged:
+            continue
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return FirstStage(run_dir, step, _family_tree(read_config(run_dir)), state.hexdigest())
@@ -228,22 +277,25 @@ def clear(run_dir: str) -> None:
             storage.delete(location)
 
 
-def _identity(config: Config, loader: Loader) -> RunIdentity:
-    return RunIdentity(config.family_name, config.data.batch_size, loader.fingerprint.to_dict())
+def _identity(config: Config, data: Loader | Unpaired) -> RunIdentity:
+    return RunIdentity(config.family_name, config.data.batch_size, data.fingerprint.to_dict())
 
 
-def _check_agreement(key: str, loader: Loader) -> None:
+def _check_agreement(split: str, data: Loader | Unpaired) -> None:
     """DataError if the workers do not read the same data: a folder of the same name on each machine may differ."""
-    own = loader.fingerprint.to_dict()
-    found: list[Any] = [None] * world_size()
+    first = data.fingerprint.to_dict()
+    second = first.pop(UNPAIRED, None)
+    own: dict[str, Any] = {f"data.{split}": first, f"data.unpaired.{split}": second}
+    found: list[dict[str, Any]] = [own] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, own)
-    for other, theirs in enumerate(found[1:], 1):
-        if theirs != found[0]:
-            raise DataError(
-                f"{key}: worker {other} reads another data set than worker 0, or another version of it; all workers "
-                "need the same, in a shared folder or on s3://, or copied with its manifest"
-            )
+    for key in own:
+        for other, theirs in enumerate(found[1:], 1):
+            if theirs[key] != found[0][key]:
+                raise DataError(
+                    f"{key}: worker {other} reads another data set than worker 0, or another version of it; all "
+                    "workers need the same, in a shared folder or on s3://, or copied with its manifest"
+                )
 
 
 def train_worker(config: Config, device: torch.device, hooks: Hooks | None = None) -> Outcome:
@@ -254,11 +306,11 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     use_storage(config)
     gc.freeze()  # what was imported stays: looking through it for garbage would take a twentieth of the loader's time
     run_dir = storage.absolute(config.run.dir)
-    data = Loader(config.data, config.data.trained_on, rank(), world_size())
-    test = Loader(config.data, config.data.test, rank(), world_size()) if config.data.test else None
-    for key, loader in (("data.train", data), ("data.test", test)):
-        if loader is not None:
-            _check_agreement(key, loader)
+    data = open_training(config.data, rank(), world_size())
+    test = open_held_out(config.data, rank(), world_size())
+    for split, read in (("train", data), ("test", test)):
+        if read is not None:
+            _check_agreement(split, read)
     measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
     trainer = Trainer(
         build_family(config),

@@ -22,25 +22,35 @@ from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
 from gmdist.families.adversarial import DiscriminatorConfig
+from gmdist.families.augmentation import AugmentConfig
 from gmdist.families.autoencoder import PlainAutoencoderConfig
 from gmdist.families.autoencoder_kl import AutoencoderKLConfig
 from gmdist.families.code_sampler import CodeSamplerConfig
+from gmdist.families.conditional_gan import ConditionalGANConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
+from gmdist.families.cyclegan import CycleGANConfig
+from gmdist.families.dcgan import DCGANConfig
 from gmdist.families.ddpm import DDPMConfig
 from gmdist.families.family import Family, Phase, Surroundings
+from gmdist.families.gan import ObjectiveConfig
 from gmdist.families.latent_diffusion import LatentDiffusionConfig
 from gmdist.families.likelihoods import LikelihoodConfig
 from gmdist.families.pixelcnn import PixelCNNConfig
+from gmdist.families.stylegan2 import PathLengthConfig, StyleGAN2Config
 from gmdist.families.transformer_prior import TransformerPriorConfig
 from gmdist.families.vae import VAEConfig
+from gmdist.families.vanilla_gan import VanillaGANConfig
 from gmdist.families.vit_vqvae import ViTVQVAEConfig
 from gmdist.families.vq_vae import VQVAEConfig
+from gmdist.nets import dcgan
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.causal_transformer import CausalTransformerConfig
 from gmdist.nets.convolutional import ConvolutionalConfig
+from gmdist.nets.cyclegan import TranslatorConfig
 from gmdist.nets.pixelcnn import GatedPixelCNNConfig
 from gmdist.nets.quantizer import QuantizerConfig
-from gmdist.nets.stylegan2 import StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_generator import StyleGAN2GeneratorConfig
 from gmdist.nets.text import TextConfig
 from gmdist.nets.unet import UNetConfig
 from gmdist.nets.vit import ViTConfig
@@ -64,6 +74,14 @@ _VIT = ViTConfig(16, 1, 2, 32, 8)
 _FACTORIZED = QuantizerConfig(32, 4, normalize=True, learned_by="gradient", kmeans_steps=0)
 _CONVOLUTIONAL = ConvolutionalConfig((16, 32), 1)
 
+_DCGAN = dcgan.DCGANConfig(8, 16, 16, 32)
+_STYLEGAN2 = StyleGAN2Config(
+    objective=ObjectiveConfig(r1_gamma=1.0, penalty_every=2),
+    generator=StyleGAN2GeneratorConfig(16, 16, 2, 256, 16, num_bf16_sides=1),
+    discriminator=StyleGAN2DiscriminatorConfig(256, 16, minibatch_std_group=0, mapping_layers=2, num_bf16_sides=1),
+    path_length=PathLengthConfig(every=2, batch_shrink=1),
+)
+
 # One small config for each family of the catalogue, and more as "family/variant".
 SMALL: dict[str, Any] = {
     "autoencoder": PlainAutoencoderConfig(_CONVOLUTIONAL, 16),
@@ -71,12 +89,24 @@ SMALL: dict[str, Any] = {
     "autoencoder_kl/discriminator": AutoencoderKLConfig(
         _AUTOENCODER, discriminator=DiscriminatorConfig(8, 1, adaptive=False, start_images=0)
     ),
+    "conditional_gan": ConditionalGANConfig(networks=_DCGAN),
+    "conditional_gan/concatenation": ConditionalGANConfig(
+        ObjectiveConfig("hinge", r1_gamma=0.1), networks=_DCGAN, conditioning="concatenation"
+    ),
+    "cyclegan": CycleGANConfig(TranslatorConfig(8, 1), 8, 1, pool_size=0),
+    "dcgan": DCGANConfig(ObjectiveConfig("least_squares"), AugmentConfig("diffaugment"), _DCGAN),
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
+    "gan": VanillaGANConfig(ObjectiveConfig("relativistic", 0.1, 0.1), latent_channels=8, hidden_channels=32),
+    "gan/wasserstein": VanillaGANConfig(ObjectiveConfig("wasserstein", interpolation_weight=10.0), hidden_channels=32),
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
     "vae": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig(scale=0.1), iwae_samples=2),
     "vae/logistic": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig("discretized_logistic", 0.02), iwae_samples=2),
     "pixelcnn": PixelCNNConfig(network=GatedPixelCNNConfig(32, 2, 3, dropout=0.1), sampler=_CODES),
     "pixelcnn/tokens": PixelCNNConfig(first_stage="tokens", network=GatedPixelCNNConfig(16, 2, 3), sampler=_CODES),
+    "stylegan2": _STYLEGAN2,
+    "stylegan2/ada": dataclasses.replace(
+        _STYLEGAN2, augmentation=AugmentConfig("ada", interval=2), conditional=False, truncation=0.7
+    ),
     "transformer_prior": TransformerPriorConfig(
         first_stage="tokens", transformer=CausalTransformerConfig(32, 2, 4), sampler=_CODES
     ),
@@ -155,6 +185,7 @@ class MemorySource:
         label = which % CLASSES
         caption = torch.stack([torch.full_like(label, ord("a")), label + ord("a")], dim=1).to(torch.uint8)
         batch = {"image": self.images[which], "label": label, "key": torch.from_numpy(numbers), "caption": caption}
+        batch["image_b"] = -self.images.roll(7, 0)[which]
         return Part(batch, digest(numbers, which.numpy()))
 
     def counters(self) -> dict[str, float]:

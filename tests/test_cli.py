@@ -228,6 +228,8 @@ def test_sample_refuses_what_cannot_be(trained: Path, tmp_path: Path, capsys) ->
     assert "--guidance: family 'autoencoder_kl' has no sampler" in refused(capsys, 2, *sample, "--guidance", "2")
     assert "--num-images: 0" in refused(capsys, 2, *sample, "--num-images", "0")
     assert "not a run" in refused(capsys, 2, "sample", str(tmp_path), "--out", "x.png")
+    gone = f"{trained}/checkpoints/step-00000099"
+    assert f"{gone}: no such checkpoint" in refused(capsys, 2, "sample", gone, "--out", "x.png")
     assert "--seed: 2147483648; must be between" in refused(capsys, 2, *sample, "--seed", "2147483648")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "00002.png").write_bytes(b"")

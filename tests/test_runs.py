@@ -1,17 +1,24 @@
 """Runs: the workers of one read the same data, and a family gets what it needs of it."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
+from gmdist.families import CATALOGUE
 from gmdist.images import png
 from gmdist.runs import check_start, train_worker
-from tests.support import run_workers
+from tests import two_domains
+from tests.support import run_workers, tree_bytes
+from tests.two_domains import Recolour, RecolourConfig
 
 CONFIG = str(Path(__file__).parent.parent / "configs/digits/autoencoder_kl.yaml")
 
@@ -21,6 +28,14 @@ def write(folder: Path, seed: int) -> str:
     images = (png(random.integers(0, 256, (32, 32, 1), np.uint8)) for _ in range(8))
     write_shards(((f"{i}", {"png": image, "cls": b"1"}) for i, image in enumerate(images)), str(folder))
     return str(folder)
+
+
+def test_an_evaluation_of_nothing_is_warned_of(tmp_path: Path) -> None:
+    assert main(["data", "make", "digits", str(tmp_path / "data")]) == 0
+    settings = [f"data.train={tmp_path}/data/train", "data.test=null", f"run.dir={tmp_path}/run"]
+    _, warnings = check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=20"]))
+    assert warnings == ["train.evaluate_every: 20; nothing is evaluated without data.test or evaluation.metrics"]
+    assert check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=null"]))[1] == []
 
 
 def train_on_own_folder(rank: int, world_size: int, folder: str) -> None:
@@ -42,3 +57,77 @@ def test_a_family_of_images_needs_images(tmp_path: Path) -> None:
     settings = [f"data.train={folder}", "data.test=null", f"run.dir={tmp_path}/run"]
     with pytest.raises(ConfigError, match="family.name: 'autoencoder_kl'; it needs 'image' of each sample"):
         check_start(load(CONFIG, [*settings, "data.image=false", "data.arrays=[latent.npy]"]))
+
+
+# Two domains.
+
+
+@pytest.fixture
+def domains(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Two data sets, and a family that needs both."""
+    with mock.patch.dict(CATALOGUE, {"recolour": (Recolour, RecolourConfig)}):
+        yield two_domains.write(tmp_path / "a", 0), two_domains.write(tmp_path / "b", 100, 9)
+
+
+def test_a_family_of_two_domains_needs_the_second(domains: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'recolour'; it needs 'image_b' of each sample, .*: set data\.unpaired$"):
+        check_start(two_domains.config(tmp_path / "run", domains[0], None))
+    with mock.patch.object(Recolour, "inputs", ("image", "label_b")):
+        with pytest.raises(ConfigError, match=r"'label_b' .*: set data\.unpaired and data\.num_classes$"):
+            check_start(two_domains.config(tmp_path / "run", *domains))
+        assert check_start(two_domains.config(tmp_path / "run", *domains, num_classes=1)) == (None, [])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_second_domain_that_is_not_there_is_named(domains: tuple[str, str], tmp_path: Path, split: str) -> None:
+    second = {"train": domains[1], "test": domains[1]}
+    config = two_domains.config(tmp_path / "run", *domains, test=domains[0], unpaired=second)
+    assert check_start(config) == (None, [])
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        setattr(config.data.unpaired, split, str(folder))
+        with pytest.raises(DataError, match=rf"^data\.unpaired\.{split}: {folder}: no such data set, or it is empty"):
+            check_start(config)
+    setattr(config.data.unpaired, split, domains[1])
+    config.data.num_classes = 3
+    assert check_start(config) == (None, [])
+    write_shards([("k", {"png": b"", "cls": b"7"})], str(tmp_path / "empty"))
+    setattr(config.data.unpaired, split, str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=rf"^data\.unpaired\.{split}: .*: class label 7 is out of range"):
+        check_start(config)
+
+
+def test_a_run_of_two_domains_goes_on_and_with_no_other(domains: tuple[str, str], tmp_path: Path) -> None:
+    def trained(name: str, num_steps: int) -> dict[str, bytes]:
+        config = two_domains.config(tmp_path / name, *domains, test=domains[0], unpaired=second)
+        config.train.num_steps = num_steps
+        config.train.evaluate_every = num_steps
+        train_worker(config, torch.device("cpu"))
+        return tree_bytes(tmp_path / name / "checkpoints/step-00000004") if num_steps == 4 else {}
+
+    second = {"train": domains[1], "test": domains[1]}
+    trained("parts", 2)
+    assert trained("parts", 4) == trained("whole", 4)
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["test/colour"] > 0
+    other = two_domains.write(tmp_path / "c", 200, 9)
+    config = two_domains.config(tmp_path / "parts", domains[0], other)
+    with pytest.raises(DataError, match=r"^data\.unpaired\.train: cannot resume: the data set was"):
+        check_start(config)
+    with pytest.raises(DataError, match=r"^data\.unpaired\.train: cannot resume: the data set was"):
+        train_worker(config, torch.device("cpu"))
+
+
+def train_beside_own_folder(rank: int, world_size: int, folder: str) -> None:
+    with mock.patch.dict(CATALOGUE, {"recolour": (Recolour, RecolourConfig)}):
+        config = two_domains.config(Path(folder) / "run", f"{folder}/a", f"{folder}/{rank}")
+        with pytest.raises(DataError, match=r"data\.unpaired\.train: worker 1 reads another data set than worker 0"):
+            train_worker(config, torch.device("cpu"))
+
+
+def test_workers_that_read_different_second_domains_are_refused(tmp_path: Path) -> None:
+    two_domains.write(tmp_path / "a", 0)
+    for rank in range(2):
+        two_domains.write(tmp_path / str(rank), rank)
+    run_workers(train_beside_own_folder, 2, str(tmp_path))
+    assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ class Cache:
         Raises:
             StorageError: the folder cannot be written, or its disk is smaller than the limit.
         """
-        self._folder, self._limit_bytes, self._next_uses = Path(folder), limit_bytes, next_uses
+        self._folder, self._limit_bytes, self._next_uses = Path(folder), limit_bytes, dict(next_uses)
         self._lock = threading.Lock()
         self.problem: str | None = None  # of its disk; then nothing more is kept
         try:
@@ -81,6 +81,12 @@ class Cache:
                 f"data.cache_dir: {folder}: its disk has {room_bytes / 2**30:.1f} GiB for the cache, and "
                 f"data.cache_gib is {limit_bytes / 2**30:g}; free some space, set it lower, or choose another folder"
             )
+
+    def share(self, next_uses: Mapping[str, NextUse]) -> None:
+        """Keep parts for another reader too, whose numbers mean the same times; before anything is read."""
+        for data, other in next_uses.items():
+            own = self._next_uses.get(data)
+            self._next_uses[data] = other if own is None else _sooner(own, other)
 
     def find(self, part: PartName, start: int, stop: int) -> bytes | None:
         """The bytes [start, stop) of a part, counted from its own start; None if it is not there."""
@@ -169,6 +175,11 @@ class Cache:
             freed += parts[name]
         self._used_bytes -= freed
         return is_kept
+
+
+def _sooner(one: NextUse, other: NextUse) -> NextUse:
+    """When parts are used next that two readers read."""
+    return lambda shards, places: np.minimum(one(shards, places), other(shards, places))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from gmdist.data.transform import FILTERS
 from gmdist.errors import ConfigError, check_int64
 from gmdist.s3 import S3Config
 
+SECOND = "_b"  # ends the names of what batches have of the second domain
+
 _MAX_WEIGHT = 1 << 16
 
 
@@ -17,6 +19,14 @@ class MixedConfig:
 
     train: str  # folder or s3:// prefix of shards
     weight: int = 1  # samples of it in each period; a period has as many as all weights together
+
+
+@dataclass
+class UnpairedConfig:
+    """A second domain, whose images come along in an order of their own."""
+
+    train: str  # folder or s3:// prefix of shards
+    test: str | None = None  # shards for evaluation; None where data.test is
 
 
 MAX_IMAGE_SIZE = 1 << 14  # pixels a side
@@ -31,6 +41,7 @@ class DataConfig:
     train: str | None = None  # folder or s3:// prefix of shards; None: data.mix names several
     mix: dict[str, MixedConfig] = field(default_factory=dict)  # by names of your own
     test: str | None = None  # shards for evaluation; None: no evaluation
+    unpaired: UnpairedConfig | None = None  # image_b, and label_b, of each batch; None: there is one domain
     channels: int = 3  # 1 grey, 3 RGB
     image: bool = True  # False: none is read, for data sets of latents; the transform is what those were made with
     resize: str = "none"  # of the shorter side to image_size: "area", "lanczos"; "none": images have that size
@@ -59,7 +70,18 @@ class DataConfig:
     def batch_keys(self) -> list[str]:
         """What a batch has."""
         optional = {"image": self.image, "label": self.num_classes is not None, "caption": self.caption is not None}
-        return ["key", *(name for name, there in optional.items() if there), *map(batch_key, self.arrays)]
+        own = [name for name, there in optional.items() if there]
+        second = [f"{name}{SECOND}" for name in own if self.unpaired is not None]
+        return ["key", *own, *map(batch_key, self.arrays), *second]
+
+    @property
+    def folders(self) -> list[tuple[str, str]]:
+        """All data sets that are named, each after its key."""
+        named = [("data.train", self.train), *((f"data.mix.{name}.train", one.train) for name, one in self.mix.items())]
+        named.append(("data.test", self.test))
+        if self.unpaired is not None:
+            named += [("data.unpaired.train", self.unpaired.train), ("data.unpaired.test", self.unpaired.test)]
+        return [(key, folder) for key, folder in named if folder is not None]
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
@@ -94,18 +116,31 @@ class DataConfig:
             raise ConfigError("data.train: missing; must be a folder or an s3:// prefix, or data.mix must name several")
         if self.train is not None and self.mix:
             raise ConfigError(f"data.train: '{self.train}'; must be null beside data.mix, or data.mix be left out")
-        locations = [("data.train", self.train), ("data.test", self.test)]
-        locations += [(f"data.mix.{name}.train", mixed.train) for name, mixed in self.mix.items()]
-        for key, location in locations:
-            if location is not None:
-                if not location:
-                    raise ConfigError(f"{key}: ''; must be a folder or an s3:// prefix")
-                storage.is_s3(location)
+        for key, location in self.folders:
+            if not location:
+                raise ConfigError(f"{key}: ''; must be a folder or an s3:// prefix")
+            storage.is_s3(location)
         for name, mixed in self.mix.items():
             if not 1 <= mixed.weight <= _MAX_WEIGHT:
                 raise ConfigError(f"data.mix.{name}.weight: {mixed.weight}; must be from 1 to {_MAX_WEIGHT}")
         if self.cache_dir is not None and (not self.cache_dir or storage.is_s3(self.cache_dir)):
             raise ConfigError(f"data.cache_dir: '{self.cache_dir}'; must be a local folder, or null for no cache")
+        if self.unpaired is not None:
+            self._validate_unpaired(self.unpaired)
+
+    def _validate_unpaired(self, second: UnpairedConfig) -> None:
+        for key, none in (("image", True), ("caption", None), ("arrays", ())):
+            if (value := getattr(self, key)) != none:
+                shown = "true" if key == "image" else "left out"
+                raise ConfigError(
+                    f"data.{key}: {value!r}; must be {shown} beside data.unpaired, whose batches hold the images and "
+                    "labels of both domains"
+                )
+        if (self.test is None) != (second.test is None):
+            given, missing = ("unpaired.test", "test") if self.test is None else ("test", "unpaired.test")
+            raise ConfigError(
+                f"data.{missing}: missing; data.{given} is set, and evaluations need both domains: set both or neither"
+            )
 
     def _validate_members(self) -> None:
         for key, valid in (("resize", ("none", *FILTERS)), ("crop", ("center", "random"))):
@@ -132,6 +167,9 @@ class DataConfig:
         self.cache_dir = self.cache_dir and storage.absolute(self.cache_dir)
         for mixed in self.mix.values():
             mixed.train = storage.absolute(mixed.train)
+        if self.unpaired is not None:
+            self.unpaired.train = storage.absolute(self.unpaired.train)
+            self.unpaired.test = self.unpaired.test and storage.absolute(self.unpaired.test)
 
 
 def batch_key(extension: str) -> str:

@@ -18,14 +18,16 @@ REPLACEMENT_ATTEMPTS = 16
 class Dataset:
     """The shards of a data set and their order."""
 
-    def __init__(self, config: DataConfig, folder: str, manifest: Manifest, lanes: int, block: int) -> None:
+    def __init__(
+        self, config: DataConfig, folder: str, manifest: Manifest, lanes: int, block: int, *, rotated: bool = False
+    ) -> None:
         """Open it.
 
         Args:
             config: the seed, and what a sample has to hold.
             folder: local or s3://.
             manifest: its shards.
-            lanes, block: of the tape.
+            lanes, block, rotated: of the tape.
 
         Raises:
             DataError: the labels are outside the config's classes, or there are none.
@@ -33,7 +35,7 @@ class Dataset:
         check_labels(config, manifest, folder)
         samples = manifest.shards.columns["samples"]
         self.shards = Shards(folder, manifest)
-        self.tape = Tape(samples, seed=config.seed, lanes=lanes, block=block, manifest=manifest.hash)
+        self.tape = Tape(samples, seed=config.seed, lanes=lanes, block=block, manifest=manifest.hash, rotated=rotated)
 
     def next_use(self, shards: Int64Array, places: Int64Array) -> Int64Array:
         """When parts of shards are used next, as if all samples of a shard were of one size."""

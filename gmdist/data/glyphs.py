@@ -41,6 +41,8 @@ _FACES = {  # file: how captions call it
     "cmss10": "computer modern, sans-serif",
     "cmtt10": "computer modern, typewriter",
 }
+# Faces whose strokes end in serifs, typewriters too; the others are sans-serif, monospaced or not.
+_SERIF_FACES = {face for face in _FACES if face.startswith(("DejaVuSerif", "STIX", "cm")) and face != "cmss10"}
 # Their other codes are not what Unicode says: TeX's fonts are older.
 _TEX_CHARACTERS = {c for c in map(chr, range(128)) if c.isalnum()}
 
@@ -59,6 +61,7 @@ _PALETTE = {
     "grey": (130, 130, 130),
 }
 _MIN_CONTRAST = 3.0  # what WCAG 2.2 asks of large text
+_LIGHT = 0.3  # relative luminance of a light colour, at least
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Glyph:
     def key(self) -> str:
         """Names it."""
         return f"{ord(self.character):04x}-{self.face}"
+
+    @property
+    def has_serifs(self) -> bool:
+        """Whether its face is one with serifs."""
+        return self.face in _SERIF_FACES
 
 
 def name_of(character: str) -> str:
@@ -159,12 +167,9 @@ def sample(glyph: Glyph, label: int, colour: bool) -> tuple[str, dict[str, bytes
     caption = f"{name_of(glyph.character)}, {_FACES[glyph.face]}"
     image = glyph.ink
     if colour:
-        pairs = colour_pairs()
-        above, below = pairs[_hash(f"{glyph.key} colour") % len(pairs)]
+        above, below = pair_of(colour_pairs(), glyph.key)
         caption += f", {above} on {below}"
-        blends = np.linspace(_PALETTE[below], _PALETTE[above], 256).round().astype(np.uint8)
-        image = image.copy()
-        image.putpalette(blends.tobytes())
+        image = coloured(image, above, below)
     png = io.BytesIO()
     image.save(png, "PNG")
     return glyph.key, {"png": png.getvalue(), "cls": str(label).encode(), "txt": caption.encode()}
@@ -176,6 +181,25 @@ def colour_pairs() -> list[tuple[str, str]]:
     return [(a, b) for a in _PALETTE for b in _PALETTE if _contrast(_PALETTE[a], _PALETTE[b]) >= _MIN_CONTRAST]
 
 
+@functools.cache
+def dark_on_light() -> list[tuple[str, str]]:
+    """Those of them with a dark colour on a light one."""
+    lights = {name: _luminance(colour) for name, colour in _PALETTE.items()}
+    return [(a, b) for a, b in colour_pairs() if lights[a] < lights[b] >= _LIGHT]
+
+
+def pair_of(pairs: list[tuple[str, str]], key: str) -> tuple[str, str]:
+    """The pair of colours that an image's key draws."""
+    return pairs[_hash(f"{key} colour") % len(pairs)]
+
+
+def coloured(ink: Image.Image, above: str, below: str) -> Image.Image:
+    """An image of mode L in two colours: what is white in it in the first, what is black in the second."""
+    image = ink.copy()
+    image.putpalette(np.linspace(_PALETTE[below], _PALETTE[above], 256).round().astype(np.uint8).tobytes())
+    return image
+
+
 def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
     """The contrast ratio of two sRGB colours, 1 to 21 (WCAG 2.2)."""
     dark, light = sorted(_luminance(colour) + 0.05 for colour in (one, other))
@@ -183,6 +207,7 @@ def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
 
 
 def _luminance(colour: tuple[int, int, int]) -> float:
+    """The relative luminance of an sRGB colour, 0 to 1 (WCAG 2.2)."""
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

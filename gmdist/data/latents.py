@@ -9,7 +9,10 @@ from gmdist.data.config import DataConfig, batch_key
 from gmdist.data.manifest import ENCODED_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
+# Its fingerprints count networks beside those that encode, such as a discriminator. Where there are none, they are
+# those of today.
+_OF_ALL_NETWORKS = 2
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,13 @@ class FirstStage:
     """The model that encodes: a checkpoint of a run."""
 
     run: str  # its folder, which may move
-    step: int
+    step: int | None  # None: not known, of one that a second stage's checkpoint holds
     family: dict[str, Any]  # its config, name included
-    weights: str  # SHA-256 of all its tensors, averaged where the family averages them
+    weights: str  # SHA-256 of what `Family.encode` needs, averaged
 
     def __str__(self) -> str:
-        return f"step {self.step} of {self.run} (weights {self.weights[:12]})"
+        which = "a checkpoint" if self.step is None else f"step {self.step}"
+        return f"{which} of {self.run} (weights {self.weights[:12]})"
 
     def is_same(self, other: "FirstStage") -> bool:
         """Whether both encode alike. Settings that only one knows of are those of a newer version, at their default."""
@@ -65,11 +69,19 @@ class Record:
     arrays: dict[str, tuple[list[int], str]]  # by name in a batch: shape of one sample, dtype
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # by shard: images that are not in it, and why
     sample_bytes: float = 0.0  # of the data set, in the mean; 0: the encoding is not finished
+    format: int = _FORMAT_VERSION
+
+    @property
+    def encoder(self) -> str:
+        """The first stage in words, and what its fingerprint counts where that is more than it is today."""
+        if self.format == _FORMAT_VERSION:
+            return str(self.first_stage)
+        return f"{self.first_stage}, by the older format {self.format} that counts a discriminator and the like"
 
     def save(self, folder: str) -> None:
         """Write it: before the first shard."""
         content = asdict(self) | {"unreadable": dict(sorted(self.unreadable.items()))}
-        storage.write_json(storage.join(folder, ENCODED_NAME), {"format": _FORMAT_VERSION, **content})
+        storage.write_json(storage.join(folder, ENCODED_NAME), content)
 
     def lines(self) -> list[str]:
         """What could not be read, in the order of the shards."""
@@ -81,7 +93,7 @@ class Record:
         location = storage.join(folder, ENCODED_NAME)
         try:
             content = storage.read_json(location)
-            if content["format"] != _FORMAT_VERSION:
+            if content["format"] not in (_OF_ALL_NETWORKS, _FORMAT_VERSION):
                 raise ValueError(f"format {content['format']}")
             return cls(
                 FirstStage(**content["first_stage"]),
@@ -92,6 +104,7 @@ class Record:
                 {name: (shape, dtype) for name, (shape, dtype) in content["arrays"].items()},
                 content["unreadable"],
                 content["sample_bytes"],
+                content["format"],
             )
         except FileNotFoundError:
             return None
@@ -103,7 +116,7 @@ class Record:
     def difference(self, other: "Record") -> str | None:
         """How the cache of another record is another one, in words; None if both are the same."""
         if not self.first_stage.is_same(other.first_stage):
-            return f"of {other.first_stage}, and this is {self.first_stage}"
+            return f"of {other.encoder}, and this is {self.encoder}"
         if self.source != other.source:
             return "of another data set, or of another version of it"
         if _settings(self) != _settings(other):
@@ -128,24 +141,21 @@ def average_sample_bytes(folder: str, manifest: Manifest) -> float:
     return int(manifest.shards.columns["num_bytes"].sum()) / manifest.num_samples
 
 
-def check_latents(config: DataConfig, first_stages: Sequence[FirstStage]) -> None:
+def check_latents(config: DataConfig, folders: Sequence[tuple[str, str]], first_stages: Sequence[FirstStage]) -> None:
     """Refuse latents that are not what the run's own first stage would make of its images.
 
     Args:
         config: of a run's data.
-        first_stages: that the run's family has opened; of a run that goes on, none: it has its own in its checkpoints,
-            and its data set is known to be the one that it began with.
+        folders: data sets that are read so, each after its key.
+        first_stages: that the run's family has; of a run that goes on, none: it has its own in its checkpoints, and its
+            data set is known to be the one that it began with.
 
     Raises:
         ConfigError: the config asks for what is not in a cache, or for another transform.
         DataError: a cache of another first stage, or a data set without images that is no cache.
     """
-    folders = [(f"data.mix.{name}.train", mixed.train) for name, mixed in config.mix.items()]
-    folders += [(key, getattr(config, key.partition(".")[2])) for key in ("data.train", "data.test")]
     known = list(first_stages)
     for key, folder in folders:
-        if folder is None:
-            continue
         record = Record.load(storage.absolute(folder))
         if record is None:
             _check_images(config, key, folder, needs_cache=bool(first_stages))
@@ -153,9 +163,10 @@ def check_latents(config: DataConfig, first_stages: Sequence[FirstStage]) -> Non
         _check_settings(config, key, folder, record)
         known = known or [record.first_stage]
         if not any(record.first_stage.is_same(one) for one in known):
+            other = "" if known[0].step is None else ", or train on the checkpoint of that step"
             raise DataError(
-                f"{key}: {folder} was encoded by {record.first_stage}; the run's first stage is {known[0]}: encode it "
-                f"again with `gmdist data encode {known[0].run} SRC DEST`, or train on the checkpoint of that step"
+                f"{key}: {folder} was encoded by {record.encoder}; the run's first stage is {known[0]}: encode it "
+                f"again with `gmdist data encode {known[0].run} SRC DEST`{other}"
             )
 
 

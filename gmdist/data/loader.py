@@ -28,13 +28,22 @@ _Split = Callable[[Int64Array], tuple[Int64Array, Int64Array]]  # numbers -> dat
 class Loader:
     """Reads a data set, or a mix of several, in an order that its config alone decides."""
 
-    def __init__(self, config: DataConfig, data: str | list[MixedConfig], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        data: str | list[MixedConfig],
+        rank: int = 0,
+        world_size: int = 1,
+        beside: "Loader | None" = None,
+    ) -> None:
         """Open the data.
 
         Args:
             config: sizes and order.
             data: the folder of one data set, or several with their weights: config.trained_on.
             rank, world_size: which numbers are this worker's.
+            beside: another of this worker, read at the same time by the same numbers: both share one cache, and tapes
+                are rotated, so that samples do not meet by their places in shards.
 
         Raises:
             DataError: there is no data set, its labels are outside the config's classes, or it lacks data.arrays.
@@ -46,23 +55,24 @@ class Loader:
         manifests = [Manifest.load(folder) for folder in folders]
         block = config.block or _default_block(self._mix, folders, manifests)
         self.datasets = [
-            Dataset(config, folder, manifest, lanes, block)
+            Dataset(config, folder, manifest, lanes, block, rotated=beside is not None)
             for folder, manifest, lanes in zip(folders, manifests, self._mix.lanes, strict=True)
         ]
         self.fingerprint = Fingerprint(self._mix.weights, tuple(dataset.tape.fingerprint for dataset in self.datasets))
         self._ends = np.cumsum([dataset.tape.num_samples for dataset in self.datasets])
         self.num_samples = int(self._ends[-1])
         self._remote = [i for i, dataset in enumerate(self.datasets) if storage.is_s3(dataset.shards.folder)]
-        self._cache = self._open_cache()
+        self._cache: Cache | None = self._open_cache(None if beside is None else beside._cache)
         self._notes = self._note_shared()
         self._has_told = False  # that the cache keeps nothing more
         self._maker = BatchMaker(config, self.datasets)
 
-    def _open_cache(self) -> Cache | None:
+    def _open_cache(self, shared: Cache | None) -> Cache | None:
         if self.config.cache_dir is None or not self._remote:
             return None
         uses = {self.datasets[i].shards.manifest.hash: functools.partial(self._next_use, i) for i in self._remote}
-        cache = Cache(self.config.cache_dir, int(self.config.cache_gib * 2**30), uses)
+        cache = shared or Cache(self.config.cache_dir, int(self.config.cache_gib * 2**30), {})
+        cache.share(uses)
         for i in self._remote:
             self.datasets[i].shards.cache = cache
         return cache
@@ -91,9 +101,13 @@ class Loader:
         Several data sets come one after the other, whatever their weights. With a `count`, so many samples at most,
         spread evenly over all.
         """
-        count = min(count or self.num_samples, self.num_samples)
-        numbers = owned(0, count, self._rank, self._world_size) * self.num_samples // count
-        yield from self.at([numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)])
+        yield from self.at(self.swept(self.num_samples, batch_size, count))
+
+    def swept(self, num_samples: int, batch_size: int, count: int | None = None) -> list[Int64Array]:
+        """This worker's numbers of a sweep over so many samples, part by part; arguments as for `sweep`."""
+        count = min(count or num_samples, num_samples)
+        numbers = owned(0, count, self._rank, self._world_size) * num_samples // count
+        return [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
 
     def at(self, parts: list[Int64Array]) -> Iterator[Loaded]:
         """The samples of these numbers, part by part, in the order of a sweep: 0 to num_samples - 1, [N] each."""
@@ -111,7 +125,11 @@ class Loader:
 
     def first(self, count: int) -> Loaded:
         """The samples with the numbers 0 ... count - 1: the same on every worker."""
-        return next(self._ahead(lambda: iter([np.arange(count, dtype=np.int64)]), self._mix.split))
+        return next(self.numbered([np.arange(count, dtype=np.int64)]))
+
+    def numbered(self, parts: list[Int64Array]) -> Iterator[Loaded]:
+        """The samples with these numbers of the order, part by part: any, [N] each."""
+        return self._ahead(lambda: iter(parts), self._mix.split)
 
     def _one_after_the_other(self, numbers: Int64Array) -> tuple[Int64Array, Int64Array]:
         """As Mix.split, where all of one data set comes before the next."""

@@ -13,6 +13,8 @@ from gmdist.errors import DataError
 # Purpose of a hash beside those of the tape and of the transforms.
 _MIX = 6
 
+UNPAIRED = "unpaired"  # where fingerprints have a second domain's
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -23,6 +25,11 @@ class Fingerprint:
 
     def check(self, saved: Mapping[str, object]) -> None:
         """Raise DataError if a run that was started with the `saved` fingerprint cannot go on with this one."""
+        if UNPAIRED in saved:
+            raise DataError(
+                "cannot resume: data.unpaired named a second data set when the run was started and is null now; name "
+                "it, or start anew in another run.dir"
+            )
         weights, tapes = saved.get("weights"), saved.get("tapes")
         if not isinstance(weights, list | tuple) or not isinstance(tapes, list | tuple) or len(weights) != len(tapes):
             raise DataError("the checkpoint's data fingerprint is damaged, or was written by another version")

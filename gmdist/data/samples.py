@@ -17,14 +17,18 @@ from gmdist.errors import ConfigError, DataError
 DIGITS_SIZE = 32  # pixels a side, from 8
 IMAGE_SHAPES = {  # of the embedded data sets: pixels a side, channels
     "digits": (DIGITS_SIZE, 1),
+    "digits-color": (DIGITS_SIZE, 3),
     "glyphs": (glyphs.GLYPH_SIZE, 1),
     "glyphs-color": (glyphs.GLYPH_SIZE, 3),
+    "glyphs-serif": (glyphs.GLYPH_SIZE, 1),
+    "glyphs-sans": (glyphs.GLYPH_SIZE, 1),
 }
+_HAVE_SERIFS = {"glyphs-serif": True, "glyphs-sans": False}  # others have faces of both kinds
 _NUM_SHARDS = {"train": 16, "test": 4}
 _DIGITS_TEST_EVERY = 6  # of each class
 
 
-def digits(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+def digits(split: str, *, colour: bool = False) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The 1,797 handwritten digits of scikit-learn (UCI optical recognition of handwritten digits; Alpaydin 1998).
 
     Every sixth image of a class is in the test split. Images are grey, 8x8 with 17 levels in the source, enlarged to
@@ -32,6 +36,7 @@ def digits(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 
     Args:
         split: "train" or "test".
+        colour: dark strokes on a light ground, in two colours that the key draws; otherwise white on black.
 
     Returns:
         Pairs of a key and the members "png" and "cls".
@@ -40,16 +45,19 @@ def digits(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 
     source = load_digits()
     seen = np.zeros(10, int)
-    for number, (image, label) in enumerate(zip(source.images, source.target, strict=True)):
+    for number, (levels, label) in enumerate(zip(source.images, source.target, strict=True)):
         is_test = seen[label] % _DIGITS_TEST_EVERY == _DIGITS_TEST_EVERY - 1
         seen[label] += 1
         if is_test != (split == "test"):
             continue
-        small = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
-        large = small.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC)
+        key = f"{number:04d}"
+        small = Image.fromarray(np.rint(levels * (255 / 16)).astype(np.uint8))
+        image = small.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC)
+        if colour:
+            image = glyphs.coloured(image, *glyphs.pair_of(glyphs.dark_on_light(), key))
         png = io.BytesIO()
-        large.save(png, "PNG")
-        yield f"{number:04d}", {"png": png.getvalue(), "cls": str(label).encode()}
+        image.save(png, "PNG")
+        yield key, {"png": png.getvalue(), "cls": str(label).encode()}
 
 
 def make(name: str, destination: str) -> dict[str, Manifest]:
@@ -57,16 +65,20 @@ def make(name: str, destination: str) -> dict[str, Manifest]:
 
     Where they are already, nothing is written; DataError if another data set is there.
     """
-    if name == "digits":
+    if name in ("digits", "digits-color"):
         classes = tuple(str(digit) for digit in range(10))
-        contents = {split: list(digits(split)) for split in _NUM_SHARDS}
+        contents = {split: list(digits(split, colour=name == "digits-color")) for split in _NUM_SHARDS}
     elif name in IMAGE_SHAPES:
         found = glyphs.glyphs()
         characters = sorted({glyph.character for glyph in found})
         labels = {character: label for label, character in enumerate(characters)}
         classes = tuple(map(glyphs.name_of, characters))
         contents = {
-            split: [glyphs.sample(glyph, labels[glyph.character], name == "glyphs-color") for glyph in part]
+            split: [
+                glyphs.sample(glyph, labels[glyph.character], name == "glyphs-color")
+                for glyph in part
+                if _HAVE_SERIFS.get(name) in (None, glyph.has_serifs)
+            ]
             for split, part in glyphs.split(found).items()
         }
     else:

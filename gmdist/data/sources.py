@@ -120,6 +120,10 @@ class ImageFolder:
             filled += same_bytes or _file_bytes(file) * probe.growth
         return [*tasks, FileTask(self.root, self.files[first:])]
 
+    def by_name(self) -> Iterator[Raw]:
+        """All samples, in the order of their names."""
+        return FileTask(self.root, sorted(self.files, key=lambda file: file.name)).samples()
+
     def first(self, count: int) -> Iterator[tuple[int, Raw]]:
         """Some samples, with the bytes that each takes in a shard."""
         files = self.files[:count]
@@ -180,9 +184,13 @@ class ShardFolder:
                 first, filled = number + 1, 0.0
         return tasks
 
+    def by_name(self) -> Iterator[Raw]:
+        """All samples, shard by shard."""
+        return ShardTask(self.shards, 1).samples()
+
     def first(self, count: int) -> Iterator[tuple[int, Raw]]:
         """Some samples, with the bytes that each takes in its shard."""
-        for raw in islice(ShardTask(self.shards, 1).samples(), count):
+        for raw in islice(self.by_name(), count):
             yield tar_bytes(raw.read()), raw
 
 

@@ -121,7 +121,9 @@ def default_block(lanes: int, sample_bytes: float) -> int:
 class Tape:
     """The order of a data set's samples."""
 
-    def __init__(self, samples: npt.ArrayLike, *, seed: int, lanes: int, block: int, manifest: str) -> None:
+    def __init__(
+        self, samples: npt.ArrayLike, *, seed: int, lanes: int, block: int, manifest: str, rotated: bool = False
+    ) -> None:
         """Lay out the order.
 
         Args:
@@ -130,6 +132,9 @@ class Tape:
             lanes: places of the tape that are read in turn; at most the number of shards that are not empty counts.
             block: samples of a lane that are shuffled among themselves.
             manifest: hash that identifies the data set.
+            rotated: whether the first lane begins at a place of the tape that is drawn for each epoch. Where lanes
+                begin with shards, a sample comes at about the same time of every epoch: beside another data set, it
+                would always meet the same part of it.
 
         Raises:
             DataError: there is no sample at all.
@@ -145,6 +150,7 @@ class Tape:
             raise DataError("the data set has no samples")
         lanes = usable_lanes(self._samples, lanes)
         self.fingerprint = Fingerprint(VERSION, seed, lanes, block, manifest)
+        self._rotated = rotated
         # Two epochs are in use where a batch spans them, and prefetching may be one ahead of the step.
         self._shard_order = functools.lru_cache(maxsize=4)(self._draw_shard_order)
 
@@ -153,6 +159,12 @@ class Tape:
         keys = keyed_hash(self.fingerprint.seed, 1, epoch, np.arange(len(self._samples)))
         order = np.argsort(keys, kind="stable")
         return order, np.cumsum(self._samples[order])
+
+    def _first_place(self, epoch: int) -> int:
+        """Where on the tape the epoch's first lane begins; after the tape's last sample its first one follows."""
+        if not self._rotated:
+            return 0
+        return int(keyed_hash(self.fingerprint.seed, 7, epoch)[0] % np.uint64(self.num_samples))
 
     def locate(self, numbers: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
         """Where the samples with these numbers are.
@@ -207,12 +219,14 @@ class Tape:
         lanes, block = self.fingerprint.lanes, self.fingerprint.block
         order, ends = self._shard_order(epoch)
         start = np.empty(len(order), np.int64)
-        start[order] = ends - self._samples[order]
+        start[order] = (ends - self._samples[order] - self._first_place(epoch)) % self.num_samples
         position, stop = start[shards] + first, start[shards] + last
         quotient, remainder = divmod(self.num_samples, lanes)
         result = np.full(len(shards), -1, np.int64)
         todo = np.ones(len(shards), bool)
         while todo.any():  # one block of each range after the other: they are few
+            past = np.where(position < self.num_samples, 0, self.num_samples)
+            position, stop = position - past, stop - past
             wide = remainder * (quotient + 1)
             lane = np.where(
                 position < wide, position // (quotient + 1), remainder + (position - wide) // max(1, quotient)
@@ -239,9 +253,10 @@ class Tape:
         for epoch in np.unique(epochs):
             order, ends = self._shard_order(int(epoch))
             here = epochs == epoch
-            rank = np.searchsorted(ends, position[here], side="right")
+            place = (position[here] + self._first_place(int(epoch))) % self.num_samples
+            rank = np.searchsorted(ends, place, side="right")
             shard[here] = order[rank]
-            index[here] = position[here] - (ends[rank] - self._samples[order[rank]])
+            index[here] = place - (ends[rank] - self._samples[order[rank]])
         return shard, index
 
 

@@ -17,6 +17,8 @@ from gmdist.evaluation.kernel import kernel_distance
 from gmdist.evaluation.manifold import precision_recall
 from gmdist.families.family import Batch, Condition, Family, captions
 
+_FEW = 0.1  # of what a class would have if all had as many images: it is covered by so many
+
 _Part = TypeVar("_Part")
 Beat = Callable[[], None]  # called now and then: this worker is not stuck
 
@@ -81,8 +83,8 @@ class Evaluator:
     def __call__(self, family: Family, beat: Beat = lambda: None) -> dict[str, float]:
         """Measure a family, in eval mode; every worker calls it. {} where the config asks for nothing.
 
-        fid, kid, precision, recall of generated images, and label_agreement where they follow labels; rfid of
-        reconstructions where the family makes any.
+        fid, kid, precision, recall of generated images; where a classifier knows the labels, class_coverage, and
+        label_agreement if images follow them; rfid of reconstructions where the family makes any.
         """
         metrics = self.config.metrics
         if not metrics:
@@ -128,12 +130,14 @@ class Evaluator:
     def _generate(self, family: Family, beat: Beat, found: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
         """The images that `gmdist sample` draws too: numbers 0 to N - 1, labels in turn, or under captions.
 
-        At the end `found` has the label agreement. Which images are made together does not depend on the workers, so
-        neither do their bits.
+        At the end `found` has the label agreement and the class coverage. Which images are made together does not
+        depend on the workers, so neither do their bits.
         """
         numbers = torch.arange(self.config.num_images, device=self.device).split(self.config.batch_size)
-        follows_labels = self._follows_labels(family)
+        is_judged = self._is_judged()
+        follows_labels = is_judged and self._follows_labels(family)
         agreeing = torch.zeros((), dtype=torch.float64, device=self.device)
+        shown = torch.zeros(max(self.num_classes, 1), dtype=torch.float64, device=self.device)  # images of each class
         rank, size = place()
         rounds, own = -(-len(numbers) // size), numbers[rank::size]
         asked = zip(own, self._asked(list(own)), strict=True)
@@ -143,11 +147,16 @@ class Evaluator:
             if not is_own:
                 continue
             classes = self.features.classes(features)
-            if follows_labels and classes is not None and condition.label is not None:
-                agreeing += classes.eq(condition.label).sum()
+            if is_judged and classes is not None:
+                shown += torch.bincount(classes, minlength=self.num_classes)
+                if follows_labels and condition.label is not None:
+                    agreeing += classes.eq(condition.label).sum()
             yield number, features
         if follows_labels:
             found["label_agreement"] = float(summed(agreeing)) / self.config.num_images
+        few = _FEW * self.config.num_images / max(self.num_classes, 1)
+        if is_judged and few >= 1.0:  # or a class may be missing by chance
+            found["class_coverage"] = float((summed(shown) >= few).double().mean())
 
     def _asked(self, numbers: list[Tensor]) -> Iterator[Condition]:
         """What the images of these numbers [N] are to show, batch by batch."""
@@ -158,15 +167,13 @@ class Evaluator:
             for number in numbers:
                 yield Condition(torch.remainder(number, self.num_classes) if self.num_classes else None)
 
-    def _follows_labels(self, family: Family) -> bool:
-        """Whether a classifier can say if images show their label.
+    def _is_judged(self) -> bool:
+        """Whether a classifier can say which class an image shows: it knows the labels."""
+        sizes = getattr(self.features.network, "sizes", None)
+        return self.num_classes > 1 and getattr(sizes, "num_classes", 0) == self.num_classes
 
-        It knows the labels, and the same key with another label, or another caption, is another image.
-        """
-        network = self.features.network
-        known = getattr(getattr(network, "sizes", None), "num_classes", 0)
-        if self.num_classes < 2 or known != self.num_classes:
-            return False
+    def _follows_labels(self, family: Family) -> bool:
+        """Whether the same key with another label, or another caption, is another image."""
         key = torch.zeros(1, dtype=torch.int64, device=self.device)
         one, other = (
             family.sample(

@@ -11,7 +11,7 @@ from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings, 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
 from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
-from gmdist.nets.stylegan2 import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 
 NAMES = ("patch", "stylegan2")
 LOSSES = ("hinge", "vanilla")
@@ -89,6 +89,8 @@ class JudgedAutoencoder(Family):
         self.seed = surroundings.seed
         self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
         self._perceptual, self._judge = perceptual, judge
+        if judge is not None and judge.name == "stylegan2":
+            self.compared = max(judge.stylegan2.minibatch_std_group, 1)
         self.autoencoder = autoencoder
         self.perceptual = make_perceptual(perceptual)
         self.discriminator = None if judge is None else judge.build(self.image_size, self.image_channels)
@@ -136,7 +138,8 @@ class JudgedAutoencoder(Family):
             return loss, {"loss": loss.detach()}
         with torch.no_grad():
             reconstruction = self.reconstruction(batch)
-        real, fake = at_least_fp32(self.discriminator(torch.cat([image, reconstruction]))).chunk(2)
+        # Apart: where it compares samples with each other, neither may be told from the other by its company.
+        real, fake = (at_least_fp32(self.discriminator(judged)) for judged in (image, reconstruction))
         loss = discriminator_loss(real, fake, self._judge.loss)
         metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
         return loss, metrics

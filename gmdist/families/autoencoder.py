@@ -8,6 +8,7 @@ from torch import Tensor
 from gmdist import rng
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
+from gmdist.nets.finite import all_finite
 from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
@@ -58,8 +59,7 @@ class PlainAutoencoder(Family):
 
         These are not samples of a model of the data; for those there is the `vae`.
         """
-        latents = rng.normal(self.seed, "sample", keys, (self.latent_dim,))
-        return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
+        return self.from_latents(rng.normal(self.seed, "sample", keys, (self.latent_dim,)))
 
     def preview(self, batch: Batch) -> Tensor:
         """Originals beside their reconstructions [N, C, H, 2 W]."""
@@ -67,11 +67,18 @@ class PlainAutoencoder(Family):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its vector [N, C, H, W] in [-1, 1]."""
-        return self.autoencoder.decode(self.autoencoder.encode(batch["image"])).clamp(-1.0, 1.0)
+        return self.from_latents(self.latents(batch))
+
+    def latents(self, batch: Batch) -> Tensor:
+        return self.encode(batch["image"])["latent"]
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """The vectors [N, Z]."""
-        return {"latent": self.autoencoder.encode(image)}
+        """The vectors [N, Z]; DivergedError names the first layer that gives what is not finite."""
+        with all_finite(self.autoencoder, "vectors"):
+            return {"latent": self.autoencoder.encode(image)}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images, means over images."""

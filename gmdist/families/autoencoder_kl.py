@@ -12,7 +12,7 @@ from gmdist.families.family import Batch, Condition, Metrics, Surroundings
 from gmdist.interchange.initial import check_initial, initial_problem, initial_state
 from gmdist.interchange.pipelines import Network
 from gmdist.interchange.spec import NetworkSpec
-from gmdist.nets import stylegan2
+from gmdist.nets import stylegan2_discriminator
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
 from gmdist.nets.image_quality import psnr, ssim
@@ -63,7 +63,7 @@ class AutoencoderKL(JudgedAutoencoder):
     batch, so published weights have their published meaning. lambda is 0 until `discriminator.start_images`.
     """
 
-    blocks = (ResBlock, SelfAttention2d, *stylegan2.BLOCKS)
+    blocks = (ResBlock, SelfAttention2d, *stylegan2_discriminator.BLOCKS)
     autoencoder: Autoencoder
 
     def __init__(self, config: AutoencoderKLConfig, surroundings: Surroundings) -> None:

@@ -54,8 +54,8 @@ def beta(config: BetaConfig, seen: int) -> float:
         risen = 0.5 - 0.5 * math.cos(math.pi * t)
     elif config.schedule == "sigmoid":  # (Bowman 2016, Fig. 2), moved and stretched to begin at 0 and end at 1
         risen = 0.5 + 0.5 * math.tanh(0.5 * _STEEPNESS * (t - 0.5)) / math.tanh(0.25 * _STEEPNESS)
-    elif config.schedule == "cyclical" and t < 1.0:  # (Fu 2019)
-        risen = min(t * config.num_cycles % 1.0 / config.rise, 1.0)
+    elif config.schedule == "cyclical" and t < 1.0:  # (Fu 2019); in integers, or rounding would put a restart off
+        risen = min(seen * config.num_cycles % config.num_images / config.num_images / config.rise, 1.0)
     else:
         risen = 1.0
     return config.start + (config.value - config.start) * risen

@@ -35,11 +35,13 @@ def guided(with_class: Tensor, without: Tensor, guidance: float) -> Tensor:
 
 
 def probabilities(logits: Tensor, config: CodeSamplerConfig) -> Tensor:
-    """Of each code to be drawn, by logits [N, K]: float64 [N, K]."""
-    logits = logits.double() / config.temperature
+    """Of each code to be drawn, by logits [N, K]: float64 [N, K]. Of equal codes, top_k and top_p keep the first."""
+    logits = logits.double()
+    # The most probable one stays at 0, and no temperature is too small: what others become is at least -inf.
+    logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[1]:
-        least = logits.topk(config.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        logits = logits.scatter(1, order[:, config.top_k :], -torch.inf)
     found = logits.softmax(dim=1)
     if config.top_p == 1.0:
         return found

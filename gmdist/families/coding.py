@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from gmdist.errors import ConfigError, DataError
 from gmdist.families.family import Batch, Surroundings
+from gmdist.families.first_stage import open_first_stage
 from gmdist.families.tokenizer import Tokenizer
 
 _LEVELS = 256  # of a byte
@@ -86,17 +87,9 @@ class Tokens(Coding):
     cached = ("tokens",)
 
     def __init__(self, run: str, surroundings: Surroundings) -> None:
-        """Open the tokenizer's run; ConfigError if it is none, or one of other images."""
+        """Open the tokenizer's run; ConfigError or CheckpointError as `open_first_stage`."""
         super().__init__(surroundings)
-        tokenizer = surroundings.open_run(run)
-        if not isinstance(tokenizer, Tokenizer):
-            raise ConfigError(f"family.first_stage: {run} is not a run of a tokenizer, whose latents are codes")
-        wanted = surroundings.image_size, surroundings.image_channels
-        if (tokenizer.image_size, tokenizer.image_channels) != wanted:
-            raise ConfigError(
-                f"family.first_stage: {run} was trained on {tokenizer.image_channels} channels of "
-                f"{tokenizer.image_size} pixels; data.channels and data.image_size are {wanted[1]} and {wanted[0]}"
-            )
+        tokenizer = open_first_stage(run, Tokenizer, "a tokenizer, whose latents are codes", surroundings)
         self.shape, self.num_codes = (1, *tokenizer.token_shape), tokenizer.codebook_size
         self.tokenizer, self._run = tokenizer, run
         for name, _ in list(tokenizer.named_children()):

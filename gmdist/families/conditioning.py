@@ -48,6 +48,15 @@ class ConditioningConfig:
         problem = self.text.transformer.problem()
         return f"text.transformer.{problem}" if problem else None
 
+    def guidance_problem(self, guidance: float) -> str | None:
+        """Why a sampler's guidance cannot be, as "guidance: value; what is valid"; None if it can."""
+        if guidance == 1.0 or self.kind == "none" or self.dropout > 0.0:
+            return None
+        return (
+            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never trained "
+            "without what it is told, which guidance leads away from"
+        )
+
 
 @dataclass(frozen=True)
 class Told:
@@ -98,13 +107,23 @@ class Conditioner(nn.Module):
         return TextEncoder(self._config.text.transformer) if self.kind == "text" and self.clip is None else None
 
     def of_batch(self, batch: Batch, dropout: float = 0.0) -> Told:
-        """What a batch says of its samples.
+        """What a batch says of its samples; of one without labels, nothing.
 
         Args:
             batch: of N samples.
             dropout: the share of samples that nothing is said of, keyed by sample.
+
+        Raises:
+            ConfigError: nothing is said, and the denoiser was never trained without.
         """
         keys = batch["key"]
+        if self.kind == "class" and "label" not in batch:
+            if self._config.dropout == 0.0:
+                raise ConfigError(
+                    "family.conditioning.dropout: 0.0; a model that was always told the class needs labels, and the "
+                    "data have none"
+                )
+            return Told(torch.full_like(keys, self.num_classes))
         is_dropped = rng.uniform(self._seed, "label_dropout", keys) < dropout
         if self.kind == "class":
             return Told(torch.where(is_dropped, self.num_classes, batch["label"]))

@@ -53,6 +53,8 @@ class DenoiserConfig:
             return f"unet.{problem}"
         if problem := self.diffusion.problem():
             return f"diffusion.{problem}"
+        if problem := self.conditioning.guidance_problem(self.diffusion.sampler.guidance):
+            return f"diffusion.sampler.{problem}"
         return initial_problem(self.init_from)
 
     def _unet_problem(self) -> str | None:

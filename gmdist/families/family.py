@@ -1,5 +1,6 @@
 """The contract of a family: what the trainer, the sampler and the evaluation know of a model."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from gmdist.errors import ConfigError
 from gmdist.interchange.pipelines import Network, Pipeline
 
 # image: float32 [N, C, H, W] in [-1, 1]; label: int64 [N]; key: int64 [N], sample numbers; caption: uint8 [N, L], which
-# `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...].
+# `captions` reads, on the host; and the arrays that data.arrays asks for, [N, ...]. With data.unpaired, image_b and
+# label_b too: of a second domain, whose samples have nothing to do with the first's beside them.
 Batch = dict[str, Tensor]
+DIRECTIONS = ("a2b", "b2a")  # of translations between the two
+INITIALIZE_SAMPLES = 256  # that a family sees before its first step, where the data set has as many
 Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
 
 
@@ -57,12 +61,13 @@ class Family(nn.Module):
     blocks: tuple[type[nn.Module], ...] = ()  # modules that are compiled, and computed again in the backward, as one
     inputs: tuple[str, ...] = ("image",)  # of a batch, that it cannot do without
     conditions: tuple[str, ...] = ()  # of "label" and "prompt": what samples can be asked for by
+    compared: int = 1  # samples that a loss compares with each other: micro-batches are multiples of it
     cached: tuple[str, ...] = ()  # of `encode` of a first stage, any of which may be in a batch in place of its image
 
     def initialize(self, batch: Batch) -> None:
         """Set what depends on data: a latent's scale, actnorm. Once, at the start of a run.
 
-        Every worker gets the same batch, the first samples of the data set.
+        Every worker gets the same batch, the first `INITIALIZE_SAMPLES` of the data set.
         """
 
     def check_files(self) -> None:
@@ -73,8 +78,11 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image."""
-        raise NotImplementedError
+        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image.
+
+        ConfigError for a family that does not draw: a family that does has its own.
+        """
+        raise ConfigError("the run's family translates images, and draws none: use --translate")
 
     def complete(self, rows: Tensor, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images as `sample` gives them, whose first rows of pixels [N, C, R, W] in [-1, 1] are given.
@@ -82,6 +90,13 @@ class Family(nn.Module):
         ConfigError for rows that nothing can be drawn below, or a family that cannot.
         """
         raise ConfigError("the run's family draws images as a whole, and completes none")
+
+    def translate(self, image: Tensor, direction: str) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] of one domain as they would be in the other; direction: one of DIRECTIONS.
+
+        ConfigError for a family of one domain.
+        """
+        raise ConfigError("the run's family knows one domain, and translates no images")
 
     def preview(self, batch: Batch) -> Tensor:
         """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
@@ -99,10 +114,25 @@ class Family(nn.Module):
         """Images [N, C, H, W] in [-1, 1] of places [N, D] there."""
         raise NotImplementedError
 
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor | None:
+        """Where the samples of int64 keys [N] lie there, [N, D]; None for a family that draws in another way."""
+        return None
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        """Places [N, D] on the way from one to the other, after a share of it in [0, 1]."""
+        return torch.lerp(one, other, share)
+
+    def mixed(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] with what is coarse of some places [N, D], and what is fine of others.
+
+        ConfigError for a family whose latents are not layered so.
+        """
+        raise ConfigError("the run's family has no styles to mix")
+
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """What a second stage trains on, by name, [N, ...], of images [N, C, H, W] in [-1, 1].
 
-        Empty for a family that encodes nothing.
+        It needs averaged children and own buffers, and no other child. Empty for a family that encodes nothing.
         """
         return {}
 
@@ -169,6 +199,11 @@ def all_gathered(value: Tensor) -> Tensor:
 
 def _are_several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def between_gaussians(one: Tensor, other: Tensor, share: float) -> Tensor:
+    """Places [N, D] on a way on which normal vectors stay normal: half way between two, the mean would be too short."""
+    return torch.lerp(one, other, share) / math.sqrt(share**2 + (1.0 - share) ** 2)
 
 
 def captions(batch: Batch) -> list[str]:

@@ -11,6 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
+from gmdist.families.first_stage import open_first_stage
 from gmdist.interchange.pipelines import Network, Pipeline, dit_pipeline, stable_diffusion
 
 _ENCODED_AT_ONCE = 16
@@ -33,18 +34,7 @@ class LatentDiffusion(DenoiserFamily):
     latent_scale: Tensor
 
     def __init__(self, config: LatentDiffusionConfig, surroundings: Surroundings) -> None:
-        first_stage = surroundings.open_run(config.first_stage)
-        if not isinstance(first_stage, AutoencoderKL):
-            raise ConfigError(f"family.first_stage: {config.first_stage} is not a run of autoencoder_kl")
-        if (first_stage.image_size, first_stage.image_channels) != (
-            surroundings.image_size,
-            surroundings.image_channels,
-        ):
-            raise ConfigError(
-                f"family.first_stage: {config.first_stage} was trained on {first_stage.image_channels} channels of "
-                f"{first_stage.image_size} pixels; data.channels and data.image_size are "
-                f"{surroundings.image_channels} and {surroundings.image_size}"
-            )
+        first_stage = open_first_stage(config.first_stage, AutoencoderKL, "autoencoder_kl", surroundings)
         source = f"the latents of {config.first_stage} have"
         super().__init__(config, surroundings, first_stage.latent_shape, source)
         self.first_stage, self._first_spec = first_stage.autoencoder, first_stage.spec

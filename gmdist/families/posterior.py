@@ -12,7 +12,11 @@ def kl_of_dimensions(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def moments(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
-    """Means over a batch of posteriors [N, Z], from whose means over all images the functions below are found."""
+    """Means over a batch of posteriors [N, Z], from whose means over all images the functions below are found.
+
+    In float64: variances are small differences of them, where posteriors lie far from the prior.
+    """
+    mean, logvar = mean.double(), logvar.double()
     return {
         "posterior_mean": mean.mean(dim=0),  # [Z]
         "posterior_outer": mean.T @ mean / len(mean),  # [Z, Z]

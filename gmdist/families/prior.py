@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmdist import rng
+from gmdist.errors import ConfigError
 from gmdist.families.code_sampler import CodeSamplerConfig, drawn, guided, probabilities
 from gmdist.families.coding import Coding
-from gmdist.families.conditioning import Conditioner, ConditioningConfig, Told, together
+from gmdist.families.conditioning import Conditioner, ConditioningConfig, EncoderConfig, Told, together
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.causal_transformer import CausalTransformer
 from gmdist.nets.pixelcnn import GatedPixelCNN
@@ -25,11 +26,13 @@ class PriorConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if problem := self.conditioning.problem():
-            return f"conditioning.{problem}"
         if self.conditioning.kind == "text":
             return "conditioning.kind: 'text'; a prior reads no captions: take none or class"
-        if problem := self.sampler.problem():
+        if self.conditioning.text != EncoderConfig():
+            return f"conditioning.text: {self.conditioning.text}; a prior reads no captions: leave it out"
+        if problem := self.conditioning.problem():
+            return f"conditioning.{problem}"
+        if problem := self.sampler.problem() or self.conditioning.guidance_problem(self.sampler.guidance):
             return f"sampler.{problem}"
         return None
 
@@ -41,10 +44,16 @@ class Prior(Family):
     prior: CausalTransformer | GatedPixelCNN  # made by each family
 
     def __init__(self, config: PriorConfig, surroundings: Surroundings, coding: Coding) -> None:
+        """ConfigError: guidance of a model that is told nothing."""
         super().__init__()
         self.sampler, self.seed = config.sampler, surroundings.seed
         self.coding, self.cached = coding, coding.cached
         self.conditioner = Conditioner(config.conditioning, surroundings)
+        if self.conditioner.kind == "none" and config.sampler.guidance != 1.0:
+            raise ConfigError(
+                f"family.sampler.guidance: {config.sampler.guidance}; must be 1, or data.num_classes be set and "
+                "family.conditioning.kind be class: the model is told nothing that it could follow"
+            )
         self.inputs = (*self.inputs, *self.conditioner.inputs)
         self.conditions = self.conditioner.conditions
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from gmdist.families.codes import collapse_concerns, summarize_shares
 from gmdist.families.family import Batch, Family
 
 
@@ -37,12 +36,3 @@ class Tokenizer(Family):
     def preview(self, batch: Batch) -> Tensor:
         """Originals beside their reconstructions [N, C, H, 2 W]."""
         return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
-
-    def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """The means, and the use that all images make of the codebook."""
-        scalars = {name: mean for name, mean in means.items() if name != "shares"}
-        return super().summarize(scalars) | (summarize_shares(means["shares"]) if "shares" in means else {})
-
-    def concerns(self, found: dict[str, float]) -> list[str]:
-        """A codebook that has collapsed."""
-        return collapse_concerns(found, self.codebook_size) if "perplexity" in found else []

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from gmdist import rng
 from gmdist.families.betas import BetaConfig, beta, capacity_nats, kl_loss
-from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
+from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, between_gaussians
 from gmdist.families.likelihoods import LikelihoodConfig, bits_per_dim, expected_image, log_likelihood
 from gmdist.families.posterior import active_units, kl_of_dimensions, moments, mutual_information
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
+from gmdist.nets.finite import all_finite
 from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
@@ -96,6 +97,11 @@ class VAE(Family):
         mean, logvar = self.autoencoder.encode(image).chunk(2, dim=1)
         return mean, logvar.clamp(*_LOGVAR_RANGE)
 
+    def checked_posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The same; DivergedError names the first layer that gives what is not finite."""
+        with all_finite(self.autoencoder, "posterior"):
+            return self.posterior(image)
+
     def log_likelihood(self, image: Tensor, latent: Tensor) -> Tensor:
         """The log-likelihood log p(x|z) in nats [N] of images [N, C, H, W] and latents [N, Z]."""
         return log_likelihood(self.config.likelihood.name, image, self.autoencoder.decode(latent), self._log_scale())
@@ -108,7 +114,7 @@ class VAE(Family):
         sample's number: both are the same in any batch.
         """
         image = batch["image"]
-        mean, logvar = self.posterior(image)
+        mean, logvar = self.checked_posterior(image)
         likelihoods, weights = [], []
         for number in range(self.config.iwae_samples):
             noise = rng.normal(self.seed, f"importance {number}", batch["key"], (self.config.latent_dim,))
@@ -123,7 +129,13 @@ class VAE(Family):
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """What the decoder expects for latents drawn from the prior, without the likelihood's noise."""
-        return self._shown(rng.normal(self.seed, "sample", keys, (self.config.latent_dim,)))
+        return self._shown(self.drawn_latents(keys))
+
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        return rng.normal(self.seed, "sample", keys, (self.config.latent_dim,))
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        return between_gaussians(one, other, share)
 
     def preview(self, batch: Batch) -> Tensor:
         """Originals, their reconstructions, and samples of the prior [N, C, H, 3 W]."""
@@ -131,16 +143,23 @@ class VAE(Family):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image decoded from the mean of its posterior [N, C, H, W] in [-1, 1]."""
-        return self._shown(self.posterior(batch["image"])[0])
+        return self.from_latents(self.latents(batch))
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Means of the posteriors [N, Z]."""
+        return self.checked_posterior(batch["image"])[0]
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return self._shown(latents)
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The posterior: means, then log-variances [N, 2 Z]."""
-        return {"moments": torch.cat(self.posterior(image), dim=1)}
+        return {"moments": torch.cat(self.checked_posterior(image), dim=1)}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Both bounds, the KL term of each dimension, reconstructions; means over images, whatever the batch."""
         image = batch["image"]
-        mean, logvar = self.posterior(image)
+        mean, logvar = self.checked_posterior(image)
         elbo, iwae = self.bounds(batch)
         reconstruction = self._shown(mean)
         return {

@@ -6,21 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gmdist import rng
 from gmdist.families.adversarial import DiscriminatorConfig, JudgedAutoencoder
-from gmdist.families.codes import (
-    check_finite,
-    observe,
-    start_codebook,
-    token_shares,
-    update_codebook,
-)
-from gmdist.families.family import Batch, Condition, Metrics, Surroundings
-from gmdist.families.tokenizer import Tokenizer
-from gmdist.nets import stylegan2, vit
+from gmdist.families.codes import CodedAutoencoder, start_problem
+from gmdist.families.family import Batch, Metrics, Surroundings
+from gmdist.nets import stylegan2_discriminator, vit
 from gmdist.nets.blocks import at_least_fp32
-from gmdist.nets.finite import watched
-from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.perceptual import PerceptualConfig
 from gmdist.nets.quantizer import Quantizer, QuantizerConfig
 from gmdist.nets.vit import ViTConfig, ViTDecoder, ViTEncoder
@@ -50,17 +40,25 @@ class ViTVQVAEConfig:
         for key in ("encoder", "decoder", "quantizer"):
             if problem := getattr(self, key).problem():
                 return f"{key}.{problem}"
+        if problem := start_problem(self.quantizer, (image_size // self.patch_size) ** 2):
+            return f"quantizer.{problem}"
         for key in ("logit_laplace_weight", "l2_weight"):
             if not 0.0 <= getattr(self, key) < math.inf:
                 return f"{key}: {getattr(self, key)}; must be a number of at least 0"
         if problem := self.perceptual.problem(image_size):
             return f"perceptual.{problem}"
+        perceptual_weight = 0.0 if self.perceptual.name == "none" else self.perceptual.weight
+        if not any((self.l2_weight, self.logit_laplace_weight, perceptual_weight)):
+            return (
+                f"l2_weight: {self.l2_weight}; must be above 0, or logit_laplace_weight or that of a perceptual "
+                "distance: nothing would draw reconstructions to images"
+            )
         if self.discriminator is not None and (problem := self.discriminator.problem(image_size)):
             return f"discriminator.{problem}"
         return None
 
 
-class ViTVQVAE(JudgedAutoencoder, Tokenizer):
+class ViTVQVAE(JudgedAutoencoder, CodedAutoencoder):
     """Encoder, codebook, decoder; a code for each patch.
 
     The decoder gives logits, of which x' are the pixels. The loss of a sample is (Yu 2022, Sec. 3.3)
@@ -71,7 +69,7 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
     says when a begins and how it grows.
     """
 
-    blocks = (*vit.BLOCKS, *stylegan2.BLOCKS)
+    blocks = (*vit.BLOCKS, *stylegan2_discriminator.BLOCKS)
     autoencoder: nn.ModuleDict
 
     def __init__(self, config: ViTVQVAEConfig, surroundings: Surroundings) -> None:
@@ -87,13 +85,6 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
         self.config, self.codebook_size, self.token_shape = config, config.quantizer.codebook_size, (side, side)
 
     @property
-    def quantizer(self) -> Quantizer:
-        """The codebook between its projections."""
-        quantizer = self.autoencoder["quantizer"]
-        assert isinstance(quantizer, Quantizer)
-        return quantizer
-
-    @property
     def last_layer(self) -> Tensor:
         decoder = self.autoencoder["decoder"]
         assert isinstance(decoder, ViTDecoder)
@@ -103,18 +94,15 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
     def initialize(self, batch: Batch) -> None:
         """Read the perceptual network, and begin the codebook with k-means where that is asked for."""
         super().initialize(batch)
-        if self.config.quantizer.kmeans_steps:
-            start_codebook(self.quantizer, self._checked_features(batch["image"]), batch["key"], self.seed)
+        self.start_codebook(batch)
 
     def reconstruction(self, batch: Batch) -> Tensor:
         """From the codes, unbounded."""
-        return pixels(self._logits(self.quantizer.quantize(self.autoencoder["encoder"](batch["image"])).features))
+        return self.decoded(self.quantizer.quantize(self.features(batch["image"])).features)
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """The reconstruction from the nearest codes, what draws features and codes together, and the judgement."""
-        image = batch["image"]
-        found = self.quantizer.quantize(self.autoencoder["encoder"](image))
-        observe(self.quantizer, found, batch, self.seed, seen)
+        image, found = batch["image"], self.quantized(batch, seen)
         logits = self._logits(found.features)
         reconstruction = pixels(logits)
         parts = {
@@ -131,44 +119,22 @@ class ViTVQVAE(JudgedAutoencoder, Tokenizer):
             loss, metrics = loss + adversarial, metrics | judged
         return loss, metrics | {"loss": loss.detach()}
 
-    def after_step(self, seen: int) -> Metrics:
-        """The codebook's statistics move on."""
-        return update_codebook(self.quantizer)
+    def features(self, image: Tensor) -> Tensor:
+        return self.autoencoder["encoder"](image).unflatten(1, self.token_shape)
 
-    def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Decode codes that are drawn evenly, each alone. It is not made for this: its prior is a second run."""
-        return self.decode(rng.integers(self.seed, "sample", keys, self.codebook_size, self.token_shape))
+    def decoded(self, features: Tensor) -> Tensor:
+        return pixels(self._logits(features))
 
-    def tokens(self, image: Tensor) -> Tensor:
-        return self.quantizer.tokens(self._checked_features(image)).unflatten(1, self.token_shape)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return pixels(self._logits(self.quantizer.lookup(tokens.flatten(1)))).clamp(-1.0, 1.0)
-
-    def evaluate(self, batch: Batch) -> Metrics:
-        """Reconstructions against images: means over images; and the share of each code."""
-        image, tokens = batch["image"], self.tokens(batch["image"])
-        reconstruction = self.decode(tokens)
-        metrics = {
-            "psnr_db": psnr(reconstruction, image).mean(),
-            "ssim": ssim(reconstruction, image).mean(),
-            "mse": (reconstruction - image).square().mean(),
-            "shares": token_shares(tokens, self.codebook_size),
-        }
+    def compared_with(self, image: Tensor, reconstruction: Tensor) -> Metrics:
+        """The perceptual distance too, where there is one."""
+        metrics = super().compared_with(image, reconstruction)
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, image).mean()
         return metrics
 
-    def _checked_features(self, image: Tensor) -> Tensor:
-        """The encoder's features [N, L, C]; DivergedError names the first layer that gives what is not finite."""
-        with watched(self.autoencoder["encoder"]) as watch:
-            features = self.autoencoder["encoder"](image)
-        check_finite(watch, "encoder.")
-        return features
-
     def _logits(self, features: Tensor) -> Tensor:
-        """The decoder's output [N, C, H, W], at least fp32, for features [N, L, C]."""
-        return at_least_fp32(self.autoencoder["decoder"](features))
+        """The decoder's output [N, C, H, W], at least fp32, for features [N, h, w, C]."""
+        return at_least_fp32(self.autoencoder["decoder"](features.flatten(1, 2)))
 
 
 def pixels(logits: Tensor) -> Tensor:

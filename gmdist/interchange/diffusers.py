@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,12 +24,12 @@ from gmdist.interchange.names import (
     to_theirs,
 )
 from gmdist.interchange.spec import NetworkSpec
+from gmdist.interchange.tensors import check_dtypes, open_file, read_tensor, shape_problems
 from gmdist.nets.dit import DiTConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANTS = ("", ".fp16", ".bf16")
-_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def read_folder(path: str | Path, block_embeddings: bool = False) -> tuple[NetworkSpec, dict[str, Tensor]]:
@@ -70,17 +69,15 @@ def _opened(folder: Path, block_embeddings: bool) -> Iterator[tuple[NetworkSpec,
     with ExitStack() as stack:
         files: dict[str, tuple[Any, str]] = {}
         for file in _weight_files(folder):
-            opened = _open(file, stack)
+            opened = open_file(file, stack)
             names = list(opened.keys())
             files.update((modern_name(name), (opened, name)) for name in names)
         slices = {name: opened.get_slice(key) for name, (opened, key) in files.items()}
         _check_shapes(folder, {name: s.get_shape() for name, s in slices.items()}, shapes_there(outline, found))
-        for name, part in slices.items():
-            if part.get_dtype() not in _DTYPES:
-                raise ConfigError(f"{folder}: {name} is {part.get_dtype()}; must be one of {', '.join(_DTYPES)}")
+        check_dtypes({name: s.get_dtype() for name, s in slices.items()}, folder)
 
         def read(name: str) -> Tensor:
-            return _read(files[name], folder)
+            return read_tensor(*files[name], folder)
 
         # Of blocks' embeddings, the config does not say whether they are one.
         if isinstance(spec.config, DiTConfig) and (block_embeddings or not copies_are_equal(read, found)):
@@ -160,34 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open(path: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not a sound safetensors file ({error})") from error
-
-
-def _read(place: tuple[Any, str], folder: Path) -> Tensor:
-    opened, key = place
-    try:
-        tensor = opened.get_tensor(key).to(torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: {key} cannot be read ({error})") from error
-    if not tensor.isfinite().all():
-        raise ConfigError(f"{folder}: {key} has values that are not finite in fp32")
-    return tensor
-
-
 def _check_shapes(where: str | Path, found: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     """ConfigError that names what is missing, what is not known, and what has another shape."""
-    problems = []
-    if missing := sorted(wanted.keys() - found.keys()):
-        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
-    if unknown := sorted(found.keys() - wanted.keys()):
-        problems.append(f"{len(unknown)} not known: {', '.join(unknown)}")
-    common = sorted(found.keys() & wanted.keys())
-    wrong = [f"{name} {found[name]} for {wanted[name]}" for name in common if list(found[name]) != wanted[name]]
-    if wrong:
-        problems.append(f"{len(wrong)} of another shape: {', '.join(wrong)}")
-    if problems:
+    if problems := shape_problems(found, wanted):
         raise ConfigError(f"{where}: tensors do not fit the config: {'; '.join(problems)}")

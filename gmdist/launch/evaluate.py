@@ -9,7 +9,7 @@ import torch
 
 from gmdist import runs, storage
 from gmdist.config import Config
-from gmdist.data.loader import Loader
+from gmdist.data.unpaired import open_held_out
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import METRICS
 from gmdist.evaluator import open_evaluator, reference_of
@@ -44,14 +44,14 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
 
     Raises:
         ConfigError: no such run, no features, a metric or a number that cannot be.
-        DataError, CheckpointError: no real images, no sound checkpoint.
+        DataError, CheckpointError: no real images, latents of another first stage, no sound checkpoint.
     """
     config = _asked(runs.read_config(run, overrides), request)
     runs.use_storage(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = Loader(config.data, config.data.test) if config.data.test else None
+    test = open_held_out(config.data)
     evaluator = open_evaluator(config, test, device)
-    meta, family = runs.open_run(run, config)
+    meta, family = runs.open_run(run, config, [] if config.data.test is None else [("data.test", config.data.test)])
     family = family.to(device)
     found = {}
     if test is not None:

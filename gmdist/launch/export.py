@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.errors import ConfigError
+from gmdist.families.codes import tables_of_codes
 from gmdist.families.family import Family
 from gmdist.interchange.configs import config_json
 from gmdist.interchange.diffusers import write_folder
@@ -55,8 +56,9 @@ def export(run: str, destination: str, format: str, overrides: Sequence[str] = (
 
 
 def _safetensors(folder: Path, config: Config, family: Family) -> str:
-    """All parameters and buffers under the family's own names."""
-    state = {name: tensor.contiguous().clone() for name, tensor in family.state_dict().items()}
+    """Parameters and buffers under the family's own names, and the tables of its codebooks."""
+    state = family.state_dict() | tables_of_codes(family)
+    state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / runs.CONFIG_NAME).write_text(config.to_yaml())
     return f"{len(state)} tensors of {config.family_name}"

@@ -12,6 +12,7 @@ from gmdist.config import Config
 from gmdist.data.batch import as_floats
 from gmdist.data.decode import UndecodableError, decode_image
 from gmdist.errors import ConfigError
+from gmdist.families import CATALOGUE
 from gmdist.families.family import Condition, Family
 
 _AT_ONCE = 64  # images in one pass
@@ -27,20 +28,24 @@ class SampleRequest:
     seed: int = 0  # another seed, other images
     num_steps: int | None = None  # of the sampler; None: the run's own setting
     guidance: float | None = None  # strength of the guidance; None: the run's own setting
+    truncation: float | None = None  # towards the mean style, 0 to 1; None: the run's own setting
     complete: str | None = None  # an image file with the first rows of all images; None: they are drawn too
 
 
-def with_sampler(config: Config, num_steps: int | None, guidance: float | None) -> Config:
-    """The config with other settings of the sampler; ConfigError for a family without one, or values that cannot be."""
-    changes = {"num_steps": num_steps, "guidance": guidance}
+def with_sampler(config: Config, request: SampleRequest) -> Config:
+    """The config with a request's settings of the sampler; ConfigError where a family has none, or values cannot be."""
     sampler = getattr(getattr(config.family, "diffusion", config.family), "sampler", None)
-    for key, value in changes.items():
+    settings = [
+        ("steps", sampler, "num_steps", request.num_steps, "sampler with steps"),
+        ("guidance", sampler, "guidance", request.guidance, "sampler with guidance"),
+        ("truncation", config.family, "truncation", request.truncation, "truncation"),
+    ]
+    for flag, section, key, value, what in settings:
         if value is None:
             continue
-        if not hasattr(sampler, key):
-            flag = key.replace("num_", "")
-            raise ConfigError(f"--{flag}: family '{config.family_name}' has no sampler with {flag} to set")
-        setattr(sampler, key, value)
+        if not hasattr(section, key):
+            raise ConfigError(f"--{flag}: family '{config.family_name}' has no {what} to set")
+        setattr(section, key, value)
     problem = config.family.problem(config.data.image_size)
     if problem:
         raise ConfigError(f"family.{problem}")
@@ -52,7 +57,33 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
 
     The same request gives the same images.
     """
-    config = with_sampler(runs.read_config(run, overrides), request.num_steps, request.guidance)
+    config = with_sampler(runs.read_config(run, overrides), request)
+    classes = config.data.num_classes or 0
+    check_request(config, request)
+    _, family = runs.open_run(run, config)
+    check_conditions(family, request)
+    rows = None if request.complete is None else _first_rows(request.complete, config.data.channels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = family.to(device)
+    parts = []
+    for start in range(0, request.num_images, _AT_ONCE):
+        numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
+        keys, condition = keys_of(request, numbers), asked(request, numbers, classes)
+        with torch.inference_mode():
+            made = (
+                family.sample(keys, condition) if rows is None else _completed(family, request, rows, keys, condition)
+            )
+            parts.append(images.to_uint8(made))
+    return torch.cat(parts)
+
+
+def draws(run: str) -> bool:
+    """Whether a run's family draws images."""
+    return CATALOGUE[runs.read_config(run).family_name][0].sample is not Family.sample
+
+
+def check_request(config: Config, request: SampleRequest) -> None:
+    """ConfigError for numbers that cannot be."""
     classes = config.data.num_classes or 0
     if request.num_images < 1:
         raise ConfigError(f"--num-images: {request.num_images}; must be at least 1")
@@ -61,22 +92,14 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
     if request.label is not None and not 0 <= request.label < classes:
         valid = f"labels are 0 to {classes - 1}" if classes else "the run has no classes"
         raise ConfigError(f"--label: {request.label}; {valid}")
-    _, family = runs.open_run(run, config)
-    _check_conditions(family, request)
-    rows = None if request.complete is None else _first_rows(request.complete, config.data.channels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family = family.to(device)
-    parts = []
-    for start in range(0, request.num_images, _AT_ONCE):
-        numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
-        keys, asked = numbers + (request.seed << 32), _asked(request, numbers, classes)
-        with torch.inference_mode():
-            made = family.sample(keys, asked) if rows is None else _completed(family, request, rows, keys, asked)
-            parts.append(images.to_uint8(made))
-    return torch.cat(parts)
 
 
-def _check_conditions(family: Family, request: SampleRequest) -> None:
+def keys_of(request: SampleRequest, numbers: Tensor) -> Tensor:
+    """The keys of a request's images, int64 [N], by their numbers [N]."""
+    return numbers + (request.seed << 32)
+
+
+def check_conditions(family: Family, request: SampleRequest) -> None:
     """ConfigError for what the family would not follow."""
     told = {"label": "classes", "prompt": "captions"}
     for name, what in told.items():
@@ -107,7 +130,7 @@ def _completed(family: Family, request: SampleRequest, rows: Tensor, keys: Tenso
         raise ConfigError(f"--complete: {request.complete}; {error}") from error
 
 
-def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
+def asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
     """What the images of these numbers [N] are to show."""
     label = None
     if classes:
@@ -115,11 +138,16 @@ def _asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
     return Condition(label, None if request.prompt is None else (request.prompt,) * len(numbers))
 
 
+def is_grid(out: str) -> bool:
+    """Whether images that are saved there are one grid, and not a folder."""
+    return out.lower().endswith(".png")
+
+
 def check_out(out: str, num_images: int) -> None:
     """ConfigError for a name that is neither a grid's nor a folder's, or a folder that holds other files."""
     if out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif")):
         raise ConfigError(f"--out: {out}; grids are PNG files: use a name that ends in .png, or a folder's")
-    if not out.lower().endswith(".png"):
+    if not is_grid(out):
         others = sorted(set(storage.list_names(out)) - set(_names(num_images)))
         if others:  # whoever reads the folder would take them for samples
             raise ConfigError(f"--out: {out}; holds other files already ({others[0]}, ...): choose another folder")
@@ -130,14 +158,16 @@ def _names(num_images: int) -> list[str]:
     return [f"{number:0{width}d}.png" for number in range(num_images)]
 
 
-def save(pictures: Tensor, out: str) -> str:
+def save(pictures: Tensor, out: str, columns: int | None = None) -> str:
     """Write images uint8 [N, H, W, C] as a grid (a name that ends in .png) or one PNG each (any other: a folder).
+
+    A grid has so many columns; None: as many as look well.
 
     Returns:
         A line that says what was written.
     """
-    if out.lower().endswith(".png"):
-        storage.write(out, images.png(images.grid(pictures)))
+    if is_grid(out):
+        storage.write(out, images.png(images.grid(pictures, columns)))
         return f"{out}: {len(pictures)} images"
     for name, picture in zip(_names(len(pictures)), pictures, strict=True):
         storage.write(storage.join(out, name), images.png(picture))

@@ -11,7 +11,7 @@ from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family
 from gmdist.train.config import micro_batch_size
@@ -34,7 +34,8 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
 
     Raises:
         ConfigError: no such run, a family without scores, no data set.
-        DataError, CheckpointError: an unsound data set, no sound checkpoint.
+        DataError, CheckpointError: an unsound data set, tokens of another tokenizer, labels that the run's model has no
+            classes for, no sound checkpoint.
     """
     storage.is_s3(out)
     if batch_size is not None and batch_size < 1:
@@ -46,11 +47,15 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
             f"--scores: family '{config.family_name}' gives no likelihoods; those that do are {', '.join(able)}"
         )
     runs.use_storage(config)
+    key = "data.test" if config.evaluation.reference is None else "evaluation.reference"
     scored = config.evaluation.reference or config.data.test
     if scored is None:
         raise ConfigError("data.test: missing; set it, or evaluation.reference, to the shards that are to be scored")
-    loader = _open(config, scored)
-    meta, family = runs.open_run(run, config)
+    meta, family = runs.open_run(run, config, [(key, scored)])
+    try:
+        loader = _open(config, scored, family)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = family.to(device)
     size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
@@ -80,10 +85,14 @@ def _score(family: Family, loader: Loader, batch_size: int, device: torch.device
     return names, rows
 
 
-def _open(config: Config, scored: str) -> Loader:
-    """The data set with its own labels, whatever the run's: outliers may be of other classes, or of none."""
+def _open(config: Config, scored: str, family: Family) -> Loader:
+    """The data set with its own labels: outliers may be of other classes, or of none.
+
+    A family that is told the class can do without, where there are no labels at all, and knows no classes but its own.
+    """
     num_labels = Manifest.load(storage.absolute(scored)).num_labels
-    return Loader(replace(config.data, num_classes=num_labels or None), scored)
+    known = config.data.num_classes if "label" in family.inputs else num_labels
+    return Loader(replace(config.data, num_classes=known if num_labels else None), scored)
 
 
 def _csv(names: list[str], rows: list[_Row]) -> bytes:

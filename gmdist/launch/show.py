@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gmdist import images, runs
 from gmdist.config import Config
-from gmdist.data.loader import Loader
+from gmdist.data.unpaired import open_held_out, open_training
 from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Family
 
@@ -55,8 +55,8 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
 
 
 def _first(config: Config, count: int, device: torch.device) -> Batch:
-    loader = Loader(config.data, config.data.test or config.data.trained_on)
-    return loader.first(min(count, loader.num_samples)).batch_on(device)
+    data = open_held_out(config.data) or open_training(config.data)
+    return data.first(min(count, data.num_samples)).batch_on(device)
 
 
 def _reconstructions(family: Family, batch: Batch) -> Tensor | None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gmdist.errors import DivergedError
+
 
 class Watch:
     """What a network's layers gave, in the order in which they ended: a layer comes before what it is a part of."""
@@ -45,3 +47,16 @@ def watched(network: nn.Module) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def all_finite(network: nn.Module, what: str) -> Iterator[None]:
+    """Let no layer of a network give in a block what is not finite.
+
+    Raises:
+        DivergedError: after the block; it names the first layer, and `what` would have come of it.
+    """
+    with watched(network) as watch:
+        yield
+    if (layer := watch.first()) is not None:
+        raise DivergedError(f"no {what}: the output of {layer} is not finite; check the images and the weights")

@@ -1,7 +1,7 @@
 """Nearest neighbours among codes, and k-means: exact, and in memory that does not grow with both numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ def nearest(vectors: Tensor, codes: Tensor, chunk_elements: int = _CHUNK_ELEMENT
     """The code nearest to each vector; of equally near ones the first. fp32 at least, in autocast too.
 
     A product of matrices finds two candidates, whose distances are then summed in float64: what is rounded in the
-    product depends on its shape, and a vector's code would depend on what is looked up beside it.
+    product depends on its shape, and a vector's code would depend on what is looked up beside it. Where rounding may
+    have hidden the nearest behind both, which is rare unless codes are equal or far from their mean, it is sought
+    again.
 
     Args:
         vectors: [N, D].
@@ -30,42 +32,90 @@ def nearest(vectors: Tensor, codes: Tensor, chunk_elements: int = _CHUNK_ELEMENT
         int64 [N].
     """
     vectors, codes = at_least_fp32(vectors), at_least_fp32(codes)
-    center = codes.mean(dim=0)  # what all have in common would cost digits
     with torch.autocast(vectors.device.type, enabled=False):
-        centered = codes - center
-        half_norms = 0.5 * centered.square().sum(dim=1)
         found = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-        chunks = vectors.split(max(1, chunk_elements // len(codes)))
-        room = vectors.new_empty(len(chunks[0]), len(codes))  # once: memory would be freed in pieces
-        for chunk, tokens in zip(chunks, found.split(max(1, len(chunks[0]))), strict=True):
-            # |x - c|^2 / 2 without |x|^2 / 2, which is the same for all codes
-            distances = torch.addmm(half_norms, chunk - center, centered.t(), alpha=-1.0, out=room[: len(chunk)])
-            pair = _two_least(distances).sort(dim=1).values  # [n, 2]
-            exact = (chunk[:, None].double() - codes[pair].double()).square().sum(dim=2)
-            tokens.copy_(pair.gather(1, exact.argmin(dim=1, keepdim=True)).squeeze(1))
+        is_sure = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
+        start = 0
+        for chunk, distances, errors in _distances(vectors, codes, chunk_elements):
+            pair, lead = _two_least(distances)
+            pair = pair.sort(dim=1).values  # [n, 2]
+            exact = _exact(chunk[:, None], codes[pair])
+            part = slice(start, start := start + len(chunk))
+            found[part] = pair.gather(1, exact.argmin(dim=1, keepdim=True)).squeeze(1)
+            is_sure[part] = lead > 2.0 * errors
+        unsure = (~is_sure).nonzero().squeeze(1)
+        if len(unsure):
+            found[unsure] = _nearest_of_all(vectors[unsure], codes, found[unsure], chunk_elements)
     return found
 
 
-def _two_least(rows: Tensor) -> Tensor:
-    """Where the two least of each row are, the least first, of equal ones the first: int64 [n, 2] of [n, K].
+def _distances(vectors: Tensor, codes: Tensor, chunk_elements: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By parts of the vectors: they themselves [n, D], |x - c|^2 / 2 less |x|^2 / 2 [n, K], and its largest error [n].
+
+    The next part overwrites the distances.
+    """
+    center = codes.mean(dim=0)  # what all have in common would cost digits
+    centered = codes - center
+    half_norms = 0.5 * centered.square().sum(dim=1)
+    longest = (2.0 * half_norms.max()).sqrt()
+    # Of a sum of D products, each of two rounded factors, in any order (Higham 2002, Eq. 3.5), and of two more sums.
+    info = torch.finfo(codes.dtype)
+    unit, least = (codes.shape[1] + 8) * 0.5 * info.eps, (codes.shape[1] + 8) * info.tiny
+    chunks = vectors.split(max(1, chunk_elements // len(codes)))
+    room = vectors.new_empty(len(chunks[0]), len(codes))  # once: memory would be freed in pieces
+    for chunk in chunks:
+        moved = chunk - center
+        distances = torch.addmm(half_norms, moved, centered.t(), alpha=-1.0, out=room[: len(chunk)])
+        yield chunk, distances, unit * longest * (moved.norm(dim=1) + 0.5 * longest) + least
+
+
+def _exact(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances [...] of [..., D], in float64."""
+    return (vectors.double() - codes.double()).square().sum(dim=-1)
+
+
+def _nearest_of_all(vectors: Tensor, codes: Tensor, found: Tensor, chunk_elements: int) -> Tensor:
+    """The same int64 [n], in float64, of all codes that rounding leaves; `found` where distances are not finite."""
+    parts, start, size = [], 0, len(codes)
+    for chunk, distances, errors in _distances(vectors.double(), codes.double(), chunk_elements // 2):
+        is_near = distances <= (distances.amin(dim=1) + 2.0 * errors)[:, None]
+        rows, places = is_near.nonzero().unbind(dim=1)  # one place a row, more only where codes are as good as equal
+        pairs = zip(*(part.split(max(1, chunk_elements // codes.shape[1])) for part in (rows, places)), strict=True)
+        exact = torch.cat([_exact(chunk[row], codes[place]) for row, place in pairs])
+        least = exact.new_full((len(chunk),), math.inf).scatter_reduce(0, rows, exact, "amin")
+        first = torch.where(exact == least[rows], places, size)
+        best = torch.full_like(found[: len(chunk)], size).scatter_reduce(0, rows, first, "amin")
+        parts.append(torch.where(best < size, best, found[start : (start := start + len(chunk))]))
+    return torch.cat(parts)
+
+
+def _two_least(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the two least of each row are, and by how much the first is less than all others.
 
     They are in the two blocks with the least minima, which are found many times faster than places are.
+
+    Returns:
+        int64 [n, 2] of [n, K], the least first, of equal ones the first; and [n], infinite where there are no others.
     """
     width = math.gcd(rows.shape[1], _BLOCK)
     if rows.shape[1] > _BLOCK and width > 1:
         blocks = rows.unflatten(1, (-1, width))  # [n, K / width, width]
-        which = _two_least(blocks.amin(dim=2)).sort(dim=1).values  # [n, 2]
+        which, lead = _two_least(blocks.amin(dim=2))
+        which = which.sort(dim=1).values  # [n, 2]
         nearby = blocks.gather(1, which[:, :, None].expand(-1, -1, width)).flatten(1)  # [n, 2 * width]
-        places = _two_least_plainly(nearby)
-        return width * which.gather(1, places // width) + places % width
+        places, nearby_lead = _two_least_plainly(nearby)
+        places = width * which.gather(1, places // width) + places % width
+        return places, torch.minimum(lead, nearby_lead)
     return _two_least_plainly(rows)
 
 
-def _two_least_plainly(rows: Tensor) -> Tensor:
-    """The same, by looking at all twice; `rows` loses its least."""
+def _two_least_plainly(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, by looking at all three times; `rows` loses its two least."""
     first = rows.argmin(dim=1, keepdim=True)
+    least = rows.gather(1, first)
     second = rows.scatter_(1, first, math.inf).argmin(dim=1, keepdim=True)
-    return torch.cat([first, second], dim=1)
+    others = rows.scatter_(1, second, math.inf).amin(dim=1)
+    return torch.cat([first, second], dim=1), others - least.squeeze(1)
 
 
 def sums_of(vectors: Tensor, tokens: Tensor, num_codes: int) -> Tensor:

@@ -16,6 +16,7 @@ LEARNED_BY = ("averages", "gradient")
 ESTIMATORS = ("straight_through", "rotation")
 _MAX_CODES, _MAX_CHANNELS = 1 << 20, 1 << 16
 _SMOOTHING = 1e-5  # of Laplace, in uses: as in the published code of van den Oord 2017
+_SHORT = 1e-3  # ratio of two vectors' lengths below which the shorter one is taken for zero
 _REVIVED_A_STEP = 64  # the most: each of them is sent to all workers
 
 Reduce = Callable[[Tensor], Tensor]  # of a tensor of each worker, one for all
@@ -33,7 +34,7 @@ class QuantizerConfig:
     estimator: str = "straight_through"  # of the encoder's gradient; or rotation
     commitment_weight: float = 0.25
     kmeans_steps: int = 10  # of Lloyd's algorithm, on features of the first samples; 0: codes start at random
-    dead_below: float = 0.05  # a code that is used less, where 1 is an equal share of all uses
+    dead_below: float = 0.05  # a code that is used less, in the average, where 1 is the mean of all codes
     revive: bool = False  # put dead codes, up to 64 a step, where vectors of the batch are; with averages only
 
     def problem(self) -> str | None:
@@ -73,19 +74,20 @@ class Quantized(NamedTuple):
 
 
 class Codebook(nn.Module):
-    """Codes, and how often each is used: a moving average over steps, where 1 is an equal share of all uses.
+    """Codes, and how often each is used: a moving average over steps.
 
     Uses are summed in `observe` over a step's micro-batches, and taken in by `update` over all workers.
     """
 
-    usage: Tensor  # [K]
+    usage: Tensor  # [K], in uses a step
     observed: Tensor  # [K, sums + 1], of this step: for each code the sums of what is averaged, and its uses
 
     def __init__(self, config: QuantizerConfig, num_sums: int) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("usage", torch.ones(config.codebook_size))
-        self.register_buffer("observed", torch.zeros(config.codebook_size, num_sums + 1))
+        # Of one step: in checkpoints as all buffers, and of no use to those who read the weights.
+        self.register_buffer("observed", torch.zeros(config.codebook_size, num_sums + 1), persistent=False)
 
     def forward(self) -> Tensor:
         """The codes [K, D], fp32 or float64."""
@@ -111,10 +113,8 @@ class Codebook(nn.Module):
         """
         observed = total(self.observed)
         uses = observed[:, -1]
-        # In uses a step, as in van den Oord 2017, App. A.1, times K / uses of all codes.
-        scale = len(uses) / uses.sum().clamp(min=1.0)
-        self._average(observed * scale)
-        dead = self.usage < self.config.dead_below
+        self._average(observed)
+        dead = self.usage < self.config.dead_below * self.usage.mean()
         self._revive(dead, gathered)
         found = {"perplexity": perplexity(uses), "used_share": (uses > 0).to(uses.dtype).mean()}
         self.observed.zero_()
@@ -147,7 +147,12 @@ class LearnedCodebook(Codebook):
 
 
 class AveragedCodebook(Codebook):
-    """Codes that are moving averages of the vectors nearest to them (van den Oord 2017, App. A.1)."""
+    """Codes that are moving averages of the vectors nearest to them (van den Oord 2017, App. A.1).
+
+    The paper does not say what the averages start with. Here a code's start counts as one use, as in
+    vector-quantize-pytorch: the more vectors a step has, the sooner it is forgotten. In Sonnet, whose averages are
+    without the bias of their start, it counts for nothing, and codes that the first step does not use become zero.
+    """
 
     sums: Tensor  # [K, D], moving averages: with `usage` they make the codes
     candidates: Tensor  # [R, D], of this step: the vectors of the highest priority
@@ -159,8 +164,8 @@ class AveragedCodebook(Codebook):
         self.register_buffer("sums", F.normalize(codes, dim=1) if config.normalize else codes)
         if config.revive:
             count = min(_REVIVED_A_STEP, config.codebook_size)
-            self.register_buffer("candidates", torch.zeros(count, channels))
-            self.register_buffer("priority", torch.full((count,), -1))
+            self.register_buffer("candidates", torch.zeros(count, channels), persistent=False)
+            self.register_buffer("priority", torch.full((count,), -1), persistent=False)
 
     def forward(self) -> Tensor:
         uses = self.usage.sum()
@@ -200,11 +205,12 @@ class AveragedCodebook(Codebook):
         if not self.config.revive:
             return
         self._choose(gathered(self.candidates), gathered(self.priority))
+        share = self.usage.mean()
         number = dead.cumsum(0) - 1  # of a dead code among them
         place = number.clamp(0, len(self.priority) - 1)
         revived = dead & (number == place) & (self.priority[place] >= 0)
-        self.sums.copy_(torch.where(revived[:, None], self.candidates[place], self.sums))
-        self.usage.copy_(torch.where(revived, 1.0, self.usage))
+        self.sums.copy_(torch.where(revived[:, None], share * self.candidates[place], self.sums))
+        self.usage.copy_(torch.where(revived, share, self.usage))
         self.priority.fill_(-1)
 
 
@@ -258,21 +264,25 @@ class Quantizer(nn.Module):
 
 def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
     """Codes [..., D] for vectors [..., D], whose gradient is that of the codes (Bengio 2013; van den Oord 2017)."""
-    return vectors + (codes - vectors).detach()
+    return codes + (vectors - vectors.detach())
 
 
 def rotated(vectors: Tensor, codes: Tensor) -> Tensor:
     """Codes [..., D] for vectors [..., D], by the rotation and scale that take one to the other (Fifty 2024, Sec. 4.2).
 
-    Both are constants of the gradient, which so keeps its angle with the vector that it arrives at.
+    Both are constants of the gradient, which so keeps its angle with the vector that it arrives at. Between a vector
+    and a code of which one is over a thousand times as long as the other, there is no angle to speak of, and the scale
+    would be that of the gradient: there it is the straight-through one.
     """
     with torch.no_grad():
-        length = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        scale = codes.norm(dim=-1, keepdim=True) / length
-        e, q = vectors / length, F.normalize(codes, dim=-1, eps=1e-6)
+        length, code_length = (x.norm(dim=-1, keepdim=True) for x in (vectors, codes))
+        turns = (length > _SHORT * code_length) & (code_length > _SHORT * length)
+        scale = torch.where(turns, code_length / length, 0.0)
+        e, q = (F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).tiny) for x in (vectors, codes))
         r = F.normalize(e + q, dim=-1, eps=1e-6)
     along_r, along_e = ((x * vectors).sum(dim=-1, keepdim=True) for x in (r, e))
-    return scale * (vectors - 2.0 * along_r * r + 2.0 * along_e * q)
+    turned = scale * (vectors - 2.0 * along_r * r + 2.0 * along_e * q)
+    return straight_through(torch.where(turns, turned, vectors), codes)
 
 
 def perplexity(uses: Tensor) -> Tensor:

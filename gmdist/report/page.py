@@ -93,12 +93,12 @@ class _Comparison:
     novelty: Novelty | None
 
 
-def write(run_dirs: Sequence[str], generated: Tensor) -> str:
+def write(run_dirs: Sequence[str], generated: Tensor | None) -> str:
     """Write report.html into the last run's folder.
 
     Args:
         run_dirs: runs, in the order in which the page shows them.
-        generated: images uint8 [N, H, W, C] of the last run, all classes in turn.
+        generated: images uint8 [N, H, W, C] of the last run, all classes in turn; None: its family draws none.
 
     Returns:
         The page's location.
@@ -109,7 +109,7 @@ def write(run_dirs: Sequence[str], generated: Tensor) -> str:
     page = environment.from_string(_TEMPLATE).render(
         title=configs[-1].name,
         runs=[_section(folder, config) for folder, config in zip(folders, configs, strict=True)],
-        comparison=_compare(configs[-1], generated) if configs[-1].data.image else None,
+        comparison=_compare(configs[-1], generated) if generated is not None and configs[-1].data.image else None,
     )
     location = storage.join(folders[-1], "report.html")
     storage.write(location, page.encode())

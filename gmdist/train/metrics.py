@@ -23,13 +23,12 @@ class Averages:
     def __init__(self, device: torch.device, *, hides_nan: bool = True) -> None:
         """hides_nan: what is NaN does not count, as one step must not hide all others; else it is the mean."""
         self._device, self._hides_nan = device, hides_nan
-        self._dtype = torch.float64 if device.type == "cpu" else torch.float32
         self._sums: dict[str, Tensor] = {}  # [2, ...]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
         """Add one observation of some metrics. What is infinite does not count."""
         for name, value in metrics.items():
-            value = value.detach().to(self._device, self._dtype)
+            value = value.detach().to(self._device, torch.float64)
             counts = (value.isfinite() if self._hides_nan else ~value.isinf()) * weight
             sums = torch.stack([torch.where(counts > 0, value, 0.0) * weight, counts])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
@@ -47,7 +46,7 @@ class Averages:
         shares = [everyone[rank()]] if len(everyone) == world_size() else everyone if rank() == 0 else []
         self._sums = {}
         for name, sums in [item for share in shares for item in share.items()]:
-            added = torch.tensor(sums, dtype=self._dtype, device=self._device)
+            added = torch.tensor(sums, dtype=torch.float64, device=self._device)
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def reduce(self, *, begin_anew: bool = True) -> dict[str, float]:
@@ -70,7 +69,7 @@ class Averages:
         parts = [
             self._sums[name]
             if name in self._sums
-            else torch.zeros(2, *shapes[name], dtype=self._dtype).to(self._device)
+            else torch.zeros(2, *shapes[name], dtype=torch.float64).to(self._device)
             for name in names
         ]
         both = torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1)

@@ -1,6 +1,8 @@
 """Optimizers by name, and the learning rate of each step."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
-from gmdist.families.family import Family
+from gmdist.families.family import Family, Phase
 
 OPTIMIZERS = ("adamw", "adam", "adamax", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
@@ -60,6 +62,21 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     progress = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
     return config.final_lr + (config.lr - config.final_lr) * remaining
+
+
+def lazily(config: OptimConfig, phases: Sequence[Phase]) -> OptimConfig:
+    """The optimizer of a child that these phases train: by several updates in a step as far as it says for one.
+
+    A main phase and one at every k-th step are 1 + 1/k updates: Adam's learning rate is times k / (k + 1), and so is
+    the exponent of what it remembers (Karras 2020, App. B, "Lazy regularization"). Others are left as they are.
+    """
+    share = 1.0 / sum(1.0 / phase.every for phase in phases)
+    if config.name == "sgd" or share == 1.0:
+        return config
+    first, second = config.betas
+    return dataclasses.replace(
+        config, lr=config.lr * share, final_lr=config.final_lr * share, betas=(first**share, second**share)
+    )
 
 
 def trained_children(family: Family, optim: dict[str, OptimConfig]) -> list[str]:

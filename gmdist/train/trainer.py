@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gmdist import images, storage
 from gmdist.errors import ConfigError, DivergedError
-from gmdist.families.family import Family, Metrics
+from gmdist.families.family import INITIALIZE_SAMPLES, Family, Metrics
 from gmdist.nets.finite import watched
 from gmdist.rng import derive
 from gmdist.train import checkpoint
@@ -25,13 +25,12 @@ from gmdist.train.engine import Unit, computing, make_unit
 from gmdist.train.held_out import Measure, held_out_means
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
-from gmdist.train.optim import OptimConfig, learning_rate, trained_children
+from gmdist.train.optim import OptimConfig, lazily, learning_rate, trained_children
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
 from gmdist.train.workers import rank, world_size
 
-_INITIALIZE_SAMPLES = 256
 _MASK64 = (1 << 64) - 1
 
 
@@ -61,7 +60,7 @@ class Trainer:
             CheckpointError, DataError: the checkpoint belongs to another run.
         """
         self.device = device or torch.device("cpu")
-        self.config, self.optim, self.identity = config, optim, identity
+        self.config, self.identity = config, identity
         self.run_dir, self.data, self.test_data, self.hooks = run_dir, data, test_data, hooks or Hooks()
         self._measure = measure
         self.batch_size = identity.batch_size
@@ -78,8 +77,9 @@ class Trainer:
         self.family = family.to(self.device)
         self.phases = family.phases()
         self._trained = trained_children(family, optim)
+        self.optim = {name: lazily(optim[name], [p for p in self.phases if p.trains == name]) for name in self._trained}
         if found is None:
-            self.family.initialize(data.first(min(_INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
+            self.family.initialize(data.first(min(INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
         self._shapes = shapes_of(family)  # before stage 3 shares the weights out
         self._set_mode(training=True)
         prepare(family, self._trained, config)
@@ -87,7 +87,7 @@ class Trainer:
             name: make_unit(
                 family,
                 name,
-                optim[name],
+                self.optim[name],
                 stage=config.zero_stage,
                 precision=config.precision,
                 device=self.device,

@@ -116,6 +116,24 @@ def test_data_sets_of_one_run_are_weighed_against_each_other(tmp_path: Path) -> 
     ]
 
 
+def test_readers_share_a_cache(tmp_path: Path) -> None:
+    second = "e" * 16
+    cache = cache_of(tmp_path, 4)
+    # The first data set is read by both: forwards, and backwards from 100.
+    cache.share({second: lambda shards, _: 10 * shards, DATA: lambda shards, _: 100 - shards})
+    for shard in (3, 98, 40):
+        put(cache, shard)
+    put(cache, 2, data=second)  # used at 20
+    put(cache, 99)
+    put(cache, 3, data=second)  # at 30: last of all, so it is not kept
+    assert sorted((n.data == second, n.shard) for n in map(PartName.parse, os.listdir(tmp_path)) if n) == [
+        (False, 3),
+        (False, 98),
+        (False, 99),
+        (True, 2),
+    ]
+
+
 def test_the_limit_holds_while_others_write(tmp_path: Path) -> None:
     caches = [cache_of(tmp_path, 20) for _ in range(3)]
     random = np.random.default_rng(0)

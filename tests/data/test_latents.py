@@ -1,12 +1,14 @@
 """Latents as they are stored: how finely, in which range, and what a shard says of what it lacks."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gmdist import storage
 from gmdist.data.index import index_folder
 from gmdist.data.latent_shards import ShardEncoder, as_stored, open_source
 from gmdist.data.latents import FirstStage, Record, Transform
@@ -112,6 +114,28 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Record.load(str(tmp_path)) == written
     assert written.lines() == ["a.tar: 2: damaged", "b.tar: 1: damaged"]
     assert Record.load(str(tmp_path / "nothing")) is None
+
+
+def test_a_record_of_an_older_version_counts_and_says_what_it_is_of(tmp_path: Path) -> None:
+    record().save(str(tmp_path))
+    file = str(tmp_path / "encoded.json")
+    content = storage.read_json(file)
+    for version, is_read in ((content["format"], True), (2, True), (1, False), (4, False)):
+        storage.write_json(file, content | {"format": version})
+        if not is_read:
+            with pytest.raises(DataError, match=rf"damaged or of another version \(format {version}\)"):
+                Record.load(str(tmp_path))
+            continue
+        found = Record.load(str(tmp_path))
+        assert found is not None
+        assert record().difference(found) is None
+        found.save(str(tmp_path))
+        assert storage.read_json(file)["format"] == version
+    found = replace(record(), format=2, first_stage=replace(record().first_stage, weights="11ff"))
+    counted = (
+        "of step 3 of runs/first (weights 11ff), by the older format 2 that counts a discriminator and the like, and"
+    )
+    assert str(record().difference(found)).startswith(counted)
 
 
 def test_an_unfinished_cache_is_not_indexed(tmp_path: Path) -> None:

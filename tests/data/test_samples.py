@@ -12,13 +12,15 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from gmdist.cli import main
 from gmdist.data import glyphs
 from gmdist.data.config import DataConfig
 from gmdist.data.decode import decode_image
+from gmdist.data.fetch import Shards
 from gmdist.data.index import check_folder
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
-from gmdist.data.samples import DIGITS_SIZE, make
+from gmdist.data.samples import DIGITS_SIZE, IMAGE_SHAPES, make
 from gmdist.data.samples import digits as embedded
 from gmdist.errors import ConfigError, DataError
 from gmdist.images import to_uint8
@@ -69,9 +71,17 @@ def test_they_are_the_digits_of_scikit_learn(digits: Path) -> None:
 
 
 def test_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no embedded data set 'mnist'; there are: digits, glyphs, glyphs-color"):
+    names = "digits, digits-color, glyphs, glyphs-color, glyphs-serif, glyphs-sans"
+    with pytest.raises(ConfigError, match=rf"no embedded data set 'mnist'; there are: {names}$"):
         make("mnist", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_names_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "make", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"NAME {', '.join(IMAGE_SHAPES)} ".replace(", glyphs-sans", " or glyphs-sans") in words
 
 
 def test_making_the_digits_again_changes_nothing_and_never_overwrites(tmp_path: Path) -> None:
@@ -99,6 +109,33 @@ def test_an_interrupted_make_is_finished(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train: holds another data set"):
         make("digits", str(tmp_path / "digits"))
     assert (folder / "shard-000003.tar").read_bytes() == b"somebody's own"
+
+
+def test_coloured_digits_are_dark_strokes_on_light(tmp_path: Path) -> None:
+    grey, coloured = (dict(embedded("test", colour=colour)) for colour in (False, True))
+    assert grey.keys() == coloured.keys()
+    grounds = set()
+    for key, members in coloured.items():
+        assert members["cls"] == grey[key]["cls"]
+        ink = decode_image(grey[key]["png"], 1)[:, :, 0] / 255.0
+        seen = decode_image(members["png"], 3) / 255.0
+        below = seen[ink == 0.0]
+        above = seen[ink == ink.max()]
+        assert (below == below[0]).all()
+        grounds.add(tuple(below[0]))
+        # By the luma of ITU-R BT.709, of which strokes have less.
+        assert below[0] @ (0.2126, 0.7152, 0.0722) > above[0] @ (0.2126, 0.7152, 0.0722) + 0.2
+        np.testing.assert_allclose(seen - below[0], (ink / ink.max())[:, :, None] * (above[0] - below[0]), atol=0.01)
+    assert len(grounds) == 5  # white, and what is as light
+    made = make("digits-color", str(tmp_path / "data"))
+    assert {split: manifest.num_samples for split, manifest in made.items()} == COUNTS
+    assert made["train"].classes == tuple("0123456789")
+
+
+def test_grey_digits_are_read_as_rgb_beside_coloured_ones(digits: Path) -> None:
+    grey, rgb = (DataConfig(1, DIGITS_SIZE, channels=channels) for channels in (1, 3))
+    one, other = (Loader(config, str(digits / "test")).first(20).batch["image"] for config in (grey, rgb))
+    assert torch.equal(other, one.expand(-1, 3, -1, -1))
 
 
 # Glyphs.
@@ -173,6 +210,32 @@ def test_colours_stand_out() -> None:
     assert ("red", "white") in pairs
     assert ("grey", "blue") not in pairs
     assert {name for pair in pairs for name in pair} == set(glyphs._PALETTE)
+
+
+def test_serif_and_sans_are_the_two_parts_of_the_glyphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_glyphs: list[glyphs.Glyph]
+) -> None:
+    serifs = {glyph.face for glyph in all_glyphs if glyph.has_serifs}
+    told = {face: glyphs._FACES[face] for face in {glyph.face for glyph in all_glyphs} - serifs}
+    assert all("sans-serif" in name or "monospace" in name for name in told.values())
+    assert {glyphs._FACES[face].split(",")[0] for face in serifs} == {"serif", "times", "computer modern"}
+    monkeypatch.setattr(glyphs, "glyphs", lambda: all_glyphs[:600])
+    found = {}
+    for name in ("glyphs", "glyphs-serif", "glyphs-sans"):
+        for split, manifest in make(name, str(tmp_path / name)).items():
+            shards = Shards(str(tmp_path / name / split), manifest)
+            for number, shard in enumerate(manifest.shards):
+                for index in range(shard.samples):
+                    key = shards.index(number).keys[index]
+                    members = {extension: bytes(part) for extension, part in shards.read(number, index).items()}
+                    found.setdefault((name, split), {})[key] = members
+            found[name, "classes"] = manifest.classes
+    assert found["glyphs-serif", "classes"] == found["glyphs-sans", "classes"] == found["glyphs", "classes"]
+    for split in COUNTS:
+        serif, sans = found["glyphs-serif", split], found["glyphs-sans", split]
+        assert serif.keys() == {key for key in found["glyphs", split] if key.partition("-")[2] in serifs}
+        assert serif | sans == found["glyphs", split]
+        assert not serif.keys() & sans.keys()
 
 
 @pytest.mark.parametrize(("name", "channels"), [("glyphs", 1), ("glyphs-color", 3)])

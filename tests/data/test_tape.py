@@ -10,11 +10,14 @@ from gmdist.errors import ConfigError, DataError
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 tapes = st.builds(
-    lambda sizes, seed, lanes, block: Tape(sizes, seed=seed, lanes=lanes, block=block, manifest="m"),
+    lambda sizes, seed, lanes, block, rotated: Tape(
+        sizes, seed=seed, lanes=lanes, block=block, manifest="m", rotated=rotated
+    ),
     shard_sizes,
     st.integers(-(2**63), 2**63 - 1),
     st.integers(1, 20),
     st.integers(1, 50),
+    st.booleans(),
 )
 
 
@@ -24,10 +27,9 @@ def pairs(tape: Tape, numbers: np.ndarray) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(sizes=shard_sizes, seed=st.integers(0, 2**40), lanes=st.integers(1, 20), block=st.integers(1, 50))
-def test_every_epoch_is_an_exact_permutation(sizes, seed, lanes, block) -> None:
-    tape = Tape(sizes, seed=seed, lanes=lanes, block=block, manifest="m")
-    everything = {(shard, index) for shard, size in enumerate(sizes) for index in range(size)}
+@given(tape=tapes)
+def test_every_epoch_is_an_exact_permutation(tape) -> None:
+    everything = {(shard, index) for shard, size in enumerate(tape._samples) for index in range(size)}
     for epoch in (0, 1, 10**6):
         numbers = np.arange(epoch * tape.num_samples, (epoch + 1) * tape.num_samples)
         got = pairs(tape, numbers)
@@ -59,7 +61,8 @@ def test_locating_is_pure(tape, numbers) -> None:
     one_by_one = [pairs(tape, np.array([t]))[0] for t in reversed(numbers)]
     assert whole == one_by_one[::-1]
     f = tape.fingerprint
-    again = Tape(tape._samples, seed=f.seed, lanes=f.lanes, block=f.block, manifest=f.manifest)
+    settings = {"seed": f.seed, "lanes": f.lanes, "block": f.block, "manifest": f.manifest}
+    again = Tape(tape._samples, **settings, rotated=tape._rotated)
     assert pairs(again, np.array(numbers)) == whole
 
 
@@ -94,6 +97,37 @@ def test_permute_is_even(size: int) -> None:
         counts = np.bincount(image, minlength=size)
         expected = draws / size
         assert ((counts - expected) ** 2 / expected).sum() < size - 1 + 6 * np.sqrt(2 * size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(tape=tapes, after=st.integers(0, 2000), data=st.data())
+def test_the_next_use_is_when_the_block_begins(tape, after, data) -> None:
+    shard = data.draw(st.sampled_from(np.flatnonzero(tape._samples).tolist()))
+    first, last = sorted(data.draw(st.integers(0, int(tape._samples[shard]) - 1)) for _ in range(2))
+    (found,) = tape.next_use(*(np.array([value]) for value in (shard, first, last)), after)
+    size, epoch = tape.fingerprint.lanes * tape.fingerprint.block, after // tape.num_samples
+    for start in (epoch * tape.num_samples, (epoch + 1) * tape.num_samples):
+        numbers = np.arange(start, start + tape.num_samples)
+        shards, indices = tape.locate(numbers)
+        begins = start + (numbers - start) // size * size
+        here = (shards == shard) & (indices >= first) & (indices <= last) & (begins + size > after)
+        if here.any():
+            assert found == max(after, begins[here].min())
+            return
+    raise AssertionError("it is not used any more")
+
+
+def test_a_rotated_tape_gives_a_sample_no_time_of_its_own() -> None:
+    # Four shards and lanes: a sample's place in its shard is when it comes, but for the shuffle in its block.
+    def times(rotated: bool) -> np.ndarray:
+        """In each of 200 epochs, when of 250 the sample 100 of shard 0 comes."""
+        tape = Tape([250] * 4, seed=0, lanes=4, block=10, manifest="m", rotated=rotated)
+        shards, indices = tape.locate(np.arange(200 * 1000))
+        return np.flatnonzero((shards == 0) & (indices == 100)) % 1000 // 4
+
+    assert set(times(False)) == set(range(100, 110))
+    counts = np.bincount(times(True) // 25, minlength=10)
+    assert ((counts - 20) ** 2 / 20).sum() < 9 + 5 * np.sqrt(18)
 
 
 def test_neighbours_come_from_different_shards() -> None:

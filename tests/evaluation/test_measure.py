@@ -10,7 +10,7 @@ from gmdist.evaluation.classifier import train_classifier
 from gmdist.evaluation.config import METRICS, EvaluationConfig
 from gmdist.evaluation.features import Features, load_features, save_classifier
 from gmdist.evaluation.measure import Evaluator, Images
-from gmdist.families.family import Batch
+from gmdist.families.family import Batch, Condition
 from tests.evaluation.patterns import CLASSES, Painter, Reader, captioned, drawn, patterns
 from tests.support import run_workers
 
@@ -46,9 +46,9 @@ def test_tells_good_images_from_bad_ones(classifier: str) -> None:
     measure = evaluator(load_features(classifier))
     beats = []
     good = measure(Painter(seed=2), lambda: beats.append(1))
-    assert list(good) == ["label_agreement", "fid", "kid", "precision", "recall"]
+    assert list(good) == ["label_agreement", "class_coverage", "fid", "kid", "precision", "recall"]
     assert len(beats) >= 90 // 20 + 100 // 20
-    assert good["label_agreement"] == 1.0
+    assert good["label_agreement"] == good["class_coverage"] == 1.0
     assert min(good["precision"], good["recall"]) > 0.7
     wrong = measure(Painter(seed=2, wrong=45))
     assert wrong["label_agreement"] == 0.5
@@ -58,6 +58,11 @@ def test_tells_good_images_from_bad_ones(classifier: str) -> None:
         def sample(self, keys, condition=None):
             return torch.rand(len(keys), 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
+    class OneKind(Painter):
+        def sample(self, keys, condition=None):
+            return super().sample(keys, Condition(torch.zeros_like(keys)))
+
+    assert measure(OneKind(seed=2))["class_coverage"] == 1 / CLASSES
     noise = measure(Noise(0))
     assert "label_agreement" not in noise  # it does not follow labels
     assert noise["fid"] > 10 * good["fid"]
@@ -84,7 +89,7 @@ def test_captions_are_the_prompts(classifier: str) -> None:
 def test_reconstructions_are_measured_where_there_are_any(classifier: str) -> None:
     measure = evaluator(load_features(classifier), metrics=("fid",))
     found = measure(Painter(seed=2, reconstructs=True))
-    assert list(found) == ["label_agreement", "fid", "rfid"]
+    assert list(found) == ["label_agreement", "class_coverage", "fid", "rfid"]
     assert 0.0 < found["rfid"] < found["fid"] * 10
 
     class Perfect(Painter):
@@ -97,7 +102,7 @@ def test_reconstructions_are_measured_where_there_are_any(classifier: str) -> No
 def test_only_what_is_asked_for_is_computed(classifier: str) -> None:
     assert evaluator(load_features(classifier), metrics=())(Painter(seed=2)) == {}
     assert list(evaluator(load_features(classifier), metrics=("pr",))(Painter(seed=2))) == [
-        *("label_agreement", "precision", "recall")
+        *("label_agreement", "class_coverage", "precision", "recall")
     ]
 
 

@@ -40,6 +40,12 @@ def test_cycles() -> None:
     assert beta(config, 325) == 0.5
 
 
+@pytest.mark.parametrize("num_cycles", range(2, 60))
+def test_every_cycle_begins_at_the_start(num_cycles: int) -> None:
+    config = BetaConfig("cyclical", num_images=7 * num_cycles, num_cycles=num_cycles)
+    assert {beta(config, 7 * cycle) for cycle in range(num_cycles)} == {0.0}
+
+
 def test_capacity_holds_the_kl_term_itself() -> None:
     config = BetaConfig("capacity", value=10.0, capacity_nats=6.0, num_images=100)
     assert [capacity_nats(config, seen) for seen in (0, 50, 100, 200)] == [0.0, 3.0, 6.0, 6.0]

@@ -17,6 +17,7 @@ LOGITS = torch.tensor([GIVEN]).log() + 5.0
         ({}, GIVEN),
         ({"temperature": 0.5}, [p / 0.30 for p in (0.01, 0.16, 0.04, 0.09)]),
         ({"temperature": 1e-3}, (0, 1, 0, 0)),
+        ({"temperature": 1e-310}, (0, 1, 0, 0)),
         ({"top_k": 2}, (0, 4 / 7, 0, 3 / 7)),
         ({"top_k": 1}, (0, 1, 0, 0)),
         ({"top_k": 9}, GIVEN),
@@ -31,6 +32,18 @@ LOGITS = torch.tensor([GIVEN]).log() + 5.0
 def test_distributions_by_hand(changes: dict[str, float], expected: list[float]) -> None:
     found = probabilities(LOGITS, CodeSamplerConfig(**changes))
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_equal_codes_the_first_are_kept_and_no_more_than_asked_for() -> None:
+    ties = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    for top_k, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])):
+        found = probabilities(ties, CodeSamplerConfig(top_k=top_k))
+        assert found[0].nonzero().flatten().tolist() == kept
+    # As many as one code in a thousand has: sorts of long rows are other algorithms.
+    found = probabilities(torch.zeros(2, 5000), CodeSamplerConfig(top_k=5))
+    assert found[1].tolist() == [0.2] * 5 + [0.0] * 4995
+    least = probabilities(ties, CodeSamplerConfig(temperature=1e-310))
+    assert least[0].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0])
 
 
 def test_quantiles_pick_each_code_for_its_share_of_them() -> None:

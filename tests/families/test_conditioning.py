@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gmdist.diffusion.config import SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPM
@@ -159,6 +160,14 @@ def test_a_transformer_can_take_the_place_of_the_unet() -> None:
             {"conditioning": ConditioningConfig(text=EncoderConfig("clip"))},
             "conditioning.text.path: None; must be given",
         ),
+        (
+            {"conditioning": ConditioningConfig(dropout=0.0)},  # guidance is 2
+            "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
+        ),
+        (
+            {"conditioning": dataclasses.replace(TEXT, dropout=0.0)},
+            "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
+        ),
         ({"network": "dit", "conditioning": TEXT}, "network: 'dit'; attends to no captions"),
         ({"network": "transformer"}, "network: 'transformer'; must be one of unet, dit"),
         ({"network": "dit", "dit": DiTConfig(patch_size=3)}, "dit.patch_size: the network needs image sides divisible"),
@@ -176,6 +185,13 @@ def test_what_cannot_be_is_refused(changes: dict[str, object], words: str) -> No
     problem = dataclasses.replace(SMALL["ddpm"], **changes).problem(SIZE)
     assert problem is not None
     assert problem.startswith(words)
+
+
+def test_models_that_are_always_told_their_condition_are_not_guided() -> None:
+    always_told = dataclasses.replace(SMALL["ddpm"], conditioning=ConditioningConfig(dropout=0.0))
+    diffusion = dataclasses.replace(SMALL["ddpm"].diffusion, sampler=SamplerConfig(num_steps=4))
+    assert dataclasses.replace(always_told, diffusion=diffusion).problem(SIZE) is None
+    assert dataclasses.replace(always_told, conditioning=ConditioningConfig("none", 0.0)).problem(SIZE) is None
 
 
 def test_a_context_of_another_width_than_the_encoders_is_refused() -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gmdist.errors import ConfigError
 from gmdist.families import CATALOGUE
 from gmdist.families.conditioning import ConditioningConfig
+from gmdist.families.cyclegan import CycleGAN
 from gmdist.families.family import Batch, Condition, Family, conditioned_labels
+from gmdist.families.gan import GAN
 from gmdist.train.engine import freeze_all_but
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, fit, make_trainer, small_family, tree_bytes
 
@@ -78,13 +81,17 @@ def test_each_phase_changes_only_what_it_trains(name: str, device: torch.device,
             trainer.units[phase.trains].step(1e-3)
             after = hashes(trainer.family)
             changed = {key.partition(".")[0] for key in before if before[key] != after[key]}
-            assert changed == {phase.trains}
+            assert changed & set(trainer.units) == {phase.trains}
     finally:
         trainer.close()
 
 
 def test_samples(name: str, device: torch.device) -> None:
     family = ready(name, device).eval()
+    if type(family).sample is Family.sample:
+        with pytest.raises(ConfigError, match="draws none: use --translate"):
+            family.sample(torch.arange(2))
+        return
     keys = torch.tensor([3, 2**33, 17, 4], device=device)
     with torch.inference_mode():
         images = family.sample(keys)
@@ -100,6 +107,8 @@ def test_samples(name: str, device: torch.device) -> None:
 
 def test_samples_follow_their_label(name: str, device: torch.device) -> None:
     family = ready(name, device).eval()
+    if type(family).sample is Family.sample:
+        pytest.skip("it draws no images")
     keys = torch.tensor([0, 1], device=device)
     labels = [torch.full((2,), label, device=device) for label in (0, 1)]
     with torch.inference_mode():
@@ -110,12 +119,28 @@ def test_samples_follow_their_label(name: str, device: torch.device) -> None:
     assert torch.allclose(first, second) != ("label" in family.conditions)
 
 
+def test_latents_are_places_of_images(name: str, device: torch.device) -> None:
+    family, batch = ready(name, device).eval(), batch_on(device)
+    with torch.inference_mode():
+        latents, drawn = family.latents(batch), family.drawn_latents(batch["key"])
+        if latents is not None:
+            torch.testing.assert_close(family.from_latents(latents), family.reconstruct(batch))
+        if drawn is not None:
+            images = family.from_latents(drawn)
+            assert images.shape == (8, CHANNELS, SIZE, SIZE)
+            assert images.abs().max() <= 1.0
+            one, other = drawn, drawn.roll(1, 0)
+            torch.testing.assert_close(family.between(one, other, 0.0), one)
+            torch.testing.assert_close(family.between(one, other, 1.0), other)
+            assert not torch.allclose(family.from_latents(family.between(one, other, 0.5)), images)
+
+
 def test_preview_and_evaluate(name: str, device: torch.device) -> None:
     family, batch = ready(name, device).eval(), batch_on(device)
     with torch.inference_mode():
         preview = family.preview(batch)
         metrics = family.summarize({name: mean.double().cpu() for name, mean in family.evaluate(batch).items()})
-    assert preview.shape[:3] == (8, CHANNELS, SIZE)
+    assert preview.shape[:3] == (8, CHANNELS, SIZE)  # as wide as it likes
     assert preview.abs().max() <= 1.0
     assert metrics
     assert all(math.isfinite(value) for value in metrics.values())
@@ -144,10 +169,14 @@ def test_resumes_bit_exactly(name: str, device: torch.device, tmp_path: Path) ->
 def without_dropout(name: str) -> dict[str, ConditioningConfig]:
     """Of conditions, where the family has them."""
     conditioning = getattr(SMALL[name], "conditioning", None)
-    return {} if conditioning is None else {"conditioning": dataclasses.replace(conditioning, dropout=0.0)}
+    if not isinstance(conditioning, ConditioningConfig):
+        return {}
+    return {"conditioning": dataclasses.replace(conditioning, dropout=0.0)}
 
 
 def test_overfits_eight_images(name: str, device: torch.device, tmp_path: Path) -> None:
+    if issubclass(CATALOGUE[name.partition("/")[0]][0], GAN | CycleGAN):
+        pytest.skip("a game's losses need not fall: tests/families/test_gan.py")
     trainer = make_trainer(
         small_family(name, **without_dropout(name)),
         tmp_path,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gmdist.errors import ConfigError, DataError
 from gmdist.families.code_sampler import CodeSamplerConfig
-from gmdist.families.conditioning import ConditioningConfig
+from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.family import Batch, Condition
 from gmdist.families.prior import Prior
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, small_family
@@ -148,12 +148,24 @@ def test_the_most_probable_code_needs_no_number(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_prior_without_classes(name: str) -> None:
-    family, batch = prior(name, conditioning=ConditioningConfig("none")), batch_of()
+    family, batch = prior(name, conditioning=ConditioningConfig("none"), sampler=PLAIN), batch_of()
     assert (family.inputs, family.conditions) == (("image",), ())
     assert prior(name).conditions == ("label",)
     with torch.no_grad():
         assert torch.equal(family.evaluate(batch)["loss"], family.loss(batch, 0)[0])
         assert family.sample(torch.arange(2)).shape == (2, CHANNELS, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_data_without_labels_are_scored_without_a_class(name: str) -> None:
+    family, batch = prior(name), batch_of()
+    free = batch | {"label": torch.full_like(batch["label"], CLASSES)}
+    del batch["label"]
+    with torch.no_grad():
+        assert torch.equal(family.scores(batch)["log_likelihood"], family.scores(free)["log_likelihood"])
+        always_told = prior(name, conditioning=ConditioningConfig(dropout=0.0))
+        with pytest.raises(ConfigError, match=r"family.conditioning.dropout: 0.0; a model that was always told the cl"):
+            always_told.scores(batch)
 
 
 # Completion
@@ -208,4 +220,20 @@ def test_settings_that_cannot_be_are_refused(name: str) -> None:
         "sampler.top_p: 2.0; must be above 0, where no code would be left, and at most 1, their sum"
     )
     assert str(problem(conditioning=ConditioningConfig("text"))).startswith("conditioning.kind: 'text'; a prior reads")
+    unread = ConditioningConfig(text=EncoderConfig("clip", "some/folder"))
+    assert str(problem(conditioning=unread)).startswith("conditioning.text: EncoderConfig(name='clip', path='some/fold")
     assert str(problem(conditioning=ConditioningConfig(dropout=2.0))).startswith("conditioning.dropout: 2.0")
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_guidance_by_what_was_never_trained_is_refused(name: str) -> None:
+    always_told = ConditioningConfig(dropout=0.0)
+    for guidance in (0.0, 3.0):
+        sampler = CodeSamplerConfig(guidance=guidance)
+        problem = dataclasses.replace(SMALL[name], conditioning=always_told, sampler=sampler).problem(SIZE)
+        assert str(problem).startswith(
+            f"sampler.guidance: {guidance}; must be 1, or family.conditioning.dropout above 0"
+        )
+    assert dataclasses.replace(SMALL[name], conditioning=always_told, sampler=PLAIN).problem(SIZE) is None
+    with pytest.raises(ConfigError, match=r"family.sampler.guidance: 3.0; must be 1, or data.num_classes be set"):
+        small_family(name, conditioning=ConditioningConfig("none"), sampler=CodeSamplerConfig(guidance=3.0))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal, Normal, kl_divergence
 
 from gmdist import rng
+from gmdist.errors import DivergedError
 from gmdist.families.autoencoder import PlainAutoencoderConfig
 from gmdist.families.betas import BetaConfig
 from gmdist.families.family import Batch
@@ -136,6 +137,11 @@ def test_units_are_active_where_the_posteriors_mean_varies() -> None:
     assert active_units(moments(*gaussian_posteriors([1.0, 0.11, 0.09, 0.0], 0.5))) == 2
 
 
+def test_units_are_counted_far_from_the_prior() -> None:
+    mean, logvar = (x.float() for x in gaussian_posteriors([0.5, 0.5, 0.05], 0.5))
+    assert active_units(moments(mean + 1000.0, logvar)) == 2
+
+
 def test_mutual_information_of_gaussians_and_its_place_below_the_kl_term() -> None:
     mean, logvar = gaussian_posteriors([2.0, 0.5], 0.1)
     found = mutual_information(moments(mean, logvar)).item()
@@ -147,6 +153,19 @@ def test_mutual_information_of_gaussians_and_its_place_below_the_kl_term() -> No
     assert twice == pytest.approx(0.5 * math.log(8.1 / 0.1), abs=1e-6)
     nothing = mutual_information(moments(torch.zeros_like(mean), logvar)).item()
     assert nothing == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("vae", call) for call in ("encode", "evaluate", "scores", "reconstruct")]
+    + [("autoencoder", call) for call in ("encode", "evaluate", "reconstruct")],
+)
+def test_an_encoder_that_is_not_finite_is_named(name: str, call: str) -> None:
+    family, batch = small_family(name), MemorySource(48, 8).first(8).batch
+    with torch.no_grad():
+        family.autoencoder.encoder[0][2].weight.view(-1)[0] = torch.nan
+    with pytest.raises(DivergedError, match=r"the output of encoder\.0\.2 is not finite; check the images and the w"):
+        getattr(family, call)(batch["image"] if call == "encode" else batch)
 
 
 def test_a_posterior_that_collapses_is_warned_of(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from gmdist.families.family import Surroundings
 from gmdist.families.vit_vqvae import ViTVQVAE, ViTVQVAEConfig, logit_laplace, pixels
 from gmdist.nets.perceptual import PerceptualConfig
 from gmdist.nets.quantizer import QuantizerConfig
-from gmdist.nets.stylegan2 import StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from gmdist.nets.vit import ViTConfig
 from tests.support import SIZE, SMALL, MemorySource, small_family
 
@@ -134,6 +134,11 @@ def test_published_sizes(encoder: ViTConfig, decoder: ViTConfig, count: int) -> 
         ({"patch_size": 0}, "patch_size: 0"),
         ({"encoder": ViTConfig(depth=0)}, "encoder.depth: 0"),
         ({"quantizer": QuantizerConfig(1)}, "quantizer.codebook_size: 1"),
+        ({"quantizer": QuantizerConfig(4097)}, "quantizer.codebook_size: 4097; must be at most 4096, as k-means"),
+        (
+            {"l2_weight": 0.0, "logit_laplace_weight": 0.0, "perceptual": PerceptualConfig("none")},
+            "l2_weight: 0.0; must be above 0, or logit_laplace_weight or that of a perceptual distance",
+        ),
         ({"l2_weight": -1.0}, "l2_weight: -1.0; must be a number of at least 0"),
         ({"perceptual": PerceptualConfig("vgg")}, "perceptual.name: 'vgg'"),
         ({"discriminator": dataclasses.replace(JUDGE, warmup_images=-1)}, "discriminator.warmup_images: -1"),
@@ -146,6 +151,21 @@ def test_published_sizes(encoder: ViTConfig, decoder: ViTConfig, count: int) -> 
 def test_what_cannot_be_is_named(changes: dict[str, object], problem: str) -> None:
     config = dataclasses.replace(SMALL["vit_vqvae"], **changes)
     assert (config.problem(SIZE) or "").startswith(problem)
+
+
+def test_a_judge_that_compares_samples_sees_images_and_reconstructions_apart() -> None:
+    judge = dataclasses.replace(
+        JUDGE, start_images=0, stylegan2=StyleGAN2DiscriminatorConfig(128, 16, minibatch_std_group=4)
+    )
+    family = made(discriminator=judge)
+    assert family.discriminator is not None
+    batch = MemorySource(48, 8).first(8).batch
+    with torch.no_grad():
+        real = family.discriminator(batch["image"])
+        fake = family.discriminator(family.reconstruction(batch))
+        loss, metrics = family.discriminator_loss(batch, 0)
+    torch.testing.assert_close(metrics["real"], real.mean())
+    torch.testing.assert_close(loss, 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean()))
 
 
 def test_stylegan2_judges_powers_of_two() -> None:

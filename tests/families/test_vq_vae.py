@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmdist.errors import DataError, DivergedError
+from gmdist.families.codes import tables_of_codes
 from gmdist.families.vq_vae import VQVAE, VQVAEConfig
 from gmdist.nets.quantizer import QuantizerConfig
 from gmdist.train.optim import OptimConfig
@@ -140,7 +142,7 @@ def test_the_start_is_where_the_features_are() -> None:
 def test_fewer_features_than_codes_are_refused() -> None:
     family = small_family("vq_vae", quantizer=QuantizerConfig(33))
     batch = MemorySource(48, BATCH).first(2).batch
-    message = r"32 features of the first 2 samples are too few for k-means of 33 codes; set .*kmeans_steps=0, a smaller"
+    message = r"32 features of 2 samples are too few for k-means of 33 codes; set .*kmeans_steps=0.* at least 3 samples"
     with pytest.raises(DataError, match=message):
         family.initialize(batch)
     small_family("vq_vae", quantizer=QuantizerConfig(33, kmeans_steps=0)).initialize(batch)
@@ -162,6 +164,25 @@ def test_what_is_not_finite_gets_no_code(layer: str, where: str) -> None:
             refused()
 
 
+@pytest.mark.parametrize("part", ["project_in", "codebook"])
+def test_a_quantizer_that_is_not_finite_gives_no_code(part: str) -> None:
+    family = made("gradient")
+    with torch.no_grad():
+        next(family.quantizer.get_submodule(part).parameters())[0] = torch.nan
+    with pytest.raises(DivergedError, match=f"no codes: the output of quantizer.{part} is not finite"):
+        family.tokens(MemorySource(48, BATCH).first(8).batch["image"])
+
+
+def test_reconstructions_are_compared_in_fp32_where_weights_are_bf16() -> None:
+    family, batch = averaged(), MemorySource(48, BATCH).first(8).batch
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        image = family.reconstruct(batch)
+        found = family.evaluate(batch | {"image": image})
+        assert image.dtype == found["ssim"].dtype == torch.float32
+        same = family.compared_with(image, image)
+    assert same["ssim"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_an_evaluation_sees_the_codes_of_all_images(tmp_path: Path) -> None:
     messages: list[str] = []
     trainer = make_trainer(averaged(), tmp_path, num_steps=1, evaluate_every=1, micro_batch_size=8)
@@ -177,9 +198,31 @@ def test_an_evaluation_sees_the_codes_of_all_images(tmp_path: Path) -> None:
     assert line["test/used_codes"] == pytest.approx(float((shares > 0).float().mean()))
     assert {"test/mse", "test/psnr_db", "test/ssim"} < set(line)
     assert not messages
-    assert trainer.family.concerns({"perplexity": 1.5, "used_codes": 0.125})[0].startswith(
-        "the codebook has collapsed: 12% of its 16 codes are used, and as unevenly as 1.5"
-    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "revive=true, with a lower family.quantizer.decay, or fewer .*normalize=true$"),
+        ({"revive": True}, "set a lower family.quantizer.decay or a higher family.quantizer.dead_below, or fewer"),
+        ({"learned_by": "gradient", "normalize": True}, "learned_by=averages with .*revive=true, or .*code_channels$"),
+    ],
+)
+def test_a_collapse_is_warned_of_with_what_is_left_to_set(settings: dict[str, object], advice: str) -> None:
+    family = small_family("vq_vae", quantizer=QuantizerConfig(CODES, **settings))
+    (concern,) = family.concerns({"perplexity": 1.5, "used_codes": 0.125})
+    assert concern.startswith("the codebook has collapsed: 12% of its 16 codes are used, and as unevenly as 1.5; set ")
+    assert re.search(advice, concern)
+    assert family.concerns({"perplexity": 9.0, "used_codes": 0.9}) == family.concerns({}) == []
+
+
+def test_the_table_of_codes_is_what_tokens_stand_for() -> None:
+    tokens = torch.arange(CODES).view(1, 4, 4)
+    for family in (averaged(), learned()):
+        tables = tables_of_codes(family)
+        assert list(tables) == ["autoencoder.quantizer.codebook.codes"]
+        found = family.quantizer.project_out(tables["autoencoder.quantizer.codebook.codes"][tokens])
+        assert torch.equal(found, family.quantizer.lookup(tokens))
 
 
 def survive(rank: int, world: int, folder: str) -> None:
@@ -207,10 +250,16 @@ def test_a_codebook_survives_training_in_bf16(tmp_path: Path) -> None:
         (VQVAEConfig(feature_channels=0), "feature_channels: 0; must be from 1 to 65536"),
         (VQVAEConfig(quantizer=QuantizerConfig(1)), "quantizer.codebook_size: 1; must be from 2"),
         (VQVAEConfig(), "network.channels: image sides must be divisible by 4, not 30"),
+        (
+            VQVAEConfig(quantizer=QuantizerConfig(16_385)),
+            "quantizer.codebook_size: 16385; must be at most 16384, as k-means starts from the 64 features each of",
+        ),
     ],
 )
 def test_refusals(config: VQVAEConfig, message: str) -> None:
     assert VQVAEConfig().problem(32) is None
+    assert VQVAEConfig(quantizer=QuantizerConfig(16_384)).problem(32) is None
+    assert VQVAEConfig(quantizer=QuantizerConfig(16_385, kmeans_steps=0)).problem(32) is None
     problem = config.problem(32 if config != VQVAEConfig() else 30)
     assert problem is not None
     assert problem.startswith(message)

@@ -53,6 +53,18 @@ def test_one_file_with_the_averaged_weights(dit: str, tmp_path: Path) -> None:
     assert fresh.load_state_dict(found)
 
 
+def test_a_codebook_is_exported_as_the_table_that_codes_stand_for(noise: str, tmp_path: Path) -> None:
+    sizes = "family={name: vq_vae, network: {channels: [8, 8]}, feature_channels: 4, quantizer: {codebook_size: 32}}"
+    more = ["optim={autoencoder: {lr: 0.02}}", sizes, "family.quantizer.revive=true"]
+    run = train("vq_vae", noise, tmp_path / "run", *more)
+    export(run, str(tmp_path / "out"), "safetensors")
+    found, (_, family) = load_file(tmp_path / "out/model.safetensors"), open_run(run)
+    book = {name.rpartition(".")[2] for name in found if name.startswith("autoencoder.quantizer.codebook.")}
+    assert book == {"codes", "sums", "usage"}  # and none of what a step counts
+    codes = torch.arange(32).view(2, 4, 4)
+    assert torch.equal(found["autoencoder.quantizer.codebook.codes"][codes], family.quantizer.lookup(codes))
+
+
 def test_a_pipeline_of_diffusers(dit: str, exported: Path) -> None:
     index = json.loads((exported / "model_index.json").read_text())
     assert index["_class_name"] == "DiTPipeline"

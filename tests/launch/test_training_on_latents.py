@@ -13,7 +13,7 @@ from gmdist.config import Config
 from gmdist.data import tape
 from gmdist.data.loader import Loader
 from gmdist.data.transform import flips
-from gmdist.errors import ConfigError, DataError
+from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.evaluation.features import save_classifier
 from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, draw
@@ -122,6 +122,42 @@ def test_a_run_on_latents_trains_as_one_on_images(stage: str, images: str, cache
 
 
 # What is refused
+
+
+def test_a_first_stage_is_told_by_what_encodes(images: str, tmp_path: Path) -> None:
+    judged = ["family.discriminator={channels: 8, num_layers: 1, start_images: 0}", "optim.discriminator={lr: 1.0e-3}"]
+    stage = train_first_stage(tmp_path / "stage", images, *SOME_BAD, *judged, "train.num_steps=1")
+    cache = str(tmp_path / "cache")
+    encode(stage, images, cache, ALONE)
+    config = second_stage(stage, cache, tmp_path / "run", *CACHED, "train.num_steps=1")
+    check_start(config)
+    assert train_worker(config, CPU).finished
+    train_first_stage(tmp_path / "stage", images, *SOME_BAD, *judged, "train.num_steps=2")
+    # The run's checkpoint has what encodes, without the discriminator.
+    open_run(config.run.dir, config, [("data.test", cache)])
+    encode(stage, images, str(tmp_path / "later"), ALONE)
+    words = rf"data.test: .*later was encoded by step 2 of {stage}.*; the run's first stage is a checkpoint of {stage}"
+    with pytest.raises(DataError, match=words):
+        open_run(config.run.dir, config, [("data.test", str(tmp_path / "later"))])
+    meta, family = open_run(stage)
+    before = identify(stage, family, meta["step"])
+    with torch.no_grad():
+        next(family.discriminator.parameters()).add_(1.0)
+        assert identify(stage, family, meta["step"]) == before
+        next(family.autoencoder.parameters()).add_(1.0)
+        assert identify(stage, family, meta["step"]) != before
+
+
+def test_a_first_stage_that_is_not_there_is_named_by_its_key(stage: str, images: str, tmp_path: Path) -> None:
+    for place, words in (
+        (tmp_path, f"{tmp_path}: not a run: it has no config.yaml"),
+        (f"{stage}/checkpoints/step-00000099", f"{stage}/checkpoints/step-00000099: no such checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=f"^family.first_stage: {words}"):
+            check_start(second_stage(str(place), images, tmp_path / "run"))
+    shutil.copy(f"{stage}/config.yaml", tmp_path)
+    with pytest.raises(CheckpointError, match="^family.first_stage: .*: has no complete checkpoint yet"):
+        check_start(second_stage(str(tmp_path), images, tmp_path / "run"))
 
 
 def test_a_first_stage_of_other_weights_is_refused(stage: str, images: str, cache: str, tmp_path: Path) -> None:

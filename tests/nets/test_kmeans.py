@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmdist import rng
+from gmdist.nets import kmeans as kmeans_module
 from gmdist.nets.kmeans import _two_least, kmeans, nearest, sums_of
 
 
@@ -41,8 +42,10 @@ def test_of_equal_codes_it_is_the_first() -> None:
 @pytest.mark.parametrize("levels", [3, 50, 10**6])
 def test_the_two_least_of_a_row_are_the_first_in_order(size: int, levels: int) -> None:
     rows = torch.randint(0, levels, (50, size), generator=torch.Generator().manual_seed(0)).float()
-    expected = rows.sort(dim=1, stable=True).indices[:, :2].expand(-1, 2)
-    assert torch.equal(_two_least(rows), expected)
+    values, places = rows.sort(dim=1, stable=True)
+    found, lead = _two_least(rows.clone())
+    assert torch.equal(found, places[:, :2].expand(-1, 2))
+    assert torch.equal(lead, values[:, 2] - values[:, 0] if size > 2 else torch.full((50,), torch.inf))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -51,6 +54,43 @@ def test_codes_that_differ_by_less_than_a_product_of_matrices_sees(offset: float
     codes = torch.cat([codes, codes * (1 + 2.0**-22)])
     vectors = (codes + 1e-3 * numbers(100, 16, seed=1)).repeat(5, 1)
     assert torch.equal(nearest(vectors, codes, 700), dense(vectors, codes))
+
+
+@pytest.mark.parametrize("case", ["an outlier", "dead codes", "three of each", "all the same", "tiny", "huge"])
+@pytest.mark.parametrize("chunk_elements", [1, 5000, 1 << 22])
+def test_what_rounding_hides_is_sought_again(case: str, chunk_elements: int) -> None:
+    vectors, codes = numbers(60, 16), numbers(384, 16, seed=1)
+    if case == "an outlier":
+        vectors, codes = 100 + 1e-4 * vectors, 100 + 1e-4 * codes
+        codes[0] = -1e4
+    elif case == "dead codes":
+        vectors, codes = 5 + 0.01 * vectors, 5 + 0.01 * codes
+        codes[::2] = 0.0
+    elif case == "three of each":
+        codes = codes[:128].repeat(3, 1)
+    elif case == "all the same":
+        codes = codes[:1].repeat(384, 1)
+    else:
+        scale = 1e-30 if case == "tiny" else 1e30
+        vectors, codes = scale * vectors, scale * codes
+    assert torch.equal(nearest(vectors, codes, chunk_elements), dense(vectors, codes))
+
+
+def test_of_ordinary_vectors_hardly_any_is_sought_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[Tensor] = []
+    monkeypatch.setattr(kmeans_module, "_nearest_of_all", lambda *args: again.append(args[0]) or args[2])
+    for normalize in (False, True):
+        vectors, codes = numbers(2000, 32), numbers(1024, 32, seed=1)
+        nearest(*((F.normalize(x, dim=1) for x in (vectors, codes)) if normalize else (vectors, codes)))
+    assert sum(map(len, again)) < 10
+
+
+def test_vectors_that_are_not_finite_change_no_others() -> None:
+    vectors, codes = numbers(40, 8), numbers(20, 8, seed=1)
+    expected = dense(vectors, codes)
+    vectors[3], vectors[5] = torch.nan, torch.inf
+    rest = torch.arange(40)[(torch.arange(40) != 3) & (torch.arange(40) != 5)]
+    assert torch.equal(nearest(vectors, codes)[rest], expected[rest])
 
 
 def test_it_holds_no_more_distances_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:

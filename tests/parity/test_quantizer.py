@@ -64,14 +64,15 @@ def test_learned_by_gradient(rotation: bool, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("rotation", [False, True])
-def test_moving_averages(rotation: bool, normalize: bool, narrow: bool) -> None:
+@pytest.mark.parametrize("vectors_a_code", [1, 2, 8])
+def test_moving_averages(vectors_a_code: int, rotation: bool, normalize: bool, narrow: bool) -> None:
     width = 5 if narrow else None
     settings = {"use_cosine_sim": normalize, "rotation_trick": rotation, "codebook_dim": width}
     theirs = peer(decay=0.8, commitment_weight=0.25, **settings)
     estimator = "rotation" if rotation else "straight_through"
     made = ours(theirs, decay=0.8, normalize=normalize, code_channels=width, estimator=estimator)
     for step in range(4):
-        features = numbers(4, CODES // 4, CHANNELS, seed=step)  # as many as codes, or the scale of uses would differ
+        features = numbers(4, vectors_a_code * CODES // 4, CHANNELS, seed=step)
         compare(made, theirs, features, 0.25)
         found = made.quantize(features)
         made.codebook.observe(found.vectors.flatten(0, 1), found.tokens.flatten())

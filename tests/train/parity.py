@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gmdist.families.family import Batch, Family
 from gmdist.train import zero
 from gmdist.train.checkpoint import BUFFER, tensor_key
+from gmdist.train.engine import freeze_all_but
 from gmdist.train.optim import OptimConfig
 from gmdist.train.state import state_tensors
 from gmdist.train.trainer import Trainer, split
@@ -56,6 +57,7 @@ def reference(
                 parameter.requires_grad_(True)
                 # Zero, not None: a parameter that a phase does not reach still moves by its momentum, on every stage.
                 parameter.grad = torch.zeros_like(parameter)
+            freeze_all_but(family, phase.trains)
             for number, piece in enumerate(pieces, start=1):
                 (phase.loss(piece, step * BATCH)[0] * phase.every / len(pieces)).backward()
                 if number * WORLD == len(pieces):

@@ -1,11 +1,15 @@
 """Learning rates and optimizers by name."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from gmdist.errors import ConfigError
+from gmdist.families.family import Phase
 from gmdist.train.optim import (
     OptimConfig,
+    lazily,
     learning_rate,
     make_optimizer,
     materialize_state,
@@ -28,6 +32,19 @@ def test_warm_up_then_schedule() -> None:
     assert [learning_rate(falling, step, 100) for step in (1, 3, 4, 15, 63)] == pytest.approx(
         [0.5, 1.0, (4 / 5) ** 0.5, 0.5, 0.25]
     )
+
+
+def test_lazy_phases_share_out_a_step() -> None:
+    # StyleGAN2's: R1 at every 16th step, path lengths at every 4th (Karras 2020, App. B): k / (k + 1).
+    main = Phase("d", "d", lambda batch, seen: (torch.zeros(()), {}))
+    lazy = dataclasses.replace(main, name="d_r1", every=16)
+    adam = OptimConfig("adam", 0.002, (0.0, 0.99), final_lr=0.001)
+    found = lazily(adam, [main, lazy])
+    assert (found.lr, found.final_lr) == pytest.approx((0.002 * 16 / 17, 0.001 * 16 / 17))
+    assert found.betas == pytest.approx((0.0, 0.99 ** (16 / 17)))
+    assert lazily(adam, [main]) == adam
+    sgd = OptimConfig("sgd", 0.1)
+    assert lazily(sgd, [main, lazy]) == sgd
 
 
 NAMES = ["adamw", "adam", "adamax", "sgd"]

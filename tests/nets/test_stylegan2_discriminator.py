@@ -1,16 +1,12 @@
-"""StyleGAN2's discriminator: counts, the low pass beside scipy's, the spread of a minibatch by hand."""
+"""StyleGAN2's discriminator: counts, the spread of a minibatch by hand, classes, the variance of features."""
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy.signal import upfirdn
 
-from gmdist.nets.stylegan2 import (
-    EqualizedConv2d,
+from gmdist.nets.stylegan2_discriminator import (
+    ARCHITECTURES,
     StyleGAN2Discriminator,
     StyleGAN2DiscriminatorConfig,
-    low_pass,
     minibatch_std,
 )
 
@@ -26,20 +22,6 @@ def test_as_many_parameters_as_published(image_size: int, channel_base: int, pub
     assert sum(parameter.numel() for parameter in network.parameters()) == published
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_convolutions_halve_after_a_low_pass(size: int) -> None:
-    torch.manual_seed(0)
-    layer = EqualizedConv2d(2, 3, size, down=True, activated=False).double()
-    x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
-    taps = np.array([1.0, 3.0, 3.0, 1.0]) / 8.0
-    blurred = upfirdn(taps, upfirdn(taps, x.numpy(), axis=2), axis=3)  # all that the filter touches, 11 x 11
-    cut = 1 if size == 3 else 2  # evenly from all sides, so that features keep their places
-    torch.testing.assert_close(low_pass(x, size // 2), torch.from_numpy(blurred)[:, :, cut:-cut, cut:-cut])
-    wanted = F.conv2d(low_pass(x, size // 2), layer.weight / (2 * size * size) ** 0.5, stride=2)
-    torch.testing.assert_close(layer(x), wanted)
-    assert layer(x).shape == (1, 3, 4, 4)
-
-
 def test_the_spread_of_a_group_is_a_feature_of_its_samples() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 5, 2, 2, dtype=torch.float64)
@@ -51,11 +33,32 @@ def test_the_spread_of_a_group_is_a_feature_of_its_samples() -> None:
     torch.testing.assert_close(minibatch_std(x, 4)[0, 0, 0, 0], (x.var(dim=0, unbiased=False) + 1e-8).sqrt().mean())
 
 
+def test_workers_that_share_a_batch_compare_the_same_samples() -> None:
+    # A worker owns every so many-th sample.
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for num_workers in (2, 4):
+        parts = [minibatch_std(x[rank::num_workers], 2) for rank in range(num_workers)]
+        torch.testing.assert_close(torch.stack(parts, dim=1).flatten(0, 1), minibatch_std(x, 2))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_follow_the_class_and_every_parameter(architecture: str) -> None:
+    torch.manual_seed(0)
+    config = StyleGAN2DiscriminatorConfig(256, 32, architecture=architecture, mapping_layers=2)
+    network = StyleGAN2Discriminator(config, 32, 1, 3)
+    image = torch.randn(1, 1, 32, 32).expand(3, -1, -1, -1)
+    logits = network(image, torch.arange(3))
+    assert logits.shape == (3, 1)
+    assert torch.pdist(logits).min() > 1e-3
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0.0 for p in network.parameters())
+
+
 def test_the_variance_of_features_stays() -> None:
     # What equalized weights and the gains of the activation and of the shortcut are for.
     torch.manual_seed(0)
     network = StyleGAN2Discriminator(StyleGAN2DiscriminatorConfig(4096, 128), 32, 3)
-    x = network.pixels(torch.randn(64, 3, 1, 1).expand(-1, -1, 32, 32))  # a low pass leaves flat images as they are
+    x = network.pixels[0](torch.randn(64, 3, 1, 1).expand(-1, -1, 32, 32))  # a low pass leaves flat images as they are
     for block in network.blocks:
         x = block(x)
         assert 0.5 < x[:, :, 1:-1, 1:-1].square().mean() < 2.0

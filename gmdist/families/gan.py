@@ -1,0 +1,232 @@
+"""What GANs share: a generator and a discriminator, their losses and penalties, and what shows how they do."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gmdist import rng
+from gmdist.families.augmentation import Augmentation, AugmentConfig
+from gmdist.families.family import (
+    Batch,
+    Condition,
+    Family,
+    Metrics,
+    Phase,
+    Surroundings,
+    between_gaussians,
+    conditioned_labels,
+)
+from gmdist.families.gan_losses import (
+    LOSSES,
+    discriminator_loss,
+    generator_loss,
+    interpolation_penalty,
+    squared_gradients,
+)
+from gmdist.nets.blocks import at_least_fp32
+
+_UNDECIDED = 0.05  # a share of logits with the wrong sign that is still a contest
+_SMALL_SPREAD = 0.3  # of generated images, beside that of real ones
+
+
+@dataclass
+class ObjectiveConfig:
+    """What generator and discriminator minimise."""
+
+    loss: str = "non_saturating"  # minimax, non_saturating, hinge, least_squares, wasserstein or relativistic
+    r1_gamma: float = 0.0  # weight of the squared gradient at real images; 0: none
+    r2_gamma: float = 0.0  # the same at generated ones
+    interpolation_weight: float = 0.0  # of (|gradient| - 1)^2 between both; 10 with wasserstein; 0: none
+    penalty_every: int = 1  # steps between updates by R1 and R2, each so many times as strong
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether there is an R1 or an R2."""
+        return bool(self.r1_gamma or self.r2_gamma)
+
+    def problem(self) -> str | None:
+        """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
+        if self.loss not in LOSSES:
+            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
+        for key in ("r1_gamma", "r2_gamma", "interpolation_weight"):
+            if not 0.0 <= getattr(self, key) < math.inf:
+                return f"{key}: {getattr(self, key)}; must be a number of at least 0"
+        if self.penalty_every < 1:
+            return f"penalty_every: {self.penalty_every}; must be at least 1"
+        return None
+
+
+@dataclass
+class GANConfig:
+    """What every GAN can be told."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def problem(self, image_size: int) -> str | None:
+        """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
+        for key in ("objective", "augmentation"):
+            if problem := getattr(self, key).problem():
+                return f"{key}.{problem}"
+        return None
+
+
+class GAN(Family):
+    """A generator of images from latents, and a discriminator of real and generated ones: two optimizers.
+
+    Both learn from the same samples: of each, its number is the key of a latent, and its class is that of the image
+    generated beside it.
+    """
+
+    averaged: tuple[str, ...] = ("generator",)
+
+    def __init__(
+        self,
+        config: GANConfig,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        latent_channels: int,
+        surroundings: Surroundings,
+        num_classes: int = 0,
+    ) -> None:
+        """The generator takes latents and labels, the discriminator images and labels; no labels without classes."""
+        super().__init__()
+        self.objective, self.seed = config.objective, surroundings.seed
+        self.latent_channels, self.num_classes = latent_channels, num_classes
+        if num_classes:
+            self.inputs, self.conditions = ("image", "label"), ("label",)
+        self.generator, self.discriminator = generator, discriminator
+        self.augmentation = Augmentation(config.augmentation, surroundings.seed)
+
+    def phases(self) -> list[Phase]:
+        """The discriminator, its penalty where that comes less often, and the generator."""
+        at_once = self.objective.penalizes and self.objective.penalty_every == 1
+        differentiates = at_once or self.objective.interpolation_weight > 0.0
+        phases = [Phase("d", "discriminator", self.d_loss, higher_order=differentiates)]
+        if self.objective.penalizes and not at_once:
+            every = self.objective.penalty_every
+            phases.append(Phase("d_penalty", "discriminator", self.d_penalty, every, higher_order=True))
+        return [*phases, Phase("g", "generator", self.g_loss)]
+
+    def generate(self, keys: Tensor, label: Tensor | None, purpose: str) -> Tensor:
+        """Images [N, C, H, W], of latents for int64 keys [N]; another purpose, other images."""
+        latent = rng.normal(self.seed, f"latent/{purpose}", keys, (self.latent_channels,))
+        return at_least_fp32(self.generator(latent, label))
+
+    def judge(self, image: Tensor, label: Tensor | None, keys: Tensor, purpose: str) -> Tensor:
+        """Logits [N, ...], at least fp32, of images as the augmentation changes them."""
+        image = self.augmentation(image, keys, f"augment/{purpose}")
+        return at_least_fp32(self.discriminator(image, label))
+
+    def d_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """Real images against generated ones, through which no gradient goes."""
+        keys, image, label = batch["key"], batch["image"], self._label(batch)
+        with torch.no_grad():
+            generated = self.generate(keys, label, "d")
+        fake = self.judge(generated, label, keys, "d/fake")
+        real = self.judge(image, label, keys, "d/real")
+        self.augmentation.observe(real)
+        loss = discriminator_loss(self.objective.loss, real, fake)
+        metrics = {"real_sign": real.detach().sign().mean(), "fake_sign": fake.detach().sign().mean()}
+        if self.objective.interpolation_weight:
+            share = rng.uniform(self.seed, "interpolation", keys)
+            penalty = interpolation_penalty(
+                lambda points: self.judge(points, label, keys, "d/real"), image, generated, share
+            )
+            loss = loss + self.objective.interpolation_weight * penalty
+            metrics["interpolation"] = penalty.detach()
+        if self.objective.penalizes and self.objective.penalty_every == 1:
+            penalty, found = self.d_penalty(batch, seen)
+            loss, metrics = loss + penalty, metrics | found | {"penalty": penalty.detach()}
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def d_penalty(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """R1 at real images, R2 at generated ones (Mescheder 2018, Eq. 9 and 10)."""
+        keys, label = batch["key"], self._label(batch)
+        terms, metrics = [], {}
+        if self.objective.r1_gamma:
+            real = squared_gradients(lambda image: self.judge(image, label, keys, "r1"), batch["image"])
+            terms.append(0.5 * self.objective.r1_gamma * real[0].mean() + 0.0 * real[1].mean())
+            metrics["r1"] = real[0].detach().mean()
+        if self.objective.r2_gamma:
+            with torch.no_grad():
+                generated = self.generate(keys, label, "r2")
+            fake = squared_gradients(lambda image: self.judge(image, label, keys, "r2"), generated)
+            terms.append(0.5 * self.objective.r2_gamma * fake[0].mean() + 0.0 * fake[1].mean())
+            metrics["r2"] = fake[0].detach().mean()
+        # The logits themselves count nothing, and let a gradient of zero reach every parameter, as ZeRO asks.
+        loss = torch.stack(terms).sum()
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def g_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
+        """That the discriminator takes generated images for real ones."""
+        keys, label = batch["key"], self._label(batch)
+        fake = self.judge(self.generate(keys, label, "g"), label, keys, "g/fake")
+        real = None
+        if self.objective.loss == "relativistic":
+            with torch.no_grad():
+                real = self.judge(batch["image"], label, keys, "g/real")
+        loss = generator_loss(self.objective.loss, fake, real)
+        return loss, {"loss": loss.detach()}
+
+    def after_step(self, seen: int) -> Metrics:
+        """The augmentation's strength moves on."""
+        return self.augmentation.update()
+
+    def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        label = conditioned_labels(keys, condition, self.num_classes)
+        return self.generate(keys, label, "sample").clamp(-1.0, 1.0)
+
+    def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
+        return rng.normal(self.seed, "latent/sample", keys, (self.latent_channels,))
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return at_least_fp32(self.generator(latents, None)).clamp(-1.0, 1.0)
+
+    def between(self, one: Tensor, other: Tensor, share: float) -> Tensor:
+        return between_gaussians(one, other, share)
+
+    def evaluate(self, batch: Batch) -> Metrics:
+        """How the discriminator does with held-out images and generated ones, and how far apart each of them are.
+
+        Means over images: signs of logits, and the mean squared difference between an image and the batch's next.
+        """
+        image, label = batch["image"], self._label(batch)
+        generated = self.sample(batch["key"], None if label is None else Condition(label))
+        real, fake = (at_least_fp32(self.discriminator(of, label)).sign().mean() for of in (image, generated))
+        distance, real_distance = ((of - of.roll(1, 0)).square().mean() for of in (generated, image))
+        return {"real_sign": real, "fake_sign": fake, "distance": distance, "real_distance": real_distance}
+
+    def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """The signs; and `spread`, how far generated images are apart, beside real ones."""
+        found = super().summarize(means)
+        distance, real = found.pop("distance"), found.pop("real_distance")
+        return found | ({"spread": distance / real} if real > 0.0 else {})
+
+    def concerns(self, found: dict[str, float]) -> list[str]:
+        concerns = []
+        right = found.get("real_sign", 0.0), -found.get("fake_sign", 0.0)
+        if min(right) > 1.0 - 2.0 * _UNDECIDED:
+            concerns.append(
+                "the discriminator tells nearly all held-out images from generated ones: the generator may learn little"
+                " from it; a larger penalty, or a lower optim.discriminator.lr, would hold it back"
+            )
+        if right[0] < -1.0 + 2.0 * _UNDECIDED:
+            concerns.append(
+                "the discriminator takes nearly all held-out images for generated ones: it knows its training images by"
+                " heart; family.augmentation.kind 'ada' is made against that"
+            )
+        if found.get("spread", 1.0) < _SMALL_SPREAD:
+            concerns.append(
+                f"generated images are {found['spread']:.2f} times as far apart as real ones: the generator makes few "
+                "kinds of image"
+            )
+        if found.get("class_coverage", 1.0) < 1.0:
+            concerns.append(f"generated images show {found['class_coverage']:.0%} of the classes")
+        return concerns
+
+    def _label(self, batch: Batch) -> Tensor | None:
+        """The classes of a batch, int64 [N]; None where nothing is told of them."""
+        return batch["label"] if self.num_classes else None
