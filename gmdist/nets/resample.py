@@ -1,4 +1,7 @@
-"""Images to half and twice their sides behind a low pass, which differentiate as often as one likes."""
+"""Images to half and twice their sides behind a low pass, in operations that differentiate as often as one likes.
+
+They compute in the precision of what they get, autocast or not.
+"""
 
 from typing import Any
 
@@ -40,7 +43,8 @@ class _LowPassed(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, padding: int, gain: float) -> Tensor:
         ctx.padding, ctx.gain = padding, gain
-        return F.conv2d(x, _kernel(x, gain), padding=padding, groups=x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, _kernel(x, gain), padding=padding, groups=x.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -51,7 +55,8 @@ class _Upsampled(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: float) -> Tensor:
         ctx.gain = gain
-        return F.conv_transpose2d(x, _kernel(x, gain), stride=2, padding=1, groups=x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv_transpose2d(x, _kernel(x, gain), stride=2, padding=1, groups=x.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -62,7 +67,8 @@ class _Downsampled(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: float) -> Tensor:
         ctx.gain = gain
-        return F.conv2d(x, _kernel(x, gain), stride=2, padding=1, groups=x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, _kernel(x, gain), stride=2, padding=1, groups=x.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
