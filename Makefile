@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-autoencoders bench-tokenizers
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-autoencoders bench-tokenizers bench-gan
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -78,7 +78,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine.py
 
-# diffusers, transformers, lpips and vector-quantize-pytorch from pip: what they compute, ours computes.
+# diffusers, transformers, lpips, vector-quantize-pytorch and others from pip: what they compute, ours computes.
 .parity/installed: requirements-parity.txt .venv/installed
 	rm -rf .parity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .parity -r requirements-parity.txt
@@ -105,3 +105,6 @@ bench-autoencoders: setup .parity/installed
 
 bench-tokenizers: setup .parity/installed
 	$(BIN)/python benchmarks/tokenizing.py --peers .parity
+
+bench-gan: setup .parity/installed
+	$(BIN)/python benchmarks/gan.py --peers .parity
