@@ -7,7 +7,8 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader bench-diffusion bench-autoencoders bench-gans bench-tokenizers
+.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader \
+	bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -78,7 +79,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine.py
 
-# diffusers, transformers, lpips and vector-quantize-pytorch from pip: what they compute, ours computes.
+# diffusers, transformers, lpips, vector-quantize-pytorch and others from pip: what they compute, ours computes.
 .parity/installed: requirements-parity.txt .venv/installed
 	rm -rf .parity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .parity -r requirements-parity.txt
@@ -104,8 +105,11 @@ bench-autoencoders: setup .parity/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.parity $(BIN)/python benchmarks/digits_autoencoders.py
 
 # Twenty-five minutes: the digits' GANs, trained and measured.
-bench-gans: setup
+bench-digits-gans: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/digits_gans.py
 
 bench-tokenizers: setup .parity/installed
 	$(BIN)/python benchmarks/tokenizing.py --peers .parity
+
+bench-gan: setup .parity/installed
+	$(BIN)/python benchmarks/gan.py --peers .parity

@@ -1,6 +1,6 @@
 """GANs of the digits, from the first image to one table of what their samples are.
 
-    make bench-gans
+    make bench-digits-gans
 
 Every family is trained by `gmdist train` with its config (a run that is finished is only measured). Generated images
 are compared with the held-out digits by `gmdist evaluate`, with the features of the classifier beside the data. Of

@@ -1,12 +1,13 @@
-"""One GPU: the trainer's step beside a plain torch loop's, then networks of the field: denoisers, tokenizers, priors.
+"""One GPU: the trainer's step beside a plain torch loop's, then networks of the field, from denoisers to StyleGAN2.
 
     python benchmarks/gpu.py
 
 Needs neither Ray nor DeepSpeed. The first table's model is a UNet of 140 M parameters on 64x64 images, AdamW, synthetic
 batches in memory, in every precision, with what the config can switch on; ours is the trainer at stage 0 with EMA,
 gradient norms and metrics. In turn, medians over rounds. The second table (`gpu_latents.py`) is the trainer's with
-Stable Diffusion 1's UNet and DiT-XL/2, the third (`gpu_tokenizers.py`) with ViT VQ-VAEs and transformer priors. What
-does not run is said in its line. `--small` is for a machine without a GPU, and says nothing about one.
+Stable Diffusion 1's UNet and DiT-XL/2, the third (`gpu_tokenizers.py`) with ViT VQ-VAEs and transformer priors, the
+fourth (`gpu_gans.py`) with StyleGAN2. What does not run is said in its line. `--small` is for a machine without a GPU,
+and says nothing about one.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 from typing import Any
 
+import gpu_gans
 import gpu_latents
 import gpu_tokenizers
 import torch
@@ -30,8 +32,9 @@ from gmdist.nets.unet import UNetConfig
 from gmdist.train.blocks import prepare
 from gmdist.train.config import TrainConfig
 from gmdist.train.engine import computing
+from gmdist.train.optim import OptimConfig
 
-TABLES = ["loop", "latents", "tokenizers"]
+TABLES = ["loop", "latents", "tokenizers", "gans"]
 WARM_UP, STEPS, ROUNDS = 10, 30, 3
 # What is switched on in ours and, as far as torch has it, in the plain loop.
 CASES: list[dict[str, Any]] = [
@@ -64,7 +67,7 @@ def ours(case: dict[str, Any], small: bool, batch_size: int, side: int, device: 
         WARM_UP + STEPS, log_every=WARM_UP, checkpoint_every=10**6, sample_every=None, keep_checkpoints=1, **case
     )
     source = Synthetic(batch_size, functools.partial(images, side))
-    lines = train(model(small, side), config, source, device)
+    lines = train(model(small, side), config, source, device, {"denoiser": OptimConfig()})
     speeds = [line["images_per_s"] for line in lines[1:]]
     return lines[-1] | {"step_ms": 1e3 * batch_size / statistics.median(speeds)}
 
@@ -139,6 +142,8 @@ def main() -> None:
         print_table(gpu_latents.SMALL_CASES if small else gpu_latents.CASES, small, device)
     if "tokenizers" in options.tables:
         print_table(gpu_tokenizers.SMALL_CASES if small else gpu_tokenizers.CASES, small, device)
+    if "gans" in options.tables:
+        gpu_gans.print_table(gpu_gans.SMALL_CASES if small else gpu_gans.CASES, small, device)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gmdist.errors import MemoryExceededError
 from gmdist.families.family import Family
 from gmdist.train.config import TrainConfig
+from gmdist.train.optim import OptimConfig
 
 WARM_UP, STEPS = 10, 30
 KERNELS = {
@@ -84,10 +85,10 @@ def measured(case: Case, settings: dict[str, Any], small: bool, device: torch.de
     config = TrainConfig(
         warm_up + steps, log_every=warm_up, checkpoint_every=10**6, sample_every=None, keep_checkpoints=1, **settings
     )
-    batch_size = case.batch_size
+    batch_size, optim = case.batch_size, {case.trains: OptimConfig()}
     while batch_size:
         try:
-            return batch_size, train(case.family(), config, Synthetic(batch_size, case.samples), device, case.trains)
+            return batch_size, train(case.family(), config, Synthetic(batch_size, case.samples), device, optim)
         except (MemoryExceededError, torch.OutOfMemoryError):
             pass  # what the error holds is free after this
         except Exception as error:  # noqa: BLE001 - a compiler or a kernel that does not run here

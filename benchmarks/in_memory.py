@@ -60,15 +60,18 @@ class Synthetic:
 
 
 def train(
-    family: Family, config: TrainConfig, source: Synthetic, device: torch.device, trains: str = "denoiser"
+    family: Family, config: TrainConfig, source: Synthetic, device: torch.device, optim: dict[str, OptimConfig]
 ) -> list[dict[str, Any]]:
-    """The lines of metrics of a run that trains one child; the device's memory is free and uncounted before."""
+    """The lines of metrics of a run with an optimizer for each trained child.
+
+    The device's memory is free and uncounted before.
+    """
     if device.type == "cuda":
         free_memory()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(prefix="gmdist-gpu-") as run:
         identity = RunIdentity("in_memory", source.batch_size)
-        trainer = Trainer(family, config, {trains: OptimConfig()}, identity, None, run, source, device=device)
+        trainer = Trainer(family, config, optim, identity, None, run, source, device=device)
         try:
             trainer.fit()
         finally:

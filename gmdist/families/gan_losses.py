@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmdist.nets.blocks import at_least_fp32
+from gmdist.nets.equalized import whole_precision
 
 LOSSES = ("minimax", "non_saturating", "hinge", "least_squares", "wasserstein", "relativistic")
 
@@ -59,7 +60,8 @@ def squared_gradients(judge: Callable[[Tensor], Tensor], image: Tensor) -> tuple
     """
     image = image.detach().requires_grad_()
     logits = judge(image)
-    (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
+    with whole_precision(image, wanted=True):  # autocast would reach the derivatives of what is fp32, too
+        (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
     return at_least_fp32(gradient).square().sum(dim=tuple(range(1, gradient.ndim))), logits
 
 

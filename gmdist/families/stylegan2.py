@@ -14,6 +14,7 @@ from gmdist.families.stylegan2_presets import preset_settings
 from gmdist.interchange.stylegan2 import initial_problem, initial_states
 from gmdist.nets import stylegan2_discriminator, stylegan2_generator
 from gmdist.nets.blocks import at_least_fp32
+from gmdist.nets.equalized import whole_precision
 from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 from gmdist.nets.stylegan2_generator import StyleGAN2Generator, StyleGAN2GeneratorConfig
 
@@ -225,5 +226,6 @@ def path_lengths(image: Tensor, styles: Tensor, noise: Tensor) -> Tensor:
         [N], which can be differentiated in turn.
     """
     direction = noise / math.sqrt(image.shape[2] * image.shape[3])
-    (gradient,) = torch.autograd.grad((image * direction).sum(), styles, create_graph=True)
+    with whole_precision(image, wanted=True):  # autocast would reach the derivatives of what is fp32, too
+        (gradient,) = torch.autograd.grad((image * direction).sum(), styles, create_graph=True)
     return gradient.square().sum(dim=2).mean(dim=1).sqrt()

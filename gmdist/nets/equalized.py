@@ -31,14 +31,15 @@ class EqualizedConv2d(nn.Module):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H, W] or of half the sides, times `gain`."""
         gain *= 1.0 if self.bias is None else ACTIVATION_GAIN
-        weight = self.weight.to(x.dtype) * (self.scale * gain)
+        weight, scale = self.weight.to(x.dtype), self.scale * gain
         bias = None if self.bias is None else self.bias.to(x.dtype) * gain
+        # Where there is a low pass, it scales.
         if self.down and self.padding == 0:
-            x = F.conv2d(downsample(x), weight, bias)
+            x = F.conv2d(downsample(x, scale), weight, bias)
         elif self.down:
-            x = F.conv2d(low_pass(x, self.padding + 1), weight, bias, stride=2)
+            x = F.conv2d(low_pass(x, self.padding + 1, scale), weight, bias, stride=2)
         else:
-            x = F.conv2d(x, weight, bias, padding=self.padding)
+            x = F.conv2d(x, weight * scale, bias, padding=self.padding)
         return x if bias is None else activate(x)
 
 
@@ -66,8 +67,7 @@ class EqualizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in] -> [N, C_out]."""
         gain = ACTIVATION_GAIN if self.activated else 1.0
-        weight, bias = self.weight.to(x.dtype) * (self.scale * gain), self.bias.to(x.dtype) * (self.bias_scale * gain)
-        x = F.linear(x, weight, bias)
+        x = F.linear(x * (self.scale * gain), self.weight.to(x.dtype), self.bias.to(x.dtype) * (self.bias_scale * gain))
         return activate(x) if self.activated else x
 
 

@@ -134,6 +134,6 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
     """
     count, _, height, width = x.shape
     size = group if count % group == 0 else count
-    groups = at_least_fp32(x).view(size, count // size, -1)
+    groups = at_least_fp32(x).reshape(size, count // size, -1)
     spread = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=1)  # [N / group]
     return spread.repeat(size)[:, None, None, None].expand(-1, -1, height, width).to(x.dtype)

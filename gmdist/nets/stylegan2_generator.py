@@ -53,7 +53,10 @@ class StyleGAN2GeneratorConfig:
 
 
 class StyledConv2d(nn.Module):
-    """A convolution whose input channels a style scales; then noise and a leaky ReLU. `up` doubles the sides."""
+    """A convolution whose input channels a style scales; then noise and a leaky ReLU. `up` doubles the sides.
+
+    Demodulation leaves nothing of a scale of the weights: they need no equalized one.
+    """
 
     noise: Tensor
 
@@ -64,21 +67,21 @@ class StyledConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.noise_strength = nn.Parameter(torch.zeros(1))
         self.register_buffer("noise", torch.randn(side, side))  # where none is given
-        self.scale, self.up = 1.0 / math.sqrt(in_channels * 9), up
+        self.up = up
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
         """Features [N, C_in, H, W], styles [N, W], noise [N, 1, H, W] of the output's sides -> [N, C_out, H, W]."""
         style = self.affine(style)
         # Features are scaled before and after the convolution instead of a kernel for each sample: it is the same sum.
         x = _modulated(x, style)
-        weight = self.weight.to(x.dtype) * self.scale
+        weight = self.weight.to(x.dtype)
         if self.up:
             x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
             x = low_pass(x, 1, gain=4.0)
         else:
             x = F.conv2d(x, weight, padding=1)
         # The activation's gain is in what comes before it.
-        factor = demodulation(self.weight * self.scale, style) * ACTIVATION_GAIN
+        factor = demodulation(self.weight, style) * ACTIVATION_GAIN
         noise = (self.noise if noise is None else noise) * (self.noise_strength * ACTIVATION_GAIN)
         x = torch.addcmul(noise.to(x.dtype), x, factor.to(x.dtype)[:, :, None, None])
         return activate(x.add_(self.bias.to(x.dtype)[:, None, None] * ACTIVATION_GAIN))

@@ -33,6 +33,8 @@ def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
         if config.channels_last:
             child.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
         for block in (part for part in child.modules() if isinstance(part, family.blocks)):
+            if config.channels_last:  # features need not come of an image: a generator's begin as a parameter
+                block.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
             if config.compile:
                 block.forward = _compiled(block, block.forward)
             if config.activation_checkpointing:  # around what is compiled: telling which pass it is breaks a graph

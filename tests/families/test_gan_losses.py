@@ -14,6 +14,7 @@ from gmdist.families.gan_losses import (
     interpolation_penalty,
     squared_gradients,
 )
+from gmdist.nets.equalized import whole_precision
 
 REAL = torch.tensor([[0.7], [-1.3], [2.0]], dtype=torch.float64)
 FAKE = torch.tensor([[-0.2], [0.4], [-3.0]], dtype=torch.float64)
@@ -84,6 +85,18 @@ def test_squared_gradients_against_finite_differences() -> None:
         weight[1, 2] -= 2e-5
         below = slopes(judge, image).sum()
     assert gradient[1, 2].item() == pytest.approx(((above - below) / 2e-5).item(), rel=1e-4)
+
+
+def test_autocast_does_not_reach_the_derivatives_of_layers_in_fp32() -> None:
+    layer, image = nn.Linear(32, 32), torch.randn(4, 32)
+
+    def judge(x: Tensor) -> Tensor:
+        with whole_precision(x, wanted=True):
+            return layer(layer(x).tanh())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        squares, _ = squared_gradients(judge, image)
+    torch.testing.assert_close(squares, squared_gradients(judge, image)[0])
 
 
 def test_the_interpolation_penalty_is_zero_at_slope_one() -> None:

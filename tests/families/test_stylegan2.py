@@ -10,7 +10,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Surroundings
 from gmdist.families.stylegan2 import PathLengthConfig, StyleGAN2, StyleGAN2Config, path_lengths
 from gmdist.families.stylegan2_presets import PRESETS, preset_settings
-from tests.support import SIZE, MemorySource, small_family
+from tests.support import SIZE, SMALL, MemorySource, small_family
 
 
 def made(**changes: object) -> StyleGAN2:
@@ -39,6 +39,15 @@ def test_path_lengths_against_finite_differences() -> None:
     styles.requires_grad_()
     found = path_lengths(synthesis(styles), styles, noise)
     torch.testing.assert_close(found, (squares / synthesis.num_styles).sqrt(), rtol=1e-6, atol=1e-9)
+
+
+def test_path_lengths_of_a_network_in_fp32_are_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    synthesis = made(generator=dataclasses.replace(SMALL["stylegan2"].generator, num_bf16_sides=0)).generator.synthesis
+    styles, noise = torch.randn(2, synthesis.num_styles, 16, requires_grad=True), torch.randn(2, 1, SIZE, SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = path_lengths(synthesis(styles), styles, noise)
+    torch.testing.assert_close(found, path_lengths(synthesis(styles), styles, noise))
 
 
 def test_what_a_weight_gets_from_path_lengths_against_finite_differences() -> None:

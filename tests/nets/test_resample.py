@@ -56,3 +56,18 @@ def test_they_differentiate_twice() -> None:
     x = image(4).requires_grad_()
     for resample in (upsample, downsample, lambda x: low_pass(x, 1)):
         assert torch.autograd.gradgradcheck(lambda x, f=resample: f(x).square(), x)
+
+
+def test_they_keep_the_precision_in_every_derivative() -> None:
+    x = image(4).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for resample in (upsample, downsample, lambda x: low_pass(x, 1)):
+            y = resample(x).square()
+            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+            exact = resample(x.double())
+            (wanted,) = torch.autograd.grad(exact.square().sum(), x)
+            torch.testing.assert_close(y.double(), exact.square())
+            torch.testing.assert_close(first, wanted)
+            assert second.dtype == torch.float32
+    assert low_pass(x.bfloat16(), 1).dtype == torch.bfloat16

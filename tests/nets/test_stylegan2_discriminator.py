@@ -41,6 +41,13 @@ def test_workers_that_share_a_batch_compare_the_same_samples() -> None:
         torch.testing.assert_close(torch.stack(parts, dim=1).flatten(0, 1), minibatch_std(x, 2))
 
 
+def test_logits_do_not_depend_on_the_layout() -> None:
+    torch.manual_seed(0)
+    network = StyleGAN2Discriminator(StyleGAN2DiscriminatorConfig(256, 32), 32, 3)
+    image = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(network(image.contiguous(memory_format=torch.channels_last)), network(image))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_follow_the_class_and_every_parameter(architecture: str) -> None:
     torch.manual_seed(0)

@@ -39,7 +39,9 @@ def test_mapping_parameters(num_layers: int, published: int) -> None:
 
 def kernels(layer: StyledConv2d | ToPixels, style: Tensor, *, demodulated: bool) -> Tensor:
     """A kernel for each sample (Karras 2020, Eq. 1 and 3): [N, C_out, C_in, k, k]."""
-    weight = layer.weight * layer.scale * layer.affine(style)[:, None, :, None, None]
+    weight = layer.weight * layer.affine(style)[:, None, :, None, None]
+    if isinstance(layer, ToPixels):
+        weight = weight * layer.scale
     if demodulated:
         weight = weight / (weight.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).sqrt()
     return weight

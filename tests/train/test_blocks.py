@@ -58,6 +58,16 @@ def test_channels_last_changes_losses_by_rounding_alone(tmp_path: Path) -> None:
     assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
+def test_channels_last_reaches_features_that_do_not_come_of_an_image(tmp_path: Path) -> None:
+    trainer = make_trainer(small_family("stylegan2"), tmp_path, channels_last=True)
+    block = trainer.family.generator.synthesis.blocks[0]
+    found = []
+    block.register_forward_hook(lambda _, inputs, output: found.append((inputs[0], output)))
+    trainer.family.sample(torch.arange(2))
+    trainer.close()
+    assert all(features.is_contiguous(memory_format=torch.channels_last) for features in found[0])
+
+
 class Penalized(Linear):
     """Its second phase differentiates a gradient, which compiled code cannot."""
 
