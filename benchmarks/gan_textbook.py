@@ -68,6 +68,8 @@ def pixels(layer: ToPixels, x: Tensor, style: Tensor) -> Tensor:
 def kernels(layer: StyledConv2d | ToPixels, style: Tensor, *, demodulated: bool) -> Tensor:
     """[N, C_out, C_in, k, k]."""
     weight = layer.weight * linear(layer.affine, style)[:, None, :, None, None]
+    if isinstance(layer, ToPixels):
+        weight = weight * layer.scale
     if demodulated:
         weight = weight * (weight.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).rsqrt()
     return weight
