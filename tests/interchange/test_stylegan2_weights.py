@@ -76,7 +76,7 @@ def test_the_same_images_and_logits_as_by_the_book(
     )
     judged = book.logits_of(states["discriminator"], image, label)
     with torch.no_grad():
-        found = family.sampled_styles(keys, Condition(label))
+        found = family.drawn_latents(keys, Condition(label))
         assert error_of(found, style) < 1e-5
         every = found[:, None].expand(-1, family.generator.synthesis.num_styles, -1)
         assert error_of(family.generator.synthesis(every), drawn) < 1e-5

@@ -1,5 +1,6 @@
 """A run of a few steps on every worker, and the same with single-process torch in float64 on whole batches."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,14 @@ WORLD, STEPS = 2, 4
 SGD = OptimConfig(name="sgd", lr=0.05, momentum=0.9)  # Adam would hide a wrong scale of the gradient
 
 
+def shared_out(optim: OptimConfig, updates: float) -> OptimConfig:
+    """Adam as StyleGAN2 has it where a step is several updates: lr times k / (k + 1), betas to that power."""
+    if optim.name == "sgd":
+        return optim
+    betas = optim.betas[0] ** (1.0 / updates), optim.betas[1] ** (1.0 / updates)
+    return dataclasses.replace(optim, lr=optim.lr / updates, betas=betas)
+
+
 def reference_optimizer(optim: OptimConfig, child: nn.Module) -> torch.optim.Optimizer:
     """torch's own, whose weight decay spares vectors."""
     matrices = [p for p in child.parameters() if p.ndim > 1]
@@ -39,15 +48,26 @@ def cut(batch: Batch, micro: int) -> list[Batch]:
 
 
 def reference(
-    make_family: Callable[[], Family], optim: OptimConfig, micro: int | None = None, steps: int = STEPS
+    make_family: Callable[[], Family],
+    optim: OptimConfig,
+    micro: int | None = None,
+    steps: int = STEPS,
+    precision: str = "float64",
 ) -> Iterator[dict[str, Tensor]]:
-    """The weights and buffers after each step on whole batches, with torch alone, in float64."""
-    family = make_family().double()
-    optimizers = {p.trains: reference_optimizer(optim, getattr(family, p.trains)) for p in family.phases()}
+    """The weights and buffers after each step on whole batches, with torch alone, in float64 or autocast."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    family = make_family().to(dtype)
+    updates = {
+        p.trains: sum(1.0 / other.every for other in family.phases() if other.trains == p.trains)
+        for p in family.phases()
+    }
+    optimizers = {
+        name: reference_optimizer(shared_out(optim, count), getattr(family, name)) for name, count in updates.items()
+    }
     batches = MemorySource(48, BATCH).batches(0)
     for step in range(steps):
         batch = next(batches).batch
-        batch["image"] = batch["image"].double()
+        batch["image"] = batch["image"].to(dtype)
         pieces = cut(batch, micro) if family.local else [batch]
         for phase in family.phases():
             if step % phase.every:
@@ -59,7 +79,9 @@ def reference(
                 parameter.grad = torch.zeros_like(parameter)
             freeze_all_but(family, phase.trains)
             for number, piece in enumerate(pieces, start=1):
-                (phase.loss(piece, step * BATCH)[0] * phase.every / len(pieces)).backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+                    loss = phase.loss(piece, step * BATCH)[0]
+                (loss * phase.every / len(pieces)).backward()
                 if number * WORLD == len(pieces):
                     buffers = {name: buffer.clone() for name, buffer in family.named_buffers()}  # as rank 0 has them
             if family.local:

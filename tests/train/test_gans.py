@@ -1,5 +1,6 @@
 """Two workers train StyleGAN2 and a conditional GAN as single-process torch does, on every stage."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -41,6 +42,7 @@ def train_all(rank: int, world: int, folder: str) -> None:
         for precision in PRECISIONS:
             name = case_name(make, stage, micro, precision)
             settings = {"zero_stage": stage, "micro_batch_size": micro, "precision": precision}
+            settings["steps"] = parity.STEPS if precision == "fp32" else 1
             parity.train(rank, folder, name, make, **settings)
 
 
@@ -52,28 +54,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def expected() -> Callable[[Callable[[], Family]], dict[str, torch.Tensor]]:
-    """In float64, noise and latents too."""
-    known: dict[str, dict[str, torch.Tensor]] = {}
+@functools.cache
+def expected(make: Callable[[], Family], precision: str) -> dict[str, torch.Tensor]:
+    """What torch alone comes to: in float64, noise and latents too; in autocast, after one step."""
     normal = rng.normal
-
-    def of(make: Callable[[], Family]) -> dict[str, torch.Tensor]:
-        if make.__name__ not in known:
-            with mock.patch.object(rng, "normal", lambda *arguments: normal(*arguments).double()):
-                *_, known[make.__name__] = parity.reference(make, SGD)
-        return known[make.__name__]
-
-    return of
+    if precision == "float64":
+        with mock.patch.object(rng, "normal", lambda *arguments: normal(*arguments).double()):
+            *_, found = parity.reference(make, SGD)
+    else:
+        found = next(parity.reference(make, SGD, precision=precision))
+    return found
 
 
 @pytest.mark.parametrize(("make", "stage", "micro"), CASES, ids=lambda value: getattr(value, "__name__", value))
-def test_parity_with_torch(trained: Path, expected: Callable, make: Callable, stage: int, micro: int) -> None:
+def test_parity_with_torch(trained: Path, make: Callable[[], Family], stage: int, micro: int) -> None:
     found = {precision: parity.load(trained, case_name(make, stage, micro, precision)) for precision in PRECISIONS}
-    start, wanted = make().state_dict(), expected(make)
-    assert parity.worst(found["fp32"], wanted, start) < 1e-5
-    # bf16 has 8 bits: rounding is a part of each step, and of a few small tensors a large part.
+    start = make().state_dict()
+    assert parity.worst(found["fp32"], expected(make, "float64"), start) < 1e-5
+    # In bf16 a batch that is cut in another way is rounded in another way, which a game then makes more of.
+    wanted = expected(make, "autocast")
     for child in ("generator", "discriminator"):
         names = [name for name, _ in make().named_parameters() if name.startswith(child)]
         distance = torch.cat([(found["autocast"][name] - wanted[name]).flatten() for name in names]).norm()
-        assert distance < 0.15 * torch.cat([(wanted[name] - start[name]).flatten() for name in names]).norm()
+        way = torch.cat([(wanted[name] - start[name]).flatten() for name in names]).norm()
+        assert distance < 0.05 * way
