@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/digits/autoencoder_kl.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
 
+    sweep = _command(commands, "sweep", _sweep, "train a config with many settings, and find the best")
+    sweep.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/sweeps/digits_vae.yaml")
+    sweep.add_argument("overrides", metavar="key=value", nargs="*", help="such as sweep.num_trials=4")
+
     sample = _command(commands, "sample", _sample, "draw images from a run")
     sample.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
@@ -202,6 +206,24 @@ def _train(options: argparse.Namespace) -> int:
             + ("" if outcome.finished else "; stopped, the same command goes on from here")
         )
     return EXIT_DONE if outcome.finished else EXIT_STOPPED
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from gmdist.sweep.load import load_sweep
+
+    asked = load_sweep(options.config, options.overrides)
+    from gmdist.launch.sweep import BEST_NAME, sweep
+    from gmdist.launch.sweep_progress import SweepDisplay
+
+    with SweepDisplay(asked.base.name, asked.plan.sweep.metric) as display:
+        found = sweep(asked, display.standing, display.message)
+    best = next(trial for trial in found["trials"] if trial["trial"] == found["best"])
+    saved = 1.0 - found["steps"] / found["steps_of_all"]
+    print(
+        f"{asked.folder}/{BEST_NAME}: trial {best['trial']}, {asked.plan.sweep.metric} {best['metric']:.6g}; "
+        f"{len(found['trials'])} trials, {found['steps']} steps ({saved:.0%} saved)"
+    )
+    return EXIT_DONE
 
 
 def _sample(options: argparse.Namespace) -> int:

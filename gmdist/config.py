@@ -121,16 +121,21 @@ _NOUNS = {int: "integers", float: "numbers", str: "texts"}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
-def load(path: str, overrides: list[str] | None = None) -> Config:
+def load(path: str, overrides: Sequence[str] | None = None) -> Config:
     """Read a config file with the files that its `base:` names, apply `key=value` overrides, and check the whole.
 
     Raises:
         ConfigError: a file that is missing or no YAML, an unknown or mistyped key, a value that cannot be.
     """
+    return from_tree(compose(path, overrides))
+
+
+def compose(path: str, overrides: Sequence[str] | None = None) -> dict[str, Any]:
+    """The plain values of a config file with the files that its `base:` names and `key=value` overrides; unchecked."""
     tree = _compose(path)
     for override in overrides or []:
         _apply(tree, override)
-    return from_tree(tree)
+    return tree
 
 
 def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config:
@@ -144,6 +149,8 @@ def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config
 def from_tree(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values against the dataclasses."""
     tree = {key: value for key, value in tree.items() if key != "base"}
+    if "sweep" in tree:
+        raise ConfigError("sweep: no key of a run; `gmdist sweep CONFIG` takes it")
     _refuse_unknown(tree, list(_TOP_KEYS), "")
     for key in ("family", "optim", *_SECTIONS):
         if not isinstance(tree.get(key) or {}, dict):
@@ -163,15 +170,15 @@ def from_tree(tree: dict[str, Any]) -> Config:
     config = Config(
         name=_name(tree["name"]),
         family_name=family_name,
-        family=_structured(kind, family, "family"),
-        data=_structured(DataConfig, tree["data"], "data"),
+        family=structured(kind, family, "family"),
+        data=structured(DataConfig, tree["data"], "data"),
         optim={
-            str(child): _structured(OptimConfig, values, f"optim.{child}") for child, values in tree["optim"].items()
+            str(child): structured(OptimConfig, values, f"optim.{child}") for child, values in tree["optim"].items()
         },
-        train=_structured(TrainConfig, tree["train"], "train"),
-        cluster=_structured(ClusterConfig, tree.get("cluster", {}), "cluster"),
-        run=_structured(RunConfig, tree["run"], "run"),
-        evaluation=_structured(EvaluationConfig, tree.get("evaluation", {}), "evaluation"),
+        train=structured(TrainConfig, tree["train"], "train"),
+        cluster=structured(ClusterConfig, tree.get("cluster", {}), "cluster"),
+        run=structured(RunConfig, tree["run"], "run"),
+        evaluation=structured(EvaluationConfig, tree.get("evaluation", {}), "evaluation"),
     )
     _check(config)
     _make_absolute(config)
@@ -186,7 +193,7 @@ def _with_preset(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
     image_size = (tree.get("data") or {}).get("image_size")
     if type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise ConfigError(f"data.image_size: {image_size}; must be from 1 to {MAX_IMAGE_SIZE}, for family.preset")
-    cluster = _structured(ClusterConfig, tree.get("cluster") or {}, "cluster")
+    cluster = structured(ClusterConfig, tree.get("cluster") or {}, "cluster")
     cluster.validate()
     settings: dict[str, Any] = kind.preset_settings(str(name), image_size, cluster.worker_range[1])
     return _merged(settings, tree)
@@ -285,7 +292,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"'{override}': not an override; write key=value, for example train.num_steps=100")
-    value = _parse(f"value: {text}", override).get("value")
+    put(tree, key, _parse(f"value: {text}", override).get("value"))
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a tree of plain values; ConfigError if there are no keys below a part of it."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -296,7 +307,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _structured(kind: type, values: Any, prefix: str) -> Any:
+def structured(kind: type, values: Any, prefix: str) -> Any:
     """An instance of a dataclass from plain values; unknown keys, wrong types and missing values are refused."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix}: {values!r}; must be a mapping of keys to values")

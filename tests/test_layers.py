@@ -28,13 +28,15 @@ ALLOWED = {
     "config": {"families", "data", "train", "evaluation.config", "storage"},
     "evaluator": {"config", "data", "evaluation", "families.family", "storage"},
     "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng"},
-    "report": {"runs", "config", "data", "evaluation", "train", "storage", "images"},
+    "sweep": {"config", "storage"},
+    "report": {"runs", "config", "data", "evaluation", "train", "sweep", "storage", "images"},
     "launch": {
-        *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "report"),
+        *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "sweep"),
+        "report",
         *("storage", "images"),
     },
     "doctor": set(),
-    "cli": {"launch", "config", "data", "report", "doctor"},
+    "cli": {"launch", "sweep", "config", "data", "report", "doctor"},
 }
 SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/zero.py", "boto3": "s3.py", "botocore": "s3.py"}
 FILES = sorted(ROOT.rglob("*.py"))

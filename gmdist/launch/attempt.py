@@ -46,6 +46,7 @@ def attempt(
     size: int,
     on_progress: Callable[[Progress], None],
     on_message: Callable[[str], None],
+    last_step: int | None,
     stopper: Stopper,
 ) -> Outcome:
     """Start the workers once, and watch them to their end."""
@@ -53,7 +54,7 @@ def attempt(
     failures: list[Failure] = []
     ended: list[Outcome | Failure] = []
     with tempfile.TemporaryDirectory(prefix="gmdist-ray-") as scratch:
-        trainer = _ray_trainer(config, size, mailbox, scratch)
+        trainer = _ray_trainer(config, size, mailbox, scratch, last_step)
 
         def fit() -> None:
             try:
@@ -115,7 +116,7 @@ def _check_answers(mailbox: Any) -> None:
         raise RunFailedError(f"Ray does not answer any more ({reason}); run the same command again") from error
 
 
-def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> Trainer:
+def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str, last_step: int | None) -> Trainer:
     cluster = config.cluster
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -123,7 +124,12 @@ def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str) -> Train
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)} | ({} if cluster.gpus_per_worker else _MALLOC)
     return Trainer(
         work,
-        train_loop_config={"config": config.to_yaml(), "mailbox": mailbox, "folder": os.getcwd()},
+        train_loop_config={
+            "config": config.to_yaml(),
+            "mailbox": mailbox,
+            "folder": os.getcwd(),
+            "last_step": last_step,
+        },
         torch_config=TorchConfig(
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(cluster.timeout_s)
         ),

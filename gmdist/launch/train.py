@@ -3,6 +3,7 @@
 import importlib
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from gmdist import runs, storage
 from gmdist.config import Config
@@ -17,7 +18,13 @@ _TRACE_NAME = "error.txt"
 _MOST_BACKOFF_S = 60.0
 
 
-def train(config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None]) -> Outcome:
+def train(
+    config: Config,
+    on_progress: Callable[[Progress], None],
+    on_message: Callable[[str], None],
+    last_step: int | None = None,
+    stopper: Stopper | None = None,
+) -> Outcome:
     """Train a run to its end, going on from its newest checkpoint.
 
     SIGINT and SIGTERM make the workers save a checkpoint and return; a second signal ends the process at once.
@@ -26,9 +33,11 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         config: the run.
         on_progress: called with where the run stands, about once a logging interval.
         on_message: called with a line that the user should read.
+        last_step: where it pauses with a checkpoint, to go on another time; None: it trains to its end.
+        stopper: asks the workers to stop; None: SIGINT and SIGTERM do.
 
     Returns:
-        Where the run ended; `finished` is False if it was stopped.
+        Where the run ended; `finished` is False if it was stopped or pauses.
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: what a user can mend.
@@ -41,9 +50,10 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         return finished
     # Ray Train takes a second to import: that is done while Ray starts.
     threading.Thread(target=importlib.import_module, args=("gmdist.launch.attempt",), daemon=True).start()
-    stopper = Stopper(on_message)
+    own = stopper is None
+    stopper = stopper or Stopper(on_message)
     with (
-        stopper.installed(),
+        stopper.installed() if own else nullcontext(),
         held(config.run.dir, on_message, stopper.ask) as lease,
         connected(config.cluster),
     ):
@@ -51,11 +61,15 @@ def train(config: Config, on_progress: Callable[[Progress], None], on_message: C
         stopper.check()
         if config.run.overwrite:  # all that can be refused before the start has been
             runs.clear(storage.absolute(config.run.dir))
-        return _with_restarts(config, on_progress, on_message, stopper)
+        return _with_restarts(config, on_progress, on_message, last_step, stopper)
 
 
 def _with_restarts(
-    config: Config, on_progress: Callable[[Progress], None], on_message: Callable[[str], None], stopper: Stopper
+    config: Config,
+    on_progress: Callable[[Progress], None],
+    on_message: Callable[[str], None],
+    last_step: int | None,
+    stopper: Stopper,
 ) -> Outcome:
     """Start the workers until they end well, or fail too often."""
     from gmdist.launch.attempt import LOST, NO_ROOM, attempt
@@ -71,9 +85,9 @@ def _with_restarts(
     while True:
         size = choose_size(config, size, refused, on_message, stopper)
         try:
-            outcome = attempt(config, size, follow, on_message, stopper)
+            outcome = attempt(config, size, follow, on_message, last_step, stopper)
             refused = None
-            if outcome.finished or stopper.asked:
+            if outcome.finished or stopper.asked or outcome.step == last_step:
                 storage.delete(storage.join(config.run.dir, _TRACE_NAME))  # of a failure that was overcome
                 return outcome
         except WorkersFailedError as error:

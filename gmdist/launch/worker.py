@@ -42,7 +42,9 @@ def work(settings: dict[str, Any]) -> Outcome:
     try:
         check_reach(config)
         with _correspondence(mailbox if rank == 0 else None) as hooks:
-            return runs.train_worker(config, device, replace(hooks, beat=watchdog.beat))
+            return runs.train_worker(
+                config, device, replace(hooks, beat=watchdog.beat, last_step=settings["last_step"])
+            )
     except BaseException as error:
         message = str(error) if isinstance(error, GmdistError) else (str(error).splitlines() or [""])[0]
         failure = Failure(type(error).__name__, message, traceback.format_exc())

@@ -34,13 +34,7 @@ _PARTS = {
     re.compile(r"/kl_nats_\d+$"): ("KL term by latent dimension, in nats", "latent dimension"),
 }
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; }
 figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
@@ -50,7 +44,14 @@ svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; }
 td, th { padding: 0.2rem 1rem 0.2rem 0; text-align: left; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 0.85rem; }
-</style>
+"""
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style|safe }}</style>
 </head>
 <body>
 <h1>{{ title }}</h1>
@@ -107,6 +108,7 @@ def write(run_dirs: Sequence[str], generated: Tensor | None) -> str:
     configs = [read_config(folder) for folder in folders]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_TEMPLATE).render(
+        style=STYLE,
         title=configs[-1].name,
         runs=[_section(folder, config) for folder, config in zip(folders, configs, strict=True)],
         comparison=_compare(configs[-1], generated) if generated is not None and configs[-1].data.image else None,
@@ -134,7 +136,7 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
         "summary": summary,
         "curves": _curves(lines),
         "grids": [
-            {"step": step, "source": _uri(storage.read(storage.join(folder, "samples", f"step-{step:08d}.png")))}
+            {"step": step, "source": uri_of(storage.read(storage.join(folder, "samples", f"step-{step:08d}.png")))}
             for step in dict.fromkeys(chosen)
         ],
         "config": config.to_yaml(),
@@ -150,7 +152,7 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if name in ("step", "images") or any(name in part for part in parts.values()) or len(points) < 2:
             continue
-        with _axes(name, "step") as (axes, figures):
+        with axes_of(name, "step") as (axes, figures):
             axes.plot(*zip(*points, strict=True), linewidth=1.2)
             if name.endswith("loss") and min(value for _, value in points) > 0:
                 axes.set_yscale("log")
@@ -165,7 +167,7 @@ def _part_curves(lines: list[dict[str, Any]], names: list[str], title: str, belo
     if not evaluations:
         return []
     chosen = dict.fromkeys(round(i * (len(evaluations) - 1) / (_MAX_GRIDS - 1)) for i in range(_MAX_GRIDS))
-    with _axes(title, below) as (axes, figures):
+    with axes_of(title, below) as (axes, figures):
         for i in chosen:
             values = [evaluations[i][name] for name in in_order]
             axes.plot(range(len(values)), values, marker="o", linewidth=1.2, label=f"step {evaluations[i]['step']}")
@@ -175,11 +177,11 @@ def _part_curves(lines: list[dict[str, Any]], names: list[str], title: str, belo
 
 
 @contextmanager
-def _axes(title: str, below: str) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on, and a list that holds them as an SVG afterwards."""
+def axes_of(title: str, below: str, inches: tuple[float, float] = (4, 2.6)) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on, and a list that holds them as an SVG afterwards; width and height of the figure in inches."""
     from matplotlib.figure import Figure
 
-    figure, drawn = Figure(figsize=(4, 2.6), layout="constrained"), list[str]()
+    figure, drawn = Figure(figsize=inches, layout="constrained"), list[str]()
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(below, fontsize=8)
@@ -197,8 +199,8 @@ def _compare(config: Config, generated: Tensor) -> _Comparison:
     held_out = _real_images(config, config.data.test, _MAX_HELD_OUT) if config.data.test else None
     real = held_out if held_out is not None else train
     return _Comparison(
-        generated=_uri(images.png(images.grid(generated))),
-        real=_uri(images.png(images.grid(_in_turn(real, len(generated), config.data.num_classes)))),
+        generated=uri_of(images.png(images.grid(generated))),
+        real=uri_of(images.png(images.grid(_in_turn(real, len(generated), config.data.num_classes)))),
         split="held out" if held_out is not None else "trained on",
         novelty=novelty(generated, train[0], held_out[0]) if held_out is not None else None,
     )
@@ -224,5 +226,6 @@ def _in_turn(real: tuple[Tensor, Tensor | None], count: int, num_classes: int | 
     return pictures[torch.stack([place[:rounds] for place in places], dim=1).flatten()[:count]]
 
 
-def _uri(png: bytes) -> str:
+def uri_of(png: bytes) -> str:
+    """A picture as the source of an <img>."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

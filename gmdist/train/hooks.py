@@ -34,3 +34,4 @@ class Hooks:
     stop_requested: Callable[[], bool] = lambda: False
     save_requested: Callable[[], bool] = lambda: False  # a machine will be taken away
     beat: Callable[[], None] = lambda: None  # every worker's: told that it is not stuck
+    last_step: int | None = None  # where every worker pauses with a checkpoint; None: the run's end

@@ -161,7 +161,7 @@ class Trainer:
         clock = Clock(self.step)
         profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
         batches = moved_ahead(self._batches(), self.device)
-        stopping = False
+        stopping = self.step == self.hooks.last_step
         saved_step = self.step
         with profile:
             while self.step < config.num_steps and not stopping:
@@ -189,7 +189,7 @@ class Trainer:
                         self._write_preview()
                 asked = rank() == 0 and self.hooks.stop_requested(), rank() == 0 and self.hooks.save_requested()
                 stop, failed, save = self._control.exchange(asked[0], self._saver.failed(), asked[1])
-                stopping = stop and not last
+                stopping = (stop or self.step == self.hooks.last_step) and not last
                 if failed:
                     self._saver.wait()
                 is_due = self.step % config.checkpoint_every == 0 or save

@@ -1,0 +1,90 @@
+"""A sweep from its config file: the search, and the config of each trial."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from gmdist import storage
+from gmdist.config import Config, compose, from_tree, put, structured
+from gmdist.errors import ConfigError
+from gmdist.sweep.config import SweepConfig
+from gmdist.sweep.space import keyed
+from gmdist.sweep.trials import Plan
+
+_COMBINATIONS = 32  # with which a value is tried before it is refused
+RUNS = "trials"  # the folder of the trials' runs, in that of the sweep
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been checked."""
+
+    tree: dict[str, Any]  # the config's plain values
+    base: Config  # of one possible trial; its name, cluster and folder are the sweep's
+    plan: Plan
+
+    @property
+    def folder(self) -> str:
+        """Where the sweep's record and its runs are."""
+        return self.base.run.dir
+
+    def run_dir(self, run: str) -> str:
+        """The folder of a run."""
+        return storage.join(self.folder, RUNS, run)
+
+    def config_of(self, settings: dict[str, Any], run_dir: str) -> Config:
+        """The config of a run with these values; ConfigError where they cannot be."""
+        return _with(self.tree, settings | {"run.dir": run_dir, "run.overwrite": False})
+
+
+def load_sweep(path: str, overrides: Sequence[str] | None = None) -> Sweep:
+    """Read a config file with a `sweep:` section, apply overrides, and check the whole and every listed value.
+
+    Raises:
+        ConfigError: as for a run; and for a space, a search or a scheduler that cannot be.
+    """
+    tree = compose(path, overrides)
+    values = tree.pop("sweep", None)
+    if values is None:
+        raise ConfigError(f"{path}: sweep: missing; `gmdist train` takes the config of a single run")
+    sweep: SweepConfig = structured(SweepConfig, values, "sweep")
+    domains = sweep.domains
+    first = {key: domain.values[0] for key, domain in domains.items()}
+    for key in first:
+        section = key.partition(".")[0]
+        if section not in ("family", "data", "optim", "train", "evaluation") or key == "train.num_steps":
+            raise ConfigError(
+                f"sweep.space.{key}: cannot be searched over; keys of family, data, optim, train and evaluation can, "
+                "but for train.num_steps"
+            )
+    drawn = [{key: domain.draw(keyed(i, key)) for key, domain in domains.items()} for i in range(_COMBINATIONS)]
+    bases = [
+        _combined(tree, f"sweep.space.{key}: {value!r}", [others | {key: value} for others in (first, *drawn)])
+        for key, domain in domains.items()
+        for value in domain.values
+    ]
+    base = bases[0]
+    least, most = base.cluster.worker_range
+    if least != most:
+        raise ConfigError(f"cluster.num_workers: [{least}, {most}]; must be one number, the same for all trials")
+    sweep.validate(base.train.num_steps, base.train.evaluate_every)
+    return Sweep(tree, base, Plan.of(sweep, base.train.num_steps))
+
+
+def _combined(tree: dict[str, Any], place: str, combinations: Sequence[Mapping[str, Any]]) -> Config:
+    """The first of these combinations of values that can be; ConfigError about a value with which none can."""
+    errors = []
+    for settings in combinations:
+        try:
+            return _with(tree, settings)
+        except ConfigError as error:
+            errors.append(error)
+    raise ConfigError(f"{place}; {errors[0]}") from errors[0]
+
+
+def _with(tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:
+    filled = deepcopy(tree)
+    for key, value in settings.items():
+        put(filled, key, value)
+    return from_tree(filled)
