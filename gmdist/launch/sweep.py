@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gmdist import storage
+from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.errors import ConfigError, GmdistError, RunFailedError
 from gmdist.launch.cluster import connected, room
@@ -36,7 +36,7 @@ class Standing:
     """Where a trial stands, for whoever watches it."""
 
     stretch: Stretch
-    state: str  # waiting, training, failed, or its metric is there
+    state: str  # starting, training, failed or done
     progress: Progress | None = None
     result: Result | None = None
 
@@ -124,10 +124,15 @@ class _Executor:
         if known is not None:
             self._on_standing(Standing(stretch, "failed" if known.error else "done", result=known))
             return lambda: known
-        self._on_standing(Standing(stretch, "waiting"))
+        self._on_standing(Standing(stretch, "starting"))
+        try:
+            config = self._asked.config_of(stretch.settings, self._asked.run_dir(stretch.run))
+        except ConfigError as error:  # values that do not go together
+            failed = self._add(stretch, Result(None, str(error)))
+            return lambda: failed
         if stretch.donor is not None:
-            _copy_checkpoint(self._asked.run_dir(stretch.donor), stretch.first_step, self._asked.run_dir(stretch.run))
-        future = self._pool.submit(self._run, stretch)
+            _begin_from(self._asked.run_dir(stretch.donor), stretch.first_step, config)
+        future = self._pool.submit(self._run, stretch, config)
         return lambda: self._wait(future)
 
     def _wait(self, future: "Future[Result]") -> Result:
@@ -152,9 +157,8 @@ class _Executor:
         self._stop()
         self._pool.shutdown(wait=True)
 
-    def _run(self, stretch: Stretch) -> Result:
-        run_dir = self._asked.run_dir(stretch.run)
-        watch = _Watch(self._asked.plan.sweep.metric, run_dir)
+    def _run(self, stretch: Stretch, config: Config) -> Result:
+        watch = _Watch(self._asked.plan.sweep.metric, config.run.dir)
         self._stoppers.append(watch.stopper)
         if self._stopper.asked:
             watch.stopper.ask()
@@ -168,7 +172,6 @@ class _Executor:
 
         started_s = time.monotonic()
         try:
-            config = self._asked.config_of(stretch.settings, run_dir)
             if not watch.has_come_to(stretch.last_step):
                 train(config, follow, tell, stretch.last_step, watch.stopper)
             result = watch.result(stretch.last_step, time.monotonic() - started_s)
@@ -176,7 +179,10 @@ class _Executor:
             raise
         except GmdistError as error:  # this trial's own: the others go on
             watch.stopper.check()
-            result = Result(None, str(error))
+            result = Result(None, str(error), seconds=time.monotonic() - started_s)
+        return self._add(stretch, result)
+
+    def _add(self, stretch: Stretch, result: Result) -> Result:
         with self._lock:
             self._record.add(stretch, result)
         self._on_standing(Standing(stretch, "failed" if result.error else "done", result=result))
@@ -234,15 +240,16 @@ class _Watch:
         return Result(value, images_per_s=speeds[-1] if speeds else None, seconds=seconds)
 
 
-def _copy_checkpoint(source: str, step: int, destination: str) -> None:
-    """Give a new run the checkpoint of another at a step, and the metrics that led to it."""
+def _begin_from(source: str, step: int, config: Config) -> None:
+    """Begin a run with the checkpoint of another at a step, and with the metrics that led to it."""
     name = checkpoint.folder_name(step)
-    target = storage.join(destination, "checkpoints", name)
+    target = storage.join(config.run.dir, "checkpoints", name)
     if storage.exists(storage.join(target, checkpoint.META_NAME)):
         return
     origin = storage.join(source, "checkpoints", name)
     names = sorted(storage.list_names(origin), key=lambda name: name == checkpoint.META_NAME)  # it makes it complete
-    storage.write(storage.join(destination, METRICS_NAME), storage.read(storage.join(source, METRICS_NAME)))
+    storage.write(storage.join(config.run.dir, runs.CONFIG_NAME), config.to_yaml().encode())
+    storage.write(storage.join(config.run.dir, METRICS_NAME), storage.read(storage.join(source, METRICS_NAME)))
     for file in names:
         location = storage.join(origin, file)
         with storage.open_read(location, storage.stat(location)) as content:

@@ -1,0 +1,295 @@
+"""Sweeps: record, best config and page; failures, kills and refusals. All trials but two train in this process."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from gmdist.cli import main
+from gmdist.config import Config, load
+from gmdist.errors import ConfigError, DivergedError, RunFailedError
+from gmdist.launch import sweep as launched
+from gmdist.runs import read_config, train_worker
+from gmdist.sweep.load import load_sweep
+from gmdist.train.hooks import Hooks, Outcome
+from gmdist.train.metrics import read_lines
+from tests.support import tree_bytes
+
+BASE = str(Path(__file__).parent.parent.parent / "configs/digits/vae.yaml")
+LR = "optim.autoencoder.lr"
+BETA = "family.beta.value"
+METRIC = "test/elbo_nats"
+ASHA = {"name": "asha", "first_step": 2, "reduction": 2}
+PBT = {"name": "pbt", "interval_steps": 2}
+
+
+class Killed(BaseException):
+    """The command was killed."""
+
+
+@pytest.fixture
+def asked(digits: Path, tmp_path: Path) -> Callable[..., str]:
+    """Writes the config of a sweep over a tiny VAE; gives its path."""
+
+    def write(folder: str = "sweep", train: dict[str, Any] | None = None, **settings: Any) -> str:
+        settings = {"metric": METRIC, "mode": "max", "num_trials": 3, "concurrency": 1} | settings
+        settings.setdefault("space", {LR: {"log_uniform": [1e-4, 1e-2]}, BETA: {"choice": [0.5, 1.0]}})
+        config = {
+            "base": BASE,
+            "family": {"autoencoder": {"channels": [8, 8]}, "latent_dim": 4, "iwae_samples": 1},
+            "data": {"train": f"{digits}/train", "test": f"{digits}/test", "batch_size": 8},
+            "train": {"num_steps": 6, "evaluate_every": 2, "checkpoint_every": 2, "sample_every": 6, "log_every": 2}
+            | {"num_preview_images": 4, "zero_stage": 0}
+            | (train or {}),
+            "cluster": {"num_workers": 1},
+            "sweep": settings,
+            "run": {"dir": str(tmp_path / folder)},
+        }
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Let trials train in this process; gives the configs of those that did."""
+    trained: list[Config] = []
+
+    @contextmanager
+    def connected(config: Any) -> Iterator[None]:
+        yield
+
+    def train(config: Config, progress: Any, message: Any, last_step: int, stopper: Any) -> Outcome:
+        trained.append(config)
+        hooks = Hooks(progress, message, stop_requested=lambda: stopper.asked, last_step=last_step)
+        return train_worker(config, torch.device("cpu"), hooks)
+
+    monkeypatch.setattr(launched, "connected", connected)
+    monkeypatch.setattr(launched, "room", lambda cluster: 1)
+    monkeypatch.setattr(launched, "train", train)
+    return trained
+
+
+def run(path: str, *overrides: str) -> dict[str, Any]:
+    standings: list[Any] = []
+    found = launched.sweep(load_sweep(path, overrides), standings.append, lambda message: None)
+    assert standings
+    return found
+
+
+def results(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What a sweep found, without what took how long."""
+    return [tuple(trial[key] for key in ("trial", "state", "settings", "step", "metric")) for trial in found["trials"]]
+
+
+@pytest.mark.ray
+def test_on_ray_a_sweep_ends_and_its_best_alone_has_the_same_metric(
+    ray_cluster: Any, asked: Callable[..., str], tmp_path: Path
+) -> None:
+    found = run(asked(scheduler=ASHA, num_trials=2, concurrency=2))
+    assert [trial["state"] for trial in found["trials"]].count("done") == 1
+    best = found["trials"][found["best"]]
+    config = load(str(tmp_path / "sweep/best.yaml"))
+    train_worker(config, torch.device("cpu"))
+    assert read_lines(config.run.dir)[-1][METRIC] == best["metric"]
+    assert tree_bytes(Path(config.run.dir) / "checkpoints/step-00000006") == tree_bytes(
+        tmp_path / f"sweep/trials/{best['run']}/checkpoints/step-00000006"
+    )
+
+
+def test_asha_pauses_trials_and_writes_what_it_found(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    found = run(asked(scheduler=ASHA, num_trials=4))
+    assert {trial["state"] for trial in found["trials"]} == {"done", "stopped"}
+    assert found["steps"] < found["steps_of_all"] == 24
+    for trial in found["trials"]:
+        lines = read_lines(str(tmp_path / "sweep/trials" / trial["run"]))
+        assert max(line["step"] for line in lines) == trial["step"]
+        assert trial["metric"] == [line[METRIC] for line in lines if METRIC in line][-1]
+        assert (
+            read_config(str(tmp_path / "sweep/trials" / trial["run"])).optim["autoencoder"].lr == trial["settings"][LR]
+        )
+    done = [trial for trial in found["trials"] if trial["state"] == "done"]
+    assert found["best"] == max(done, key=lambda trial: trial["metric"])["trial"]
+    page = (tmp_path / "sweep/report.html").read_text()
+    for words in (LR, METRIC, "<svg", "best", "data:image/png"):
+        assert words in page
+
+
+@pytest.mark.parametrize("scheduler", [ASHA, PBT], ids=lambda scheduler: scheduler["name"])
+def test_killed_three_times_a_sweep_ends_as_one_left_alone(
+    without_ray: list[Config],
+    asked: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: dict[str, Any],
+) -> None:
+    alone = run(asked("alone", scheduler=scheduler, num_trials=4))
+    source, train = random.Random(scheduler["name"]), launched.train
+
+    def killed(config: Config, progress: Any, message: Any, last_step: int, stopper: Any) -> Outcome:
+        if source.random() < 0.4:
+            train(config, progress, message, last_step - 1, stopper)  # its own checkpoint is not the sweep's
+            raise Killed
+        return train(config, progress, message, last_step, stopper)
+
+    monkeypatch.setattr(launched, "train", killed)
+    kills = 0
+    while kills < 3:
+        try:
+            run(asked(scheduler=scheduler, num_trials=4))
+            break
+        except Killed:
+            kills += 1
+    assert kills
+    monkeypatch.setattr(launched, "train", train)
+    before = len(without_ray)
+    found = run(asked(scheduler=scheduler, num_trials=4))
+    assert results(found) == results(alone)
+    assert found["best"] == alone["best"]
+    again = len(without_ray)
+    assert results(run(asked(scheduler=scheduler, num_trials=4))) == results(alone)
+    assert len(without_ray) == again >= before
+    for trial in found["trials"]:
+        name = f"trials/{trial['run']}/checkpoints/step-{trial['step']:08d}"
+        assert tree_bytes(tmp_path / "sweep" / name) == tree_bytes(tmp_path / "alone" / name)
+
+
+def test_pbt_goes_on_from_the_checkpoint_of_a_better_trial(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    found = run(asked(scheduler=PBT, num_trials=4))
+    moves = [(trial, part) for trial in found["trials"] for part in trial["lineage"] if part["donor"] is not None]
+    assert moves
+    for trial, part in moves:
+        own, donor = (read_lines(str(tmp_path / "sweep/trials" / name)) for name in (part["run"], part["donor"]))
+        assert own[0] == donor[0]  # their common past
+        assert read_config(str(tmp_path / "sweep/trials" / part["run"])).optim["autoencoder"].lr == part["settings"][LR]
+        assert max(line["step"] for line in own) >= part["step"] + 2
+        assert trial["lineage"][0]["donor"] is None
+    assert "Who went on from whom" in (tmp_path / "sweep/report.html").read_text()
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = launched.train
+
+    def failing(config: Config, *others: Any) -> Outcome:
+        if config.run.dir.endswith("001"):
+            raise DivergedError("the gradients are not finite")
+        return train(config, *others)
+
+    monkeypatch.setattr(launched, "train", failing)
+    path = asked()
+    found = run(path)
+    assert [trial["state"] for trial in found["trials"]] == ["done", "failed", "done"]
+    assert found["trials"][1]["error"] == "the gradients are not finite"
+    trained = len(without_ray)
+    assert results(run(path)) == results(found)
+    assert len(without_ray) == trained
+
+
+def test_values_that_do_not_go_together_fail_their_trial_alone(
+    without_ray: list[Config], asked: Callable[..., str]
+) -> None:
+    space = {"family.beta.free_nats": {"grid": [0.0, 1.0]}}
+    space |= {"family.beta.schedule": {"grid": ["constant", "capacity"]}}
+    found = run(asked(space=space, search="grid", num_trials=None))
+    failed = [trial for trial in found["trials"] if trial["state"] == "failed"]
+    assert [trial["settings"] for trial in failed] == [
+        {"family.beta.free_nats": 1.0, "family.beta.schedule": "capacity"}
+    ]
+    assert "family.beta.free_nats: 1.0; must be 0 with the schedule capacity" in failed[0]["error"]
+
+
+def test_all_trials_failing_fails_the_sweep(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Outcome:
+        raise DivergedError("the gradients are not finite")
+
+    monkeypatch.setattr(launched, "train", failing)
+    with pytest.raises(RunFailedError, match="no trial came to its end: the gradients are not finite"):
+        run(asked())
+
+
+def test_a_metric_that_no_evaluation_has_is_said_at_the_first(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launched, "_LOOK_EVERY_S", 0.0)
+    with pytest.raises(ConfigError, match=r"sweep.metric: 'test/elbo'; the evaluation has test/elbo_nats, test/"):
+        run(asked(metric="test/elbo", train={"num_steps": 400, "evaluate_every": 2, "log_every": 1}))
+    last = max(line["step"] for line in read_lines(without_ray[0].run.dir))
+    assert last < 20
+    assert len(without_ray) == 1
+
+
+def test_another_sweep_in_the_folder_is_refused_until_it_is_overwritten(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    run(asked(num_trials=1))
+    with pytest.raises(ConfigError, match="holds another sweep .sweep.seed: 0 there, 5 here"):
+        run(asked(num_trials=1), "sweep.seed=5")
+    run(asked(num_trials=1), "sweep.seed=5", "run.overwrite=true")
+    assert json.loads((tmp_path / "sweep/sweep.json").read_text())["asked"]["sweep"]["seed"] == 5
+
+
+def test_the_command_prints_the_best_and_complains_in_one_line(
+    without_ray: list[Config], asked: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", asked(), "sweep.num_trials=1"]) == 0
+    assert "best.yaml: trial 0, test/elbo_nats" in capsys.readouterr().out
+    assert main(["sweep", asked(), "sweep.trials=1"]) == 2
+    assert "sweep.trials: no such key; did you mean 'num_trials'?" in capsys.readouterr().err
+    assert main(["train", asked()]) == 2
+    assert "`gmdist sweep CONFIG` takes it" in capsys.readouterr().err
+    assert main(["sweep", BASE]) == 2
+    assert "sweep: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"space": {"optim.autoencoder.lrate": {"choice": [1.0]}}}, "optim.autoencoder.lrate: no such key"),
+        ({"space": {"family.likelihood.name": {"choice": ["gaussian", "cauchy"]}}}, "'cauchy'; .*likelihood.name"),
+        ({"space": {"family.likelihood.name": {"choice": []}}}, "must have at least one value"),
+        ({"space": {"cluster.num_workers": {"choice": [1]}}}, "cannot be searched over"),
+        ({"space": {"train.num_steps": {"choice": [1]}}}, "cannot be searched over"),
+        ({"mode": "least"}, "sweep.mode: 'least'; must be one of min, max"),
+        ({"search": "bayes"}, "sweep.search: 'bayes'"),
+        ({"scheduler": {"name": "hyperband"}}, "sweep.scheduler.name: 'hyperband'"),
+        ({"metric": "autoencoder/loss"}, "must be one of the evaluation"),
+        ({"search": "grid"}, "is not a list of values"),
+        ({"search": "tpe", "scheduler": PBT}, "'tpe' with scheduler 'pbt'"),
+        ({"search": "tpe", "num_trials": None}, "sweep.num_trials: missing"),
+        ({"num_trials": 0}, "sweep.num_trials: 0"),
+        ({"concurrency": 0}, "sweep.concurrency: 0"),
+        ({"scheduler": {"name": "asha"}}, "sweep.scheduler.first_step: None"),
+        ({"scheduler": {"name": "asha", "first_step": 6}}, "first_step: 6; must be from 1 to below"),
+        ({"scheduler": {"name": "asha", "first_step": 1}}, "train.evaluate_every: 2; trials are compared at step 1"),
+        ({"scheduler": {"name": "asha", "first_step": 2, "reduction": 1}}, "reduction: 1"),
+        ({"scheduler": {"name": "none", "first_step": 2}}, "is for scheduler 'asha', not 'none'"),
+        ({"scheduler": PBT | {"quantile": 0.6}}, "quantile: 0.6"),
+        ({"scheduler": PBT | {"resample": 2.0}}, "resample: 2.0"),
+        ({"scheduler": PBT, "num_trials": 1}, "needs at least 2"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(asked: Callable[..., str], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(asked(**settings))
+
+
+def test_workers_beyond_the_cluster_are_refused(ray_cluster: Any, asked: Callable[..., str]) -> None:
+    path = asked(train={"num_steps": 6})
+    with pytest.raises(ConfigError, match=r"cluster.num_workers: 4 workers with 1 CPU each need 4; the cluster has 2"):
+        launched.sweep(load_sweep(path, ["cluster.num_workers=4"]), lambda standing: None, lambda message: None)
