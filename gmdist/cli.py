@@ -30,6 +30,7 @@ _OF_DRAWN_IMAGES = (
     "interpolate",
     "mix_styles",
 )  # options of `sample`
+_OTHER_PICTURES = ("translate", "show", "interpolate", "mix_styles")  # options of `sample`, too
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -92,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
     sample.add_argument("--prompt", help="what all images show, of a run with captions")
-    sample.add_argument("--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image")
+    sample.add_argument(
+        "--out", type=_location, required=True, help="NAME.png: a grid; a folder: one PNG an image; s3://: shards"
+    )
     sample.add_argument("--seed", type=int, help="another seed, other images; default: 0")
     sample.add_argument("--steps", type=int, help="of the sampler; default: the run's setting")
     sample.add_argument("--guidance", type=float, help="1 is none; default: the run's setting")
@@ -103,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--show", metavar="KIND", help="of real images: reconstructions, interpolations or traversals")
     sample.add_argument("--complete", type=_location, metavar="IMAGE", help="the first rows of all images, of a prior")
+    sample.add_argument(
+        "--workers", type=int, help="write shards, drawn by so many; default for s3://: RUN's cluster.num_workers"
+    )
     sample.add_argument("--translate", metavar="DIRECTION", help="a2b or b2a: real images, into the other domain")
     sample.add_argument("--images", type=_location, metavar="SRC", help="those: a folder of images, or shards")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
@@ -227,9 +233,17 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, check_out, draw, save
+    from gmdist.launch.sample import SampleRequest, check_out, draw, is_grid, save
+    from gmdist.storage import is_s3
 
-    check_out(options.out, options.num_images)
+    others = [name for name in _OTHER_PICTURES if getattr(options, name) is not None]
+    as_shards = options.workers is not None or (not others and is_s3(options.out) and not is_grid(options.out))
+    if options.workers is not None and others:
+        raise ConfigError(f"--workers: does not go with --{others[0].replace('_', '-')}, which one process makes")
+    if options.workers is not None and is_grid(options.out):
+        raise ConfigError(f"--out: {options.out}; is a grid, and --workers draw shards: name a folder")
+    if not as_shards:
+        check_out(options.out, options.num_images)
     if (options.translate is None) != (options.images is None):
         given, missing = ("images", "translate") if options.translate is None else ("translate", "images")
         raise ConfigError(f"--{missing}: missing; --{given} {getattr(options, given)} needs it")
@@ -258,7 +272,21 @@ def _sample(options: argparse.Namespace) -> int:
     )
     if options.interpolate is not None or options.mix_styles:
         return _walk(options, request)
+    if as_shards:
+        return _sample_shards(options, request)
     print(save(draw(options.run, request, options.overrides), options.out))
+    return EXIT_DONE
+
+
+def _sample_shards(options: argparse.Namespace, request: "SampleRequest") -> int:
+    from gmdist.data.progress import Meter
+    from gmdist.launch.sample_shards import sample_shards
+
+    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
+    with Meter(options.out, "images") as meter:
+        manifest, was_there = sample_shards(options.run, request, options.out, overrides, meter.update)
+    what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
+    print(f"{options.out}: {what}{'; they were drawn before' if was_there else ''}")
     return EXIT_DONE
 
 

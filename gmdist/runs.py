@@ -233,8 +233,8 @@ def _without_effect(config: Config) -> list[str]:
 
 def _changes(config: Config) -> list[str]:
     """What the config says of the model and the run was not begun with: of losses and samplers that may be meant."""
-    own = flat(_family_tree(config))
-    theirs = flat(_family_tree(read_config(config.run.dir)))
+    own = flat(family_tree(config))
+    theirs = flat(family_tree(read_config(config.run.dir)))
     return [
         f"family.{key}: {own[key]!r}; the run was begun with {theirs[key]!r}"
         for key in sorted(own.keys() & theirs.keys())
@@ -242,7 +242,8 @@ def _changes(config: Config) -> list[str]:
     ]
 
 
-def _family_tree(config: Config) -> dict[str, Any]:
+def family_tree(config: Config) -> dict[str, Any]:
+    """The settings of a config's family, as plain values."""
     return yaml.safe_load(config.to_yaml())["family"]
 
 
@@ -259,7 +260,7 @@ def identify(run: str, family: Family, step: int | None) -> FirstStage:
             continue
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return FirstStage(run_dir, step, _family_tree(read_config(run_dir)), state.hexdigest())
+    return FirstStage(run_dir, step, family_tree(read_config(run_dir)), state.hexdigest())
 
 
 def _measures(config: Config) -> bool:

@@ -18,6 +18,7 @@ from gmdist.errors import DataError
 MANIFEST_NAME = "manifest.json"
 PACK_NAME = "pack.json"  # what a data set was packed from, there from the first shard on
 ENCODED_NAME = "encoded.json"  # the same of a latent cache
+SAMPLED_NAME = "sampled.json"  # the same of generated images
 FORMAT_VERSION = 2
 PACKED_NAMES = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")  # what is written here, not by others
 _ROWS_A_LINE = 4096
@@ -206,6 +207,8 @@ def _remedy(folder: str) -> str:
         return "its packing was not finished; run the same `gmdist data pack` again"
     if ENCODED_NAME in names:
         return "its encoding was not finished; run the same `gmdist data encode` again"
+    if SAMPLED_NAME in names:
+        return "its sampling was not finished; run the same `gmdist sample` again"
     if any(name.endswith(".tar") for name in names):
         return f"its shards have no manifest; run `gmdist data index {folder}`"
     if names:

@@ -18,7 +18,8 @@ from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
 from gmdist.data.shard import index_name
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.families.family import Family
-from gmdist.launch.encoders import Work, encode_shards, encoding
+from gmdist.launch.encoders import EncodingWork, encoding
+from gmdist.launch.shard_workers import make_shards
 
 _OVERRIDDEN = ("cluster", "data", "train")
 _OF_THE_MODEL = ("data.image_size", "data.channels")
@@ -97,7 +98,7 @@ def encode(
     tasks = [shard for shard in listing.shards if shard.name not in ledger.entries]
     total = sum(shard.num_bytes for shard in listing.shards)
     done = total - sum(task.num_bytes for task in tasks)
-    with ledger, closing(encode_shards(Work(config, family, destination, record), tasks)) as results:
+    with ledger, closing(make_shards(EncodingWork(config, family, destination, record), tasks)) as results:
         for result in results:
             if result.unreadable:
                 record.unreadable[result.entry.name] = result.unreadable

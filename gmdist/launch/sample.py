@@ -15,7 +15,7 @@ from gmdist.errors import ConfigError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Condition, Family
 
-_AT_ONCE = 64  # images in one pass
+AT_ONCE = 64  # images in one pass
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,46 @@ def with_sampler(config: Config, request: SampleRequest) -> Config:
     return config
 
 
+class Drawer:
+    """A run's averaged weights, set up to draw what a request asks for."""
+
+    def __init__(self, run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> None:
+        """Open the run, with `key=value` of its config changed; ConfigError for a request that cannot be."""
+        self.request = request
+        self.config = with_sampler(runs.read_config(run, overrides), request)
+        check_request(self.config, request)
+        meta, self.family = runs.open_run(run, self.config)
+        self.step: int = meta["step"]
+        check_conditions(self.family, request)
+        self.rows = None if request.complete is None else _first_rows(request.complete, self.config.data.channels)
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> "Drawer":
+        """Move it to a device."""
+        self.family, self._device = self.family.to(device), device
+        return self
+
+    def condition(self, numbers: Tensor) -> Condition:
+        """What the images of these numbers [N] are to show."""
+        return asked(self.request, numbers, self.config.data.num_classes or 0)
+
+    def pixels(self, numbers: Tensor) -> Tensor:
+        """The images of these numbers [N], uint8 [N, H, W, C] on the CPU: the same ones for the same request."""
+        numbers = numbers.to(self._device)
+        keys, condition, rows = keys_of(self.request, numbers), self.condition(numbers), self.rows
+        with torch.inference_mode():
+            if rows is None:
+                return images.to_uint8(self.family.sample(keys, condition)).cpu()
+            return images.to_uint8(_completed(self.family, self.request, rows, keys, condition)).cpu()
+
+
 def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tensor:
     """Images uint8 [N, H, W, C] of a run's averaged weights, with `key=value` of its config changed.
 
     The same request gives the same images.
     """
-    config = with_sampler(runs.read_config(run, overrides), request)
-    classes = config.data.num_classes or 0
-    check_request(config, request)
-    _, family = runs.open_run(run, config)
-    check_conditions(family, request)
-    rows = None if request.complete is None else _first_rows(request.complete, config.data.channels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family = family.to(device)
-    parts = []
-    for start in range(0, request.num_images, _AT_ONCE):
-        numbers = torch.arange(start, min(start + _AT_ONCE, request.num_images), device=device)
-        keys, condition = keys_of(request, numbers), asked(request, numbers, classes)
-        with torch.inference_mode():
-            made = (
-                family.sample(keys, condition) if rows is None else _completed(family, request, rows, keys, condition)
-            )
-            parts.append(images.to_uint8(made))
-    return torch.cat(parts)
+    drawer = Drawer(run, request, overrides).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.cat([drawer.pixels(numbers) for numbers in torch.arange(request.num_images).split(AT_ONCE)])
 
 
 def draws(run: str) -> bool:

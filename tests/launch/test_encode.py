@@ -17,7 +17,7 @@ from gmdist.data.manifest import Manifest
 from gmdist.data.shard import walk
 from gmdist.errors import ConfigError, DataError, RunFailedError
 from gmdist.images import png
-from gmdist.launch import encoders
+from gmdist.launch import encoders, shard_workers
 from gmdist.launch.encode import encode
 from gmdist.runs import check_start, open_run, train_worker
 from tests.launch.latents import ALONE, CACHED, CPU, SHARDS, picture, second_stage, write
@@ -129,7 +129,7 @@ def test_two_workers_make_the_same_bytes(ray_cluster, stage: str, images: str, c
         encode(stage, str(tmp_path / "images"), str(tmp_path / "bad"), ["cluster.num_workers=2"])
 
 
-class Mortal(encoders.Encoder):
+class Mortal(shard_workers.Worker):
     """Is killed once."""
 
     def shard(self, shard):
@@ -142,7 +142,7 @@ class Mortal(encoders.Encoder):
 
 @pytest.mark.ray
 def test_a_lost_worker_starts_again(ray_cluster, stage: str, images: str, cache: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(encoders, "Encoder", Mortal)
+    monkeypatch.setattr(shard_workers, "Worker", Mortal)
     command = [stage, images, str(tmp_path / "out")]
     with pytest.raises(RunFailedError, match="a worker was lost more than 0 times"):
         encode(*command, ["cluster.num_workers=2", "cluster.max_failures=0"])

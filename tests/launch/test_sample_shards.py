@@ -1,0 +1,116 @@
+"""Generated images as shards: the same bytes whoever draws them, and whatever happens to the command."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gmdist.cli import main
+from gmdist.data.decode import decode_image
+from gmdist.data.manifest import Manifest
+from gmdist.data.sources import open_source
+from gmdist.errors import ConfigError, DataError
+from gmdist.launch import sample_shards as shards
+from gmdist.launch.sample import SampleRequest, draw
+from gmdist.launch.sample_shards import sample_shards
+from tests.exporting import UNET, train
+from tests.support import tree_bytes
+
+REQUEST = SampleRequest(23, seed=3)
+ALONE = ["cluster.num_workers=1"]
+
+
+@pytest.fixture(scope="module")
+def run(noise: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of a pixel denoiser with classes, of few weights and sampler steps."""
+    settings = [UNET, "family.diffusion.sampler.num_steps=2"]
+    return train("ddpm", noise, tmp_path_factory.mktemp("ddpm") / "run", *settings)
+
+
+@pytest.fixture(autouse=True)
+def few_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SHARD_IMAGES", 5)
+
+
+def test_the_shards_hold_what_a_grid_would_show(run: str, tmp_path: Path) -> None:
+    manifest, was_there = sample_shards(run, REQUEST, str(tmp_path / "out"), ALONE)
+    assert (manifest.num_samples, len(manifest.shards), was_there) == (23, 5, False)
+    raws = list(open_source(str(tmp_path / "out")).by_name())
+    assert [raw.key for raw in raws] == [f"{number:08d}" for number in range(23)]
+    drawn = draw(run, REQUEST, ALONE)
+    for number, members in enumerate(raw.read() for raw in raws):
+        assert int(members["cls"]) == number % 4
+        picture = decode_image(members["png"], 3)
+        np.testing.assert_allclose(picture.astype(int), drawn[number].int(), atol=1)  # of other batches: other bits
+
+
+@pytest.mark.ray
+def test_two_workers_draw_the_same_bytes(ray_cluster: Any, run: str, tmp_path: Path) -> None:
+    sample_shards(run, REQUEST, str(tmp_path / "one"), ALONE)
+    sample_shards(run, REQUEST, str(tmp_path / "two"), ["cluster.num_workers=2"])
+    assert tree_bytes(tmp_path / "one") == tree_bytes(tmp_path / "two")
+
+
+def test_what_was_drawn_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """The command was killed."""
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    sample_shards(run, REQUEST, str(whole), ALONE)
+
+    def kill(done: int, total: int) -> None:
+        if done >= 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample_shards(run, REQUEST, str(out), ALONE, kill)
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert there
+    with pytest.raises(DataError, match="its sampling was not finished; run the same `gmdist sample` again"):
+        Manifest.load(str(out))
+    told: list[tuple[int, int]] = []
+    sample_shards(run, REQUEST, str(out), ALONE, lambda *counts: told.append(counts))
+    assert told[0][0] > 5
+    assert told[-1] == (23, 23)
+    assert tree_bytes(out) == tree_bytes(whole)
+    assert sample_shards(run, REQUEST, str(out), ALONE)[1]
+
+
+def test_another_request_in_the_folder_is_refused(run: str, tmp_path: Path) -> None:
+    sample_shards(run, REQUEST, str(tmp_path / "out"), ALONE)
+    with pytest.raises(DataError, match="holds images of another request"):
+        sample_shards(run, SampleRequest(23, seed=4), str(tmp_path / "out"), ALONE)
+    with pytest.raises(DataError, match="holds images of another family"):
+        sample_shards(run, REQUEST, str(tmp_path / "out"), [*ALONE, "family.diffusion.sampler.num_steps=3"])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/read.me").touch()
+    with pytest.raises(DataError, match="holds something else .read.me"):
+        sample_shards(run, REQUEST, str(tmp_path / "notes"), ALONE)
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = shards.DrawingWork(shards.Drawer(run, REQUEST, ALONE), str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="does not see what is in it: on several machines"):
+        work.maker()
+
+
+def test_the_command_says_what_it_drew(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], few_a_shard: None
+) -> None:
+    command = ["sample", run, "--num-images", "7", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "out: 7 images in 2 shards\n" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "they were drawn before" in capsys.readouterr().out
+    assert main([*command[:-1], str(tmp_path / "x.png")]) == 2
+    assert "is a grid, and --workers draw shards" in capsys.readouterr().err
+    assert main([*command, "--show", "reconstructions"]) == 2
+    assert "--workers: does not go with --show" in capsys.readouterr().err
+
+
+def test_a_bucket_gets_shards(run: str, bucket: Any) -> None:
+    assert main(["sample", run, "--num-images", "6", "--out", "s3://pictures/drawn", *ALONE]) == 0
+    assert Manifest.load("s3://pictures/drawn").num_samples == 6
