@@ -196,7 +196,7 @@ def _with_preset(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
     cluster = structured(ClusterConfig, tree.get("cluster") or {}, "cluster")
     cluster.validate()
     settings: dict[str, Any] = kind.preset_settings(str(name), image_size, cluster.worker_range[1])
-    return _merged(settings, tree)
+    return merged(settings, tree)
 
 
 def _check(config: Config) -> None:
@@ -265,7 +265,7 @@ def _compose(path: str, including: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: {base!r}; must be the path of a config file")
     below = _compose(os.path.join(os.path.dirname(path), base), (*including, os.path.abspath(path)))
-    return _merged(below, tree)
+    return merged(below, tree)
 
 
 def _parse(text: str, location: str) -> dict[str, Any]:
@@ -282,9 +282,10 @@ def _parse(text: str, location: str) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
+    """Plain values on top of others: mappings key by key, all else as a whole."""
     if isinstance(below, dict) and isinstance(above, dict):
-        return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+        return below | {key: merged(below[key], value) if key in below else value for key, value in above.items()}
     return above
 
 
@@ -292,11 +293,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"'{override}': not an override; write key=value, for example train.num_steps=100")
-    put(tree, key, _parse(f"value: {text}", override).get("value"))
-
-
-def put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key of a tree of plain values; ConfigError if there are no keys below a part of it."""
+    value = _parse(f"value: {text}", override).get("value")
     *parents, last = key.split(".")
     node = tree
     for parent in parents:

@@ -8,7 +8,9 @@ from gmdist.config import Config, from_yaml, load
 from gmdist.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml")
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "base.yaml" and path.parent.name != "sweeps"
+)
 
 BASE = """
 name: base

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmdist import storage
-from gmdist.config import Config, compose, from_tree, put, structured
+from gmdist.config import Config, compose, from_tree, merged, structured
 from gmdist.errors import ConfigError
 from gmdist.sweep.config import SweepConfig
 from gmdist.sweep.space import keyed
@@ -84,7 +84,9 @@ def _combined(tree: dict[str, Any], place: str, combinations: Sequence[Mapping[s
 
 
 def _with(tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:
-    filled = deepcopy(tree)
+    """The config of a run with these values. Of a value that is a mapping, the keys that it has count."""
     for key, value in settings.items():
-        put(filled, key, value)
-    return from_tree(filled)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return from_tree(deepcopy(tree))
