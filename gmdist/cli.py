@@ -10,28 +10,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from gmdist import __version__
+from gmdist import __version__, commands
+from gmdist.commands import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from gmdist.errors import ConfigError, GmdistError
-
-if TYPE_CHECKING:
-    from gmdist.launch.sample import SampleRequest
-
-_REPORTED_IMAGES = 100
-_OF_DRAWN_IMAGES = (
-    "seed",
-    "label",
-    "prompt",
-    "steps",
-    "guidance",
-    "complete",
-    "truncation",
-    "interpolate",
-    "mix_styles",
-)  # options of `sample`
-_OTHER_PICTURES = ("translate", "show", "interpolate", "mix_styles")  # options of `sample`, too
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,17 +60,26 @@ def _complain(message: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gmdist", description="Distributed training of generative image models.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", _train, "train a run, or go on with it")
+    train = _command(parsers, "train", commands.train, "train a run, or go on with it")
     train.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/digits/autoencoder_kl.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
 
-    sweep = _command(commands, "sweep", _sweep, "train a config with many settings, and find the best")
+    sweep = _command(parsers, "sweep", commands.sweep, "train a config with many settings, and find the best")
     sweep.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/sweeps/digits_vae.yaml")
     sweep.add_argument("overrides", metavar="key=value", nargs="*", help="such as sweep.num_trials=4")
 
-    sample = _command(commands, "sample", _sample, "draw images from a run")
+    submit = _command(parsers, "submit", commands.submit, "train or sweep a config as a job on a cluster")
+    submit.add_argument("config", type=_location, metavar="CONFIG", help="inside this folder, which is uploaded")
+    submit.add_argument("overrides", metavar="key=value", nargs="*", help="such as run.dir=s3://bucket/runs/a")
+    submit.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+        help="of the job server; default: RAY_API_SERVER_ADDRESS, or %(default)s",
+    )
+
+    sample = _command(parsers, "sample", commands.sample, "draw images from a run")
     sample.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     sample.add_argument("--num-images", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--label", type=int, help="class of all images; default: all classes in turn")
@@ -113,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--images", type=_location, metavar="SRC", help="those: a folder of images, or shards")
     _add_settings(sample, "family.diffusion.sampler.name=ddim")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "compare a run's images with real ones")
+    evaluate = _command(parsers, "evaluate", commands.evaluate, "compare a run's images with real ones")
     evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     evaluate.add_argument("--metrics", help="of fid,kid,pr; default: the run's evaluation.metrics, or all")
     evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
@@ -124,22 +115,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(evaluate, "evaluation.reference=data/digits/test")
 
-    export = _command(commands, "export", _export, "write a run's averaged weights for other programs")
+    export = _command(parsers, "export", commands.export, "write a run's averaged weights for other programs")
     export.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     export.add_argument("destination", type=_location, metavar="DEST", help="a new folder or s3://bucket/prefix")
     _add_settings(export, "family.diffusion.sampler.name=ddim")
     export.add_argument("--format", required=True, help="safetensors, or diffusers for what it has a place for")
 
-    report = _command(commands, "report", _report, "write RUN/report.html: curves and images on one page")
+    report = _command(parsers, "report", commands.report, "write RUN/report.html: curves and images on one page")
     report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
-    data = commands.add_parser("data", help="make, pack, index and check data sets")
+    data = parsers.add_parser("data", help="make, pack, index and check data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
-    make = _command(actions, "make", _data_make, "write an embedded data set to DEST/train and DEST/test")
+    make = _command(actions, "make", commands.data_make, "write an embedded data set to DEST/train and DEST/test")
     names = "digits, digits-color, glyphs, glyphs-color, glyphs-serif or glyphs-sans"
     make.add_argument("name", metavar="NAME", help=names)
     make.add_argument("destination", type=_location, metavar="DEST")
-    pack = _command(actions, "pack", _data_pack, "pack images into shards; the same command goes on where it stopped")
+    pack = _command(
+        actions, "pack", commands.data_pack, "pack images into shards; the same command goes on where it stopped"
+    )
     pack.add_argument(
         "source", type=_location, metavar="SRC", help="a folder of images, or of a folder a class; or shards"
     )
@@ -152,13 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--max-unreadable", type=float, default=0.01, metavar="FRACTION", help="is left out; default: %(default)s"
     )
-    index = _command(actions, "index", _data_index, "index plain WebDataset shards")
+    index = _command(actions, "index", commands.data_index, "index plain WebDataset shards")
     index.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
-    check = _command(actions, "check", _data_check, "read shards and compare them with their index")
+    check = _command(actions, "check", commands.data_check, "read shards and compare them with their index")
     check.add_argument("location", type=_location, metavar="URL", help="a folder or s3://bucket/prefix")
     check.add_argument("--fraction", type=float, default=1.0, help="of the shards to read; default: all")
 
-    encode = _command(actions, "encode", _data_encode, "encode images by a first stage; the same command goes on")
+    encode = _command(
+        actions, "encode", commands.data_encode, "encode images by a first stage; the same command goes on"
+    )
     encode.add_argument(
         "run", type=_location, metavar="RUN", help="a first stage: its folder, or one of its checkpoints"
     )
@@ -168,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
     encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
 
-    _command(commands, "doctor", _doctor, "say what this machine has, and what is missing")
+    _command(parsers, "doctor", commands.doctor, "say what this machine has, and what is missing")
     return parser
 
 
@@ -185,270 +180,14 @@ def _location(text: str) -> str:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    parsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
     call: Callable[[argparse.Namespace], int],
     description: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=description, description=description)
+    parser = parsers.add_parser(name, help=description, description=description)
     parser.set_defaults(call=call)
     return parser
-
-
-# Each command imports what it needs: `gmdist --help` answers at once, and `data` works where Ray is not installed.
-
-
-def _train(options: argparse.Namespace) -> int:
-    from gmdist.config import load
-
-    config = load(options.config, options.overrides)
-    from gmdist.launch.progress import Display
-    from gmdist.launch.train import train
-
-    with Display(config.name) as display:
-        outcome = train(config, display.progress, display.message)
-        display.message(
-            f"{config.run.dir}: step {outcome.step}, {outcome.seen} images, order digest {outcome.digest}"
-            + ("" if outcome.finished else "; stopped, the same command goes on from here")
-        )
-    return EXIT_DONE if outcome.finished else EXIT_STOPPED
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from gmdist.sweep.load import load_sweep
-
-    asked = load_sweep(options.config, options.overrides)
-    from gmdist.launch.sweep import BEST_NAME, sweep
-    from gmdist.launch.sweep_progress import SweepDisplay
-
-    with SweepDisplay(asked.base.name, asked.plan.sweep.metric) as display:
-        found = sweep(asked, display.standing, display.message)
-    best = next(trial for trial in found["trials"] if trial["trial"] == found["best"])
-    saved = 1.0 - found["steps"] / found["steps_of_all"]
-    print(
-        f"{asked.folder}/{BEST_NAME}: trial {best['trial']}, {asked.plan.sweep.metric} {best['metric']:.6g}; "
-        f"{len(found['trials'])} trials, {found['steps']} steps ({saved:.0%} saved)"
-    )
-    return EXIT_DONE
-
-
-def _sample(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, check_out, draw, is_grid, save
-    from gmdist.storage import is_s3
-
-    others = [name for name in _OTHER_PICTURES if getattr(options, name) is not None]
-    as_shards = options.workers is not None or (not others and is_s3(options.out) and not is_grid(options.out))
-    if options.workers is not None and others:
-        raise ConfigError(f"--workers: does not go with --{others[0].replace('_', '-')}, which one process makes")
-    if options.workers is not None and is_grid(options.out):
-        raise ConfigError(f"--out: {options.out}; is a grid, and --workers draw shards: name a folder")
-    if not as_shards:
-        check_out(options.out, options.num_images)
-    if (options.translate is None) != (options.images is None):
-        given, missing = ("images", "translate") if options.translate is None else ("translate", "images")
-        raise ConfigError(f"--{missing}: missing; --{given} {getattr(options, given)} needs it")
-    if options.translate is not None:
-        from gmdist.launch.translate import translate
-
-        _refuse_beside(options, "translate", (*_OF_DRAWN_IMAGES, "show"))
-        asked = options.translate, options.images, options.num_images
-        print(translate(options.run, *asked, options.out, options.overrides))
-        return EXIT_DONE
-    if options.show is not None:
-        from gmdist.launch.show import show
-
-        _refuse_beside(options, "show", _OF_DRAWN_IMAGES)
-        print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
-        return EXIT_DONE
-    request = SampleRequest(
-        options.num_images,
-        options.label,
-        options.prompt,
-        options.seed or 0,
-        options.steps,
-        options.guidance,
-        options.truncation,
-        options.complete,
-    )
-    if options.interpolate is not None or options.mix_styles:
-        return _walk(options, request)
-    if as_shards:
-        return _sample_shards(options, request)
-    print(save(draw(options.run, request, options.overrides), options.out))
-    return EXIT_DONE
-
-
-def _sample_shards(options: argparse.Namespace, request: "SampleRequest") -> int:
-    from gmdist.data.progress import Meter
-    from gmdist.launch.sample_shards import sample_shards
-
-    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
-    with Meter(options.out, "images") as meter:
-        manifest, was_there = sample_shards(options.run, request, options.out, overrides, meter.update)
-    what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
-    print(f"{options.out}: {what}{'; they were drawn before' if was_there else ''}")
-    return EXIT_DONE
-
-
-def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
-    from gmdist.launch.sample import is_grid, save
-    from gmdist.launch.walk import interpolate, mix
-
-    if options.complete is not None or (options.interpolate is not None and options.mix_styles):
-        other = "--complete" if options.complete is not None else "--mix-styles"
-        raise ConfigError(f"{other}: does not go with --interpolate or --mix-styles")
-    if options.mix_styles:
-        print(save(mix(options.run, request, options.overrides), options.out, request.num_images + 1))
-        return EXIT_DONE
-    frames = interpolate(options.run, request, options.interpolate, options.overrides)
-    columns = options.interpolate if is_grid(options.out) else None
-    print(save(frames.flatten(0, 1), options.out, columns))
-    return EXIT_DONE
-
-
-def _refuse_beside(options: argparse.Namespace, given: str, names: Sequence[str]) -> None:
-    """ConfigError for options that say something of images that are drawn, where none are."""
-    for name in names:
-        if getattr(options, name) is not None:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: does not go with --{given}, which shows what becomes of real images"
-            )
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from gmdist.launch.evaluate import EvaluationRequest, evaluate, table
-    from gmdist.launch.scores import write_scores
-
-    metrics = None if options.metrics is None else tuple(options.metrics.split(","))
-    if options.scores is not None:
-        for key in ("metrics", "num_images", "features"):
-            if getattr(options, key) is not None:
-                option = key.replace("_", "-")
-                raise ConfigError(f"--{option}: {getattr(options, key)}; must be left out with --scores")
-        print(write_scores(options.run, options.scores, options.batch_size, options.overrides))
-        return EXIT_DONE
-    request = EvaluationRequest(metrics, options.num_images, options.batch_size, options.features)
-    print(table(evaluate(options.run, request, options.overrides)))
-    return EXIT_DONE
-
-
-def _export(options: argparse.Namespace) -> int:
-    from gmdist.launch.export import export
-
-    print(export(options.run, options.destination, options.format, options.overrides))
-    return EXIT_DONE
-
-
-def _report(options: argparse.Namespace) -> int:
-    from gmdist.launch.sample import SampleRequest, draw, draws
-    from gmdist.report.page import write
-
-    last = options.runs[-1]
-    print(write(options.runs, draw(last, SampleRequest(_REPORTED_IMAGES)) if draws(last) else None))
-    return EXIT_DONE
-
-
-def _data_make(options: argparse.Namespace) -> int:
-    from gmdist.data.samples import make
-    from gmdist.launch.classifier import ensure_classifier
-
-    for split, manifest in make(options.name, options.destination).items():
-        print(f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards")
-    print(ensure_classifier(options.name, options.destination))
-    return EXIT_DONE
-
-
-def _data_pack(options: argparse.Namespace) -> int:
-    from gmdist.data.encode import Encoding
-    from gmdist.data.pack import pack
-    from gmdist.data.parallel import num_cores
-    from gmdist.data.progress import Meter
-
-    encoding = Encoding(options.image_size, options.format, options.quality)
-    encoding.validate()
-    processes = num_cores() if options.processes is None else options.processes
-    if not options.shard_mib > 0:
-        raise ConfigError(f"--shard-mib: {options.shard_mib}; must be above 0")
-    if processes < 1:
-        raise ConfigError(f"--processes: {processes}; must be at least 1")
-    if not 0 <= options.max_unreadable <= 1:
-        raise ConfigError(f"--max-unreadable: {options.max_unreadable}; must be from 0 to 1")
-    with Meter(options.destination) as meter:
-        packed = pack(
-            options.source,
-            options.destination,
-            encoding,
-            shard_mib=options.shard_mib,
-            processes=processes,
-            max_unreadable=options.max_unreadable,
-            on_progress=meter.update,
-            on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
-        )
-    manifest = packed.manifest
-    what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
-    what += f", {len(manifest.classes)} classes" if manifest.classes else ""
-    print(f"{options.destination}: {what}{'; it was packed before' if packed.was_there else ''}")
-    return EXIT_DONE
-
-
-def _data_index(options: argparse.Namespace) -> int:
-    from gmdist.data.index import index_folder
-    from gmdist.data.progress import Meter
-
-    with Meter(options.location) as meter:
-        manifest, problems = index_folder(options.location, meter.update)
-    if not problems:
-        print(f"{options.location}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
-    return _tell(problems)
-
-
-def _data_check(options: argparse.Namespace) -> int:
-    from gmdist.data.index import check_folder
-    from gmdist.data.progress import Meter
-
-    if not 0 < options.fraction <= 1:
-        raise ConfigError(f"--fraction: {options.fraction}; must be above 0 and at most 1")
-    with Meter(options.location) as meter:
-        problems = check_folder(options.location, options.fraction, meter.update)
-    if not problems:
-        print(f"{options.location}: sound" + ("" if options.fraction == 1 else ", as far as it was read"))
-    return _tell(problems)
-
-
-def _data_encode(options: argparse.Namespace) -> int:
-    from gmdist.data.progress import Meter
-    from gmdist.launch.encode import encode
-
-    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
-    with Meter(options.destination) as meter:
-        encoded = encode(
-            options.run,
-            options.source,
-            options.destination,
-            overrides,
-            flip=options.flip,
-            on_progress=meter.update,
-            on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
-        )
-    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in encoded.record.arrays.items())
-    manifest = encoded.manifest
-    what = f"{manifest.num_samples} samples in {len(manifest.shards)} shards, {arrays}"
-    print(f"{options.destination}: {what}{'; it was encoded before' if encoded.was_there else ''}")
-    return EXIT_DONE
-
-
-def _tell(problems: list[str]) -> int:
-    for problem in problems:
-        print(f"gmdist: {problem}", file=sys.stderr)
-    return EXIT_FAILED if problems else EXIT_DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from gmdist.doctor import examine
-
-    lines, sound = examine()
-    print("\n".join(lines))
-    return EXIT_DONE if sound else EXIT_FAILED
 
 
 if __name__ == "__main__":

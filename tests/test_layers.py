@@ -36,7 +36,8 @@ ALLOWED = {
         *("storage", "images"),
     },
     "doctor": set(),
-    "cli": {"launch", "sweep", "config", "data", "report", "doctor"},
+    "cli": {"commands"},
+    "commands": {"launch", "sweep", "storage", "config", "data", "report", "doctor"},
 }
 SOLE_IMPORTERS = {"ray": "launch", "deepspeed": "train/zero.py", "boto3": "s3.py", "botocore": "s3.py"}
 FILES = sorted(ROOT.rglob("*.py"))

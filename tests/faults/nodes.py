@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 DEADLINE_S = 60
 _SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -57,14 +58,20 @@ def processes(title: bytes) -> list[int]:
 class Nodes:
     """A Ray cluster: a head, and nodes that come and go. A context manager; its ports are none of Ray's defaults."""
 
-    def __init__(self, num_cpus: int) -> None:
-        self._head_cpus = num_cpus
+    def __init__(self, num_cpus: int, token: str | None = None) -> None:
+        """A head with so many processors, that whoever has the token may use; None: anybody."""
+        self._head_cpus, self._token = num_cpus, token
         self._groups: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.mkdtemp(prefix="ray-")  # pytest's folders are too deep for the path of a socket
         self._port, self._dashboard, client = (free_port() for _ in range(3))
         self.address, self.dashboard = f"127.0.0.1:{self._port}", f"http://127.0.0.1:{self._dashboard}"
         self.settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         self.settings |= {"RAY_TMPDIR": self._folder, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+        if token is not None:
+            path = Path(self._folder, "token")
+            path.touch(0o600)
+            path.write_text(token)
+            self.settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
         self._head = ["--head", f"--port={self._port}", "--dashboard-host=127.0.0.1"]
         self._head += [f"--dashboard-port={self._dashboard}", f"--ray-client-server-port={client}"]
 
@@ -88,7 +95,9 @@ class Nodes:
     def add(self, num_cpus: int) -> str:
         """Start a node; returns its id once it and its processors are there."""
         before = self._alive()
-        self._start(num_cpus, f"--address={self.address}")
+        # In one folder, nodes would unpack a job's package over each other's.
+        folder = tempfile.mkdtemp(prefix="node-", dir=self._folder)
+        self._start(num_cpus, f"--address={self.address}", f"--temp-dir={folder}")
         deadline = time.monotonic() + DEADLINE_S
         while not self._alive() - before:
             assert self._groups[-1].poll() is None
@@ -98,9 +107,14 @@ class Nodes:
         return node
 
     def _alive(self) -> set[str]:
-        with urllib.request.urlopen(f"{self.dashboard}/api/v0/nodes") as answer:
-            nodes = json.load(answer)["data"]["result"]["result"]
+        nodes = self.ask("/api/v0/nodes")["data"]["result"]["result"]
         return {node["node_id"] for node in nodes if node["state"] == "ALIVE" and node["resources_total"]}
+
+    def ask(self, path: str) -> Any:
+        """What the dashboard's server answers."""
+        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.dashboard}{path}", headers=headers)) as answer:
+            return json.load(answer)
 
     def announce_end(self, node: str, in_s: int) -> None:
         """Tell Ray that a node will be taken away, as the watchers of spot machines do."""
