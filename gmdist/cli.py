@@ -163,7 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
     encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
 
-    _command(parsers, "doctor", commands.doctor, "say what this machine has, and what is missing")
+    doctor = _command(parsers, "doctor", commands.doctor, "say what this machine or a cluster has, and what is missing")
+    doctor.add_argument(
+        "config", type=_location, metavar="CONFIG", nargs="?", help="of a run whose cluster is examined"
+    )
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="such as cluster.address=auto")
     return parser
 
 

@@ -299,9 +299,19 @@ def _tell(problems: list[str]) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Say what this machine has, and what is missing."""
+    """Say what this machine has, or the cluster of a run, and what is missing."""
     from gmdist.doctor import examine
 
     lines, sound = examine()
+    if options.config is not None:
+        from gmdist.config import load
+        from gmdist.launch.cluster import connected
+        from gmdist.launch.preflight import examine_cluster, table
+
+        config = load(options.config, options.overrides)
+        with connected(config.cluster, may_be_small=True):
+            findings = examine_cluster(config)
+        lines += table(findings)
+        sound = sound and all(finding.remedy is None for finding in findings)
     print("\n".join(lines))
     return EXIT_DONE if sound else EXIT_FAILED

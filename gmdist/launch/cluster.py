@@ -29,8 +29,12 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
-    """Be connected to the cluster that the config names; one that was started for it ends afterwards."""
+def connected(config: ClusterConfig, *, may_be_small: bool = False) -> Iterator[None]:
+    """Be connected to the cluster that the config names; one that was started for it ends afterwards.
+
+    Raises:
+        ConfigError: no cluster answers; or, unless it may be, it is too small for the workers.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     already = ray.is_initialized()
@@ -38,7 +42,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         if not already:
             with _own_handler():
                 _connect(config)
-        check_resources(config)
+        if not may_be_small:
+            check_resources(config)
         yield
     except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
         raise KeyboardInterrupt from error

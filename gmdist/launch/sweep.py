@@ -13,6 +13,7 @@ from gmdist.config import Config
 from gmdist.errors import ConfigError, GmdistError, RunFailedError
 from gmdist.launch.cluster import connected, room
 from gmdist.launch.lease import held
+from gmdist.launch.preflight import check_cluster
 from gmdist.launch.train import train
 from gmdist.launch.watch import Stopper
 from gmdist.report.sweep import write_page
@@ -53,6 +54,8 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
     stopper = Stopper(on_message)
     folder = asked.folder
     with stopper.installed(), held(folder, on_message, stopper.ask) as lease, connected(asked.base.cluster):
+        if asked.base.cluster.address != "local":
+            check_cluster(asked.base)
         lease.confirm()
         stopper.check()
         if asked.base.run.overwrite:

@@ -11,6 +11,7 @@ from gmdist.errors import RunFailedError, StorageError
 from gmdist.launch.cluster import connected
 from gmdist.launch.lease import held
 from gmdist.launch.mailbox import Failure, WorkersFailedError
+from gmdist.launch.preflight import check_cluster
 from gmdist.launch.watch import Stopper, choose_size
 from gmdist.train.hooks import Outcome, Progress
 
@@ -57,6 +58,8 @@ def train(
         held(config.run.dir, on_message, stopper.ask) as lease,
         connected(config.cluster),
     ):
+        if own and config.cluster.address != "local":  # with the lease: the folder is nobody else's
+            check_cluster(config)
         lease.confirm()  # after Ray's start: another command has had the time to write its own
         stopper.check()
         if config.run.overwrite:  # all that can be refused before the start has been
