@@ -33,7 +33,7 @@ ALLOWED = {
     "launch": {
         *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "sweep"),
         "report",
-        *("storage", "images"),
+        *("storage", "s3", "images"),
     },
     "doctor": set(),
     "cli": {"commands"},
