@@ -4,6 +4,7 @@ import os
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,15 +130,19 @@ def _no_api_server() -> Iterator[None]:
 def _own_handler() -> Iterator[None]:
     """Keep the handler of SIGTERM, if there is one, while this holds.
 
-    Ray would set its own, which leaves Ray's start in the middle, and processes of it behind.
+    Ray would set its own, which leaves Ray's start in the middle, and processes of it behind. That of its C++ side is
+    called before Python's: it prints a stack, and aborts the process 3 s later, in the middle of a checkpoint.
     """
-    original = ray._private.utils.set_sigterm_handler
-    if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None):
+    original, own = ray._private.utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    is_set = own not in (signal.SIG_DFL, None)
+    if is_set:
         ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         ray._private.utils.set_sigterm_handler = original
+        if is_set and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own)
 
 
 @contextmanager

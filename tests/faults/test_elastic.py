@@ -68,6 +68,18 @@ def newest_step(run: Path) -> int:
     return max((line["step"] for line in read_lines(path)), default=0) if path.exists() else 0
 
 
+def check_same_run(run: Path, train: list[str], whole: Path) -> None:
+    """The run saw the samples of one that nothing happened to, in the same order, and had its losses."""
+    steps = newest_step(run)
+    ended = run_to_end([*train, f"train.num_steps={steps}", "cluster.num_workers=1", f"run.dir={whole}"])
+    assert ended.returncode == 0, ended.stderr
+    ours, undisturbed = (read_lines(folder / "metrics.jsonl") for folder in (run, whole))
+    assert [line["step"] for line in ours] == [line["step"] for line in undisturbed] == list(range(1, steps + 1))
+    assert [line["order_digest"] for line in ours] == [line["order_digest"] for line in undisturbed]
+    for changed, line in zip(ours, undisturbed, strict=True):
+        assert changed["denoiser/loss"] == pytest.approx(line["denoiser/loss"], rel=1e-4), line["step"]
+
+
 def test_nodes_come_and_go(digits: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tmp_path / "elastic.yaml"
     config.write_text(CONFIG.format(data=digits))
@@ -99,13 +111,5 @@ def test_nodes_come_and_go(digits: Path, tmp_path: Path) -> None:
         watched.wait_for_lines("going on with 1 workers instead of 2", count=2)
         go_on()
         watched.process.send_signal(signal.SIGTERM)
-        assert watched.process.wait(DEADLINE_S) == 130, watched.lines
-    steps = newest_step(run)
-    alone = [*train, f"train.num_steps={steps}", "cluster.num_workers=1", f"run.dir={tmp_path}/whole"]
-    ended = run_to_end(alone)
-    assert ended.returncode == 0, ended.stderr
-    ours, whole = (read_lines(folder / "metrics.jsonl") for folder in (run, tmp_path / "whole"))
-    assert [line["step"] for line in ours] == [line["step"] for line in whole] == list(range(1, steps + 1))
-    assert [line["order_digest"] for line in ours] == [line["order_digest"] for line in whole]
-    for changed, line in zip(ours, whole, strict=True):
-        assert changed["denoiser/loss"] == pytest.approx(line["denoiser/loss"], rel=1e-4), line["step"]
+        assert watched.process.wait(DEADLINE_S) == 130, "".join(watched.lines)
+    check_same_run(run, train, tmp_path / "whole")

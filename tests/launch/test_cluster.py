@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,3 +36,24 @@ def test_a_cluster_of_its_own_has_processors_for_the_least_workers_only(monkeypa
     assert [options["num_cpus"] for options in started] == [4, 4, 12]
     assert {options["_node_ip_address"] for options in started} == {"127.0.0.1"}
     assert os.environ["RAY_AUTH_TOKEN"] not in ("another's", "")
+
+
+SLOW_TO_STOP = """
+import os, signal, time
+from gmdist.config import ClusterConfig
+from gmdist.launch.cluster import connected
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append("asked"))
+with connected(ClusterConfig()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(4)
+print(got)
+"""
+
+
+def test_a_stop_may_take_longer_than_ray_waits_before_it_aborts() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SLOW_TO_STOP], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "['asked']\n"), ended.stderr
+    assert "SIGTERM" not in ended.stderr
