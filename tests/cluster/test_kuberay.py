@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import re
@@ -53,19 +54,22 @@ def ray_containers(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [container for container in containers(manifest) if container["name"] != "ray-job-submitter"]
 
 
+def limits(container: dict[str, Any]) -> dict[str, str]:
+    return container["resources"]["limits"]
+
+
 # Schemas. Kubernetes' own types are the dataclasses of lightkube-models, which are generated from its OpenAPI.
 
 
 @functools.cache
-def core_v1() -> types.ModuleType:
+def kubernetes(group: str) -> types.ModuleType:
+    """Types of a group: core_v1, networking_v1."""
     name = "lightkube.core.schema"  # of a client, of which its models take these two from dataclasses and one more
     if name not in sys.modules:
         schema: Any = types.ModuleType(name)
         schema.dataclass, schema.field, schema.DictMixin = dataclasses.dataclass, dataclasses.field, object
         sys.modules[name] = schema
-    from lightkube.models import core_v1
-
-    return core_v1
+    return importlib.import_module(f"lightkube.models.{group}")
 
 
 def schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def own_schema(kind: str) -> dict[str, Any]:
     """That of `kuberay.schema.json`, with the pods of Kubernetes."""
     schema = closed(json.loads((ROOT / "tests/cluster/kuberay.schema.json").read_text()))
     for name in ("PodTemplateSpec", "Service"):
-        schema_of(getattr(core_v1(), name), schema["definitions"])
+        schema_of(getattr(kubernetes("core_v1"), name), schema["definitions"])
     schema["properties"]["spec"] = {"$ref": f"#/definitions/{kind}"}
     return schema
 
@@ -213,13 +217,15 @@ def test_the_user_is_that_of_the_image(manifest: dict[str, Any]):
 
 def test_shared_memory_is_memory(manifest: dict[str, Any]):
     """A pod's own /dev/shm has 64 MB: Ray would put its objects on a disk."""
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
     for container in ray_containers(manifest):
         (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
         (pod,) = [pod for pod in pods(manifest) if container in pod["containers"]]
         (volume,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == name]
         assert volume["medium"] == "Memory"
-        limit = container["resources"]["limits"]["memory"]
-        assert int(volume["sizeLimit"].removesuffix("Gi")) < int(limit.removesuffix("Gi")) // 2
+        memory, limit = (int(text.removesuffix("Gi")) for text in (volume["sizeLimit"], limits(container)["memory"]))
+        assert DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * limit <= memory < limit / 2  # Ray takes so much of the limit
 
 
 def test_a_stopped_run_has_the_time_to_save(manifest: dict[str, Any]):
@@ -237,8 +243,8 @@ def test_workers_are_on_gpus_and_not_on_the_head(manifest: dict[str, Any]):
     (group,) = cluster["workerGroupSpecs"]
     assert 0 < group["minReplicas"] == group["replicas"] < group["maxReplicas"]
     (worker,) = group["template"]["spec"]["containers"]
-    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert worker["resources"]["requests"] == worker["resources"]["limits"]
+    assert limits(worker)["nvidia.com/gpu"] == "1"
+    assert worker["resources"]["requests"] == limits(worker)
 
 
 def test_versions_and_images_agree(manifest: dict[str, Any]):
@@ -257,9 +263,23 @@ def test_the_job_is_a_run_that_its_cluster_has_room_for():
     assert words[:3] == ["exec", "python", "jobs/train.py"]  # without `exec` a shell would get the signal of a stop
     config = load_config(str(ROOT / words[3]), words[4:])
     (group,) = cluster_of(manifest)["workerGroupSpecs"]
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert config.cluster.gpus_per_worker == int(limits["nvidia.com/gpu"])
-    assert config.cluster.cpus_per_worker <= int(limits["cpu"])
+    there = limits(group["template"]["spec"]["containers"][0])
+    assert config.cluster.gpus_per_worker == int(there["nvidia.com/gpu"])
+    assert config.cluster.cpus_per_worker <= int(there["cpu"])
     assert config.cluster.worker_range[0] <= group["minReplicas"]
     assert config.run.dir.startswith("s3://")
     assert manifest["spec"]["shutdownAfterJobFinishes"] is True
+
+
+def test_other_namespaces_do_not_reach_the_nodes():
+    """Metrics ask for no token."""
+    policy = load("networkpolicy")
+    definitions: dict[str, Any] = {}
+    reference = schema_of(kubernetes("networking_v1").NetworkPolicy, definitions)
+    assert told(reference | {"definitions": definitions}, policy) == []
+    spec = policy["spec"]
+    assert spec["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}  # KubeRay's label of all of Ray's pods
+    assert spec["policyTypes"] == ["Ingress"]
+    (rule,) = spec["ingress"]
+    assert [list(source) for source in rule["from"]] == [["podSelector"], ["namespaceSelector"]]
+    assert rule["from"][1]["namespaceSelector"]["matchLabels"]
