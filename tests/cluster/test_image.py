@@ -84,6 +84,7 @@ def test_all_that_jobs_need_is_in_it():
     assert {"gmdist", "jobs", "configs", "pyproject.toml", "README.md"} <= copied  # setuptools reads the last
     assert all((ROOT / source).exists() and sent_to_the_builder(source) for source in copied)
     assert sent_to_the_builder("gmdist/data/shard.py")
+    assert "COPY cluster/drain.sh /opt/gmdist/cluster/\n" in (ROOT / "cluster/Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(

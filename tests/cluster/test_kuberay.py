@@ -234,6 +234,11 @@ def test_a_stopped_run_has_the_time_to_save(manifest: dict[str, Any]):
         assert waits["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     for pod in list(pods(manifest))[:2]:
         assert pod["terminationGracePeriodSeconds"] > 60
+    for group in cluster_of(manifest)["workerGroupSpecs"]:  # a pod that has to go: Ray is told before it gets a signal
+        (worker,) = group["template"]["spec"]["containers"]
+        *shell, path, mode, most_s = worker["lifecycle"]["preStop"]["exec"]["command"]
+        assert (shell, path, mode) == (["bash"], "/opt/gmdist/cluster/drain.sh", "now")
+        assert int(most_s) < group["template"]["spec"]["terminationGracePeriodSeconds"] - 20
 
 
 def test_workers_are_on_gpus_and_not_on_the_head(manifest: dict[str, Any]):

@@ -70,6 +70,16 @@ def test_every_ray_asks_for_the_token_and_the_dashboard_is_not_open(config: dict
     assert "chmod 700 ~/.ray && chmod 600 ~/.ray/auth_token" in config["worker_setup_commands"]
 
 
+def test_every_worker_waits_for_the_word_of_its_cloud(config: dict[str, Any]):
+    cloud = config["provider"]["type"]
+    assert config["file_mounts"]["~/gmdist/drain.sh"] == "cluster/drain.sh"
+    last = config["worker_start_ray_commands"][-1]
+    assert f"bash ~/gmdist/drain.sh {cloud} >" in last
+    assert "RAY_AUTH_MODE=token" in last
+    assert "setsid --fork" in last  # or it would end with the connection that starts it, or hold that up
+    assert not any("drain.sh" in command for command in config["head_start_ray_commands"])
+
+
 def test_commands_are_shell(config: dict[str, Any]):
     for command in all_commands(config):
         checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
@@ -218,8 +228,11 @@ def test_ray_up_on_aws(up: tuple[Any, Remote, dict[str, Any]]):
         assert TOKEN not in ran  # other users of a machine see the words of commands
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in remote.at(addresses[0])[-1]
     for address in addresses[1:]:
-        assert "RAY_HEAD_IP=10.0.0.1" in remote.at(address)[-1]
-        assert '"GPU":1' in remote.at(address)[-1]
+        *_, started, watched = remote.at(address)
+        assert "RAY_HEAD_IP=10.0.0.1" in started
+        assert '"GPU":1' in started
+        assert remote.files[address, "~/gmdist/drain.sh"] == (ROOT / "cluster/drain.sh").read_bytes()
+        assert "bash ~/gmdist/drain.sh aws" in watched
     assert TOKEN not in json.dumps(on_head)
 
 
