@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.faults.nodes import Nodes, environment
@@ -28,6 +30,15 @@ ASKED = (
     "/logs",
 )
 
+CALLS = (  # of each kind of server
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "NodeManagerService/GetNodeStats",
+    "ObjectManagerService/Push",
+    "CoreWorkerService/GetCoreWorkerStats",
+    "LogService/ListLogs",  # of a node's agent
+    "RayletDriver/ClusterInfo",  # of ray://
+)
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
@@ -37,8 +48,8 @@ def nodes() -> Iterator[Nodes]:
         yield cluster
 
 
-def listening(nodes: Nodes) -> dict[int, str]:
-    """The ports that processes of these nodes listen at, and whose they are."""
+def listening(nodes: Nodes) -> dict[str, str]:
+    """The places, host:port, that processes of these nodes listen at, and whose they are."""
     mark = f"RAY_TMPDIR={nodes.settings['RAY_TMPDIR']}".encode()
     groups: dict[int, list[Path]] = {}
     own = set()
@@ -52,20 +63,23 @@ def listening(nodes: Nodes) -> dict[int, str]:
     for entry in (entry for group in own for entry in groups[group]):
         with suppress(OSError):
             title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            sockets |= {str(link.readlink()): title for link in (entry / "fd").iterdir()}
-    lines = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return {
-        int(line[1].rpartition(":")[2], 16): sockets[f"socket:[{line[9]}]"]
-        for line in lines
-        if line[3] == LISTENS and f"socket:[{line[9]}]" in sockets
-    }
+            for link in (entry / "fd").iterdir():
+                with suppress(OSError):
+                    sockets[str(link.readlink())] = title
+    found = {}
+    for name in ("tcp", "tcp6"):
+        for line in (line.split() for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]):
+            address, _, port = line[1].rpartition(":")
+            title = sockets.get(f"socket:[{line[9]}]")
+            if line[3] == LISTENS and title is not None:
+                host = socket.inet_ntoa(bytes.fromhex(address)[-4:][::-1])  # of IPv6 what stands for an IPv4
+                found[f"{'127.0.0.1' if host == '0.0.0.0' else host}:{int(port, 16)}"] = title
+    return found
 
 
-def answer(port: int, path: str, token: str | None = None) -> str:
-    """What a port says over HTTP: a number, or that these are metrics; empty: it speaks another language."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+def over_http(place: str, path: str, token: str | None = None) -> str:
+    """What a port says: a number, or that these are metrics; empty: it speaks another language."""
+    request = urllib.request.Request(f"http://{place}{path}")
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
     try:
@@ -77,19 +91,51 @@ def answer(port: int, path: str, token: str | None = None) -> str:
         return ""
 
 
-def test_only_metrics_are_open(nodes: Nodes) -> None:
-    ports = listening(nodes)
-    dashboard = int(nodes.dashboard.rpartition(":")[2])
-    assert answer(dashboard, "/api/jobs/", TOKEN) == "200"
-    answers = {port: {path: answer(port, path) for path in ASKED} for port in ports}
-    told = "\n".join(f"{port} {ports[port][:60]}: {found}" for port, found in answers.items())
+def over_grpc(place: str, method: str) -> str:
+    """What a port says of a call."""
+    with grpc.insecure_channel(place) as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=5)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def test_only_metrics_are_open_over_http(nodes: Nodes) -> None:
+    places = listening(nodes)
+    dashboard = nodes.dashboard.removeprefix("http://")
+    assert over_http(dashboard, "/api/jobs/", TOKEN) == "200"
+    answers = {place: {path: over_http(place, path) for path in ASKED} for place in places}
+    told = "\n".join(f"{place} {places[place][:60]}: {found}" for place, found in answers.items())
     assert all(said != "200" for found in answers.values() for said in found.values()), told
     assert answers[dashboard]["/api/jobs/"] == "401", told
-    assert len([port for port, found in answers.items() if found["/metrics"] == "metrics"]) >= 2, told  # one a node
+    assert len([place for place, found in answers.items() if found["/metrics"] == "metrics"]) >= 2, told  # one a node
+
+
+def test_no_server_takes_a_call_without_the_token(nodes: Nodes) -> None:
+    """Of each kind there is one that knows the call, and refuses it."""
+    code = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print('up', flush=True); sys.stdin.read()"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, nodes.address],
+        env=nodes.settings,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"up\n"
+        said = {method: {place: over_grpc(place, method) for place in listening(nodes)} for method in CALLS}
+    finally:
+        driver.kill()
+        driver.communicate()
+    for method, answers in said.items():
+        assert "OK" not in answers.values(), (method, answers)
+        assert "UNAUTHENTICATED" in answers.values(), (method, answers)
 
 
 def test_who_has_no_token_joins_no_cluster(nodes: Nodes) -> None:
-    """At the port of the head, and as `ray://`; with the token the same command is let in."""
+    """With the token the same command is let in."""
     asked = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print(len(ray.nodes()))"
     for mode, expected in (("disabled", None), ("token", "2")):
         settings = (nodes.settings if mode == "token" else environment()) | {"RAY_AUTH_MODE": mode}
