@@ -7,7 +7,7 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader \
+.PHONY: help setup demo test-local test-faults test-cluster test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader \
 	bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan
 
 help:
@@ -38,6 +38,10 @@ test-local: setup
 # Takes ten minutes: commands, workers and nodes of Ray are killed.
 test-faults: setup
 	$(BIN)/python -m pytest -m faults tests/faults
+
+# Nodes of Ray on this machine that come and go, tokens, jobs, ports.
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 # A real S3 server (OpenStack Swift) in an environment of its own.
 .s3/installed: requirements-s3.txt
