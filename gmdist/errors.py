@@ -35,5 +35,9 @@ class MemoryExceededError(GmdistError):
     """A step that does not fit into the memory. Exit code 1."""
 
 
+class ClusterLostError(GmdistError):
+    """A cluster that does not answer any more, in the middle of a run. Exit code 1."""
+
+
 class RunFailedError(GmdistError):
     """A run whose workers failed more often than cluster.max_failures allows. Exit code 1."""

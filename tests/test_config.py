@@ -138,6 +138,8 @@ def test_parts_of_a_family_are_left_out_or_set(base: Path) -> None:
     assert from_yaml(config.to_yaml(), "again") == config
     assert load(str(base), ["family.discriminator={num_layers: 2}"]).family.discriminator.num_layers == 2
     assert load(str(base), ["family.discriminator={}", "family.discriminator=null"]).family.discriminator is None
+    null_first = ["family.discriminator=null", "family.discriminator.num_layers=2"]
+    assert load(str(base), null_first).family.discriminator.num_layers == 2
 
 
 def test_locations_are_made_absolute(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

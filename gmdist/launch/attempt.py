@@ -23,7 +23,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gmdist.config import Config
-from gmdist.errors import RunFailedError
+from gmdist.errors import ClusterLostError
 from gmdist.launch.cluster import START_TIMEOUT_S
 from gmdist.launch.controller import Trainer
 from gmdist.launch.mailbox import Failure, Mailbox, News, WorkersFailedError
@@ -87,7 +87,7 @@ def attempt(
         except RayError as error:
             thread.join(_LOST_S)  # without a mailbox, workers save and return
             if thread.is_alive():  # others must not be started beside them
-                raise RunFailedError(
+                raise ClusterLostError(
                     "workers neither answer nor end; end them, and run the same command again"
                 ) from error
             lost = "the process between the command and its workers died: killed, or out of memory"
@@ -108,12 +108,12 @@ def _open_mailbox() -> Any:
 
 
 def _check_answers(mailbox: Any) -> None:
-    """RunFailedError if a new mailbox does not come up."""
+    """ClusterLostError if a new mailbox does not come up."""
     try:
         ray.get(mailbox.wishes.remote(), timeout=_LOST_S)
     except (RayError, TimeoutError) as error:
         reason = str(error).partition("\n")[0]
-        raise RunFailedError(f"Ray does not answer any more ({reason}); run the same command again") from error
+        raise ClusterLostError(f"Ray does not answer any more ({reason}); run the same command again") from error
 
 
 def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str, last_step: int | None) -> Trainer:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gmdist import storage
+from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.manifest import Manifest
 from gmdist.errors import ConfigError, GmdistError
@@ -26,6 +26,7 @@ def examine_cluster(config: Config) -> list[Finding]:
 
     The run's folder is written to; afterwards it holds what it held before.
     """
+    runs.use_storage(config)
     findings, data = [_room(config)], []
     for key, folder in config.data.folders:
         try:

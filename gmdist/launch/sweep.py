@@ -10,7 +10,7 @@ from typing import Any
 
 from gmdist import runs, storage
 from gmdist.config import Config
-from gmdist.errors import ConfigError, GmdistError, RunFailedError
+from gmdist.errors import ClusterLostError, ConfigError, GmdistError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected, room
 from gmdist.launch.lease import held
 from gmdist.launch.preflight import check_cluster
@@ -48,9 +48,10 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
     SIGINT and SIGTERM make all trials save a checkpoint and return; a second signal ends the process at once.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError: what a user can mend, and is not one trial's.
+        ConfigError, StorageError, ClusterLostError: what a user can mend, and is not one trial's.
         RunFailedError: no trial came to its end.
     """
+    runs.use_storage(asked.base)
     stopper = Stopper(on_message)
     folder = asked.folder
     with stopper.installed(), held(folder, on_message, stopper.ask) as lease, connected(asked.base.cluster):
@@ -178,7 +179,7 @@ class _Executor:
             if not watch.has_come_to(stretch.last_step):
                 train(config, follow, tell, stretch.last_step, watch.stopper)
             result = watch.result(stretch.last_step, time.monotonic() - started_s)
-        except _NoMetricError:
+        except (_NoMetricError, StorageError, ClusterLostError):  # of all trials: the same command goes on
             raise
         except GmdistError as error:  # this trial's own: the others go on
             watch.stopper.check()

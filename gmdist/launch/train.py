@@ -42,6 +42,7 @@ def train(
 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: what a user can mend.
+        ClusterLostError: Ray does not answer any more.
         RunFailedError: anything else, after cluster.max_failures restarts.
     """
     finished, warnings_ = runs.check_start(config)

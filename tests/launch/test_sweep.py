@@ -13,7 +13,7 @@ import yaml
 
 from gmdist.cli import main
 from gmdist.config import Config, load
-from gmdist.errors import ConfigError, DivergedError, RunFailedError
+from gmdist.errors import ClusterLostError, ConfigError, DivergedError, GmdistError, RunFailedError, StorageError
 from gmdist.launch import sweep as launched
 from gmdist.runs import read_config, train_worker
 from gmdist.sweep.load import load_sweep
@@ -210,6 +210,25 @@ def test_values_that_do_not_go_together_fail_their_trial_alone(
         {"family.beta.free_nats": 1.0, "family.beta.schedule": "capacity"}
     ]
     assert "family.beta.free_nats: 1.0; must be 0 with the schedule capacity" in failed[0]["error"]
+
+
+@pytest.mark.parametrize("error", [StorageError("no space"), ClusterLostError("Ray does not answer")])
+def test_what_is_no_trials_own_ends_the_sweep_and_is_gone_on_with(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: GmdistError
+) -> None:
+    train = launched.train
+
+    def failing(config: Config, *others: Any) -> Outcome:
+        if config.run.dir.endswith("001"):
+            raise error
+        return train(config, *others)
+
+    monkeypatch.setattr(launched, "train", failing)
+    path = asked()
+    with pytest.raises(type(error)):
+        run(path)
+    monkeypatch.setattr(launched, "train", train)
+    assert [trial["state"] for trial in run(path)["trials"]] == ["done"] * 3
 
 
 def test_all_trials_failing_fails_the_sweep(
