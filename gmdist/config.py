@@ -30,6 +30,7 @@ class ClusterConfig:
     num_workers: Any = 1  # or [least, most]: as many as the cluster has room for and as divide data.batch_size
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
+    autoscale: bool = False  # ask the cluster's autoscaler for machines for all workers, and wait until they are there
     max_failures: int = 3  # restarts in a row, without a step beyond the last failure, before the run fails
     backoff_s: float = 1.0  # before the first of them; doubles with each, up to a minute
     timeout_s: float = 1800.0  # that a worker may take for a step, or wait for others, before all are started again
@@ -51,6 +52,8 @@ class ClusterConfig:
             raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be a number of at least 1")
         if not 0.0 <= self.backoff_s < math.inf:
             raise ConfigError(f"cluster.backoff_s: {self.backoff_s}; must be a number of at least 0")
+        if self.autoscale and self.address == "local":
+            raise ConfigError("cluster.autoscale: true with cluster.address 'local', which is this machine and no more")
         if self.max_failures < 0:
             raise ConfigError(f"cluster.max_failures: {self.max_failures}; must be at least 0")
 

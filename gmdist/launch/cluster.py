@@ -30,8 +30,10 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def connected(config: ClusterConfig, *, may_be_small: bool = False) -> Iterator[None]:
+def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int = 1) -> Iterator[None]:
     """Be connected to the cluster that the config names; one that was started for it ends afterwards.
+
+    With cluster.autoscale, machines for the workers, so many times, are asked for as long.
 
     Raises:
         ConfigError: no cluster answers; or, unless it may be, it is too small for the workers.
@@ -45,7 +47,8 @@ def connected(config: ClusterConfig, *, may_be_small: bool = False) -> Iterator[
                 _connect(config)
         if not may_be_small:
             check_resources(config)
-        yield
+        with _requested(config, times):
+            yield
     except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
         raise KeyboardInterrupt from error
     finally:
@@ -167,8 +170,26 @@ def _own_address() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _requested(config: ClusterConfig, times: int) -> Iterator[None]:
+    """Have the autoscaler keep machines for all workers while this holds: no other command may ask it meanwhile."""
+    if not config.autoscale:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    worker = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+    request_resources(bundles=[worker] * (config.worker_range[1] * times))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
 def check_resources(config: ClusterConfig) -> None:
-    """ConfigError if the cluster is too small for the workers: Ray would wait for ever, silently."""
+    """ConfigError if the cluster is too small for the workers, and does not grow: Ray would wait for ever, silently."""
+    if config.autoscale:
+        return
     least, _ = config.worker_range
     total = ray.cluster_resources()
     for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):

@@ -54,7 +54,12 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
     runs.use_storage(asked.base)
     stopper = Stopper(on_message)
     folder = asked.folder
-    with stopper.installed(), held(folder, on_message, stopper.ask) as lease, connected(asked.base.cluster):
+    times = asked.plan.sweep.concurrency or 1
+    with (
+        stopper.installed(),
+        held(folder, on_message, stopper.ask) as lease,
+        connected(asked.base.cluster, times=times),
+    ):
         if asked.base.cluster.address != "local":
             check_cluster(asked.base)
         lease.confirm()

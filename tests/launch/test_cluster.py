@@ -11,7 +11,7 @@ import ray
 
 from gmdist.config import ClusterConfig
 from gmdist.errors import ConfigError
-from gmdist.launch.cluster import _connect, _probe
+from gmdist.launch.cluster import _connect, _probe, connected
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
@@ -57,3 +57,17 @@ def test_a_stop_may_take_longer_than_ray_waits_before_it_aborts() -> None:
     )
     assert (ended.returncode, ended.stdout) == (0, "['asked']\n"), ended.stderr
     assert "SIGTERM" not in ended.stderr
+
+
+def test_an_autoscaler_is_asked_for_all_workers_until_the_end(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    config = ClusterConfig("auto", num_workers=(2, 64), gpus_per_worker=1, cpus_per_worker=4, autoscale=True)
+    with connected(config, times=2):  # which this cluster has no room for
+        assert asked == [[{"CPU": 4, "GPU": 1}] * 128]
+    assert asked[1:] == [[]]
+    with connected(ClusterConfig("auto")):
+        pass
+    assert len(asked) == 2

@@ -64,7 +64,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     trained: list[Config] = []
 
     @contextmanager
-    def connected(config: Any) -> Iterator[None]:
+    def connected(config: Any, times: int) -> Iterator[None]:
         yield
 
     def train(config: Config, progress: Any, message: Any, last_step: int, stopper: Any) -> Outcome:
