@@ -1,13 +1,14 @@
 """Which shards of a data set are done while it is written or indexed: a manifest of those, until there is the whole."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 
 from gmdist import storage
 from gmdist.data.manifest import Manifest, ShardEntry, ShardTable
+from gmdist.data.shard import index_name
 from gmdist.errors import DataError, StorageError
 
 LEDGER_NAME = "manifest.partial.json"
@@ -62,6 +63,14 @@ class Ledger:
         if error is not None:
             with suppress(StorageError):  # perhaps the storage is what failed
                 self.save()
+
+    def forget_changed(self, there: Mapping[str, storage.Stat]) -> None:
+        """Keep only shards that are there as they were noted, with an index: `there` is a list of the folder."""
+        self.entries = {
+            name: entry
+            for name, entry in self.entries.items()
+            if index_name(name) in there and is_unchanged(self.folder, entry, there.get(name))
+        }
 
     def add(self, entry: ShardEntry) -> bool:
         """Note a shard that is done; whether it is time to save."""

@@ -11,10 +11,10 @@ from itertools import islice
 from gmdist import storage
 from gmdist.data.decode import UndecodableError
 from gmdist.data.encode import Encoding, encode
-from gmdist.data.ledger import Ledger, is_unchanged, timeless
+from gmdist.data.ledger import Ledger, timeless
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, PACKED_NAMES, Manifest, ShardEntry, ShardTable
 from gmdist.data.parallel import spread
-from gmdist.data.shard import ShardWriter, index_name
+from gmdist.data.shard import ShardWriter
 from gmdist.data.sources import FileTask, ImageFolder, Probe, Raw, ShardFolder, ShardTask, open_source, tar_bytes
 from gmdist.errors import DataError, StorageError
 
@@ -119,11 +119,7 @@ def pack(
         record = _Record(fingerprint, _probe(listing, encoding, processes))
         record.save(destination)
     ledger = Ledger(destination, partial(record.save, destination))
-    ledger.entries = {
-        name: entry
-        for name, entry in ledger.entries.items()
-        if index_name(name) in there and is_unchanged(destination, entry, there.get(name))
-    }
+    ledger.forget_changed(there)
     record.unreadable = {name: lines for name, lines in record.unreadable.items() if name in ledger.entries}
     for line in record.lines():
         on_unreadable(line)

@@ -13,9 +13,8 @@ from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.latent_shards import as_stored, open_source
 from gmdist.data.latents import Record, Transform
-from gmdist.data.ledger import LEDGER_NAME, Ledger, is_unchanged, timeless
+from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
 from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
-from gmdist.data.shard import index_name
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.families.family import Family
 from gmdist.launch.encoders import EncodingWork, encoding
@@ -87,11 +86,7 @@ def encode(
     if MANIFEST_NAME in there:
         return Encoded(Manifest.load(destination), record, was_there=True)
     ledger = Ledger(destination, partial(record.save, destination))
-    ledger.entries = {
-        name: entry
-        for name, entry in ledger.entries.items()
-        if index_name(name) in there and is_unchanged(destination, entry, there.get(name))
-    }
+    ledger.forget_changed(there)
     record.unreadable = {name: lines for name, lines in record.unreadable.items() if name in ledger.entries}
     for line in record.lines():
         on_unreadable(line)

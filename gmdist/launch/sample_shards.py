@@ -12,9 +12,9 @@ import torch
 
 from gmdist import images, runs, storage
 from gmdist.config import Config
-from gmdist.data.ledger import LEDGER_NAME, Ledger, is_unchanged, timeless
+from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
 from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, SAMPLED_NAME, Manifest, ShardEntry
-from gmdist.data.shard import ShardWriter, index_name
+from gmdist.data.shard import ShardWriter
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.launch.sample import AT_ONCE, Drawer, SampleRequest
 from gmdist.launch.shard_workers import device_of, make_shards
@@ -128,11 +128,7 @@ def sample_shards(
     starts = range(0, request.num_images, each)
     tasks = [Task(f"shard-{i:06d}.tar", start, min(start + each, request.num_images)) for i, start in enumerate(starts)]
     ledger = Ledger(out)
-    ledger.entries = {
-        name: entry
-        for name, entry in ledger.entries.items()
-        if index_name(name) in there and is_unchanged(out, entry, there.get(name))
-    }
+    ledger.forget_changed(there)
     todo = [task for task in tasks if task.name not in ledger.entries]
     done = request.num_images - sum(task.stop - task.first for task in todo)
     with ledger, closing(make_shards(DrawingWork(drawer, out), todo)) as entries:

@@ -7,23 +7,15 @@ from typing import Any
 import jinja2
 
 from gmdist import storage
-from gmdist.report.page import STYLE, axes_of, uri_of
+from gmdist.report.page import HEAD, axes_of, uri_of
 from gmdist.sweep.config import SweepConfig
 from gmdist.sweep.load import RUNS
 from gmdist.train.metrics import read_lines
 
 _LOG_FROM = 20  # times the least: values that far apart are drawn on a logarithmic axis
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>{{ style|safe }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ summary }}</p>
+_TEMPLATE = (
+    HEAD
+    + """<p>{{ summary }}</p>
 <table>
 <tr><th>trial</th>{% for key in keys %}<th>{{ key }}</th>{% endfor %}<th>step</th><th>{{ metric }}</th><th></th></tr>
 {% for trial in trials %}
@@ -53,6 +45,7 @@ _TEMPLATE = """<!doctype html>
 </body>
 </html>
 """
+)
 
 
 def write_page(title: str, folder: str, sweep: SweepConfig, found: Mapping[str, Any]) -> str:
@@ -75,7 +68,6 @@ def write_page(title: str, folder: str, sweep: SweepConfig, found: Mapping[str, 
     ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_TEMPLATE).render(
-        style=STYLE,
         title=title,
         summary=f"{len(trials)} trials; {found['steps']:,} steps; all to their end take {found['steps_of_all']:,}.",
         keys=keys,
