@@ -193,6 +193,16 @@ def copy_from_local(path: str, location: str) -> None:
         write_from(location, file)
 
 
+def copy(source: str, location: str) -> None:
+    """Replace a file's content by that of another of the same storage; in a bucket, none of it comes through here."""
+    if not is_s3(source):
+        copy_from_local(source, location)
+        return
+    with naming(location):
+        bucket, key = s3.split(source)
+        s3.client().copy({"Bucket": bucket, "Key": key}, *s3.split(location))
+
+
 def write_json(location: str, content: dict[str, Any]) -> None:
     """Replace a file's content by a JSON object that holds a checksum of itself, for `read_json`."""
     text = json.dumps(content | {"crc32": _crc32_of(content)}, indent=1) + "\n"

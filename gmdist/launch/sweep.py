@@ -260,6 +260,4 @@ def _begin_from(source: str, step: int, config: Config) -> None:
     storage.write(storage.join(config.run.dir, runs.CONFIG_NAME), config.to_yaml().encode())
     storage.write(storage.join(config.run.dir, METRICS_NAME), storage.read(storage.join(source, METRICS_NAME)))
     for file in names:
-        location = storage.join(origin, file)
-        with storage.open_read(location, storage.stat(location)) as content:
-            storage.write_from(storage.join(target, file), content)
+        storage.copy(storage.join(origin, file), storage.join(target, file))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from gmdist import storage
 from gmdist.cli import main
 from gmdist.config import Config, load
 from gmdist.errors import ClusterLostError, ConfigError, DivergedError, GmdistError, RunFailedError, StorageError
@@ -177,6 +178,17 @@ def test_pbt_goes_on_from_the_checkpoint_of_a_better_trial(
         assert max(line["step"] for line in own) >= part["step"] + 2
         assert trial["lineage"][0]["donor"] is None
     assert "Who went on from whom" in (tmp_path / "sweep/report.html").read_text()
+
+
+def test_a_bucket_holds_a_sweep_as_a_folder_does(
+    without_ray: list[Config], asked: Callable[..., str], bucket: Any, tmp_path: Path
+) -> None:
+    local = run(asked(scheduler=PBT, num_trials=4))
+    found = run(asked("bucket", scheduler=PBT, num_trials=4), "run.dir=s3://pictures/sweep")
+    assert results(found) == results(local)
+    assert results(run(asked("bucket", scheduler=PBT, num_trials=4), "run.dir=s3://pictures/sweep")) == results(local)
+    names = set(storage.list_names("s3://pictures/sweep")) - {"trials"}
+    assert names == {"sweep.json", "best.yaml", "report.html"}
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
