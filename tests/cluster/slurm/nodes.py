@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare")
+ROOT = Path(__file__).parent.parent.parent.parent
 NAMES = ("n1", "n2")
 INTERFACE = "slurm0"  # of a node, in its own network
 LOCAL = "/mnt"  # where each node has a disk of its own
@@ -103,9 +104,48 @@ class Slurm:
     def command(self, *arguments: str, more: Mapping[str, str] | None = None, check: bool = True) -> str:
         """Run a command of Slurm's, on the controller's side; returns what it printed."""
         environment = self._environment() | dict(more or {})
-        ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
         assert not check or ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout.strip()
+
+    def submit(self, *arguments: str, log: Path, more: Mapping[str, str] | None = None) -> str:
+        """Submit the batch script for two nodes; returns the job's number."""
+        options = [f"--nodes={len(NAMES)}", "--cpus-per-task=1", f"--output={log}"]
+        script = str(ROOT / "cluster/slurm/train.sbatch")
+        return self.command("sbatch", "--parsable", *options, script, *arguments, more=more)
+
+    def state(self, job: str) -> tuple[str, int]:
+        """A job's state and its exit code so far."""
+        told = dict(word.partition("=")[::2] for word in self.command("scontrol", "show", "job", job).split())
+        return told["JobState"], int(told["ExitCode"].partition(":")[0])
+
+    def wait(self, job: str, timeout_s: float) -> tuple[str, int]:
+        """Wait until nothing of a job runs any more."""
+        deadline = time.monotonic() + timeout_s
+        while (state := self.state(job))[0] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < deadline, f"job {job} is {state[0]}"
+            time.sleep(0.5)
+        return state
+
+    def processes(self, name: str) -> dict[int, str]:
+        """What jobs run on a node, and its title: all that is in its network, but for Slurm itself."""
+        network = Path(f"/run/netns/{self._namespaces[name]}").stat().st_ino
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if entry.name.isdigit() and (entry / "ns/net").stat().st_ino == network:
+                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if not title.startswith(("slurmd ", "slurmstepd: ")):
+                        found[int(entry.name)] = title
+        return found
+
+    def on_disk(self, name: str) -> list[str]:
+        """What is on a node's own disk."""
+        slurmd = int((self.root / f"slurmd-{name}.pid").read_text())
+        listed = self.command("nsenter", f"--target={slurmd}", "--mount", "ls", "-A", LOCAL)
+        return listed.split()
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **self.settings}
