@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -23,7 +24,7 @@ START_S = 60.0
 CONF = """
 ClusterName=gmdist
 SlurmctldHost=controller({network}.254)
-SlurmctldPort=6817
+SlurmctldPort={port}
 SlurmdPort=6818
 SlurmUser=root
 AuthType=auth/munge
@@ -75,7 +76,7 @@ class Slurm:
             f"NodeName={name} NodeAddr={self._network}.{position} CPUs={cpus_per_node} RealMemory=8000 State=UNKNOWN"
             for position, name in enumerate(NAMES, start=1)
         )
-        conf = CONF.format(root=self.root, network=self._network, nodes=nodes, names=",".join(NAMES))
+        conf = CONF.format(root=self.root, port=_free_port(), network=self._network, nodes=nodes, names=",".join(NAMES))
         (self.root / "slurm.conf").write_text(conf)
         paths = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self.settings = {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": paths}
@@ -209,6 +210,13 @@ class Slurm:
 
     def _logs(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.root.glob("*.log")))
+
+
+def _free_port() -> int:
+    """The controller listens on all of the machine's addresses, where others may be."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def _end(daemon: "subprocess.Popen[bytes]") -> None:
