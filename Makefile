@@ -7,8 +7,8 @@ DEMO := runs/demo
 OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-local test-faults test-cluster test-gpu test-s3 s3-server parity lint lint-oldest bench bench-loader \
-	bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan
+.PHONY: help setup demo test-local test-faults test-cluster test-gpu test-s3 s3-server test-slurm slurm parity lint lint-oldest \
+	bench bench-loader bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -54,6 +54,16 @@ s3-server: .s3/installed
 
 test-s3: setup .s3/installed
 	GMDIST_S3_PYTHON=.s3/bin/python $(BIN)/python -m pytest -m s3 tests/s3
+
+# Jobs on a Slurm of two nodes on this machine; takes six minutes, and root.
+test-slurm: setup
+	tests/cluster/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm -rs tests/cluster/slurm
+
+# That Slurm, to try things on: prints what reaches it.
+slurm: setup
+	tests/cluster/slurm/install.sh
+	$(BIN)/python tests/cluster/slurm/nodes.py
 
 # On a machine with a GPU; needs neither Ray nor DeepSpeed, and says what it could not run.
 test-gpu:
