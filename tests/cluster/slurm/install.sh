@@ -9,6 +9,5 @@ if test "$(id -u)" != 0 || ! command -v apt-get >/dev/null; then
     echo "not installed:$missing; on Debian, root gets them by: apt-get install slurmctld slurmd munge iproute2" >&2
     exit 0
 fi
-apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    slurmctld slurmd slurm-client munge iproute2 util-linux
+apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    slurmctld slurmd slurm-client munge iproute2 util-linux || echo "Slurm could not be installed" >&2

@@ -55,7 +55,11 @@ PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
 def missing() -> list[str]:
     """What this machine lacks."""
     lacking = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
-    return lacking + ([] if os.geteuid() == 0 else ["root"])
+    if os.geteuid() != 0:
+        lacking.append("root")
+    elif not lacking and subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True).returncode:
+        lacking.append("the right to make network namespaces, which containers seldom have")
+    return lacking
 
 
 class Slurm:
