@@ -8,7 +8,7 @@ OLDEST_TORCH := 2.11.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test-local test-faults test-cluster test-gpu test-s3 s3-server test-slurm slurm parity lint lint-oldest \
-	bench bench-loader bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan
+	bench bench-loader bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan bench-sweep
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -121,6 +121,9 @@ bench-autoencoders: setup .parity/installed
 # Twenty-five minutes: the digits' GANs, trained and measured.
 bench-digits-gans: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/digits_gans.py
+
+bench-sweep: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/sweep.py
 
 bench-tokenizers: setup .parity/installed
 	$(BIN)/python benchmarks/tokenizing.py --peers .parity
