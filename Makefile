@@ -55,7 +55,7 @@ s3-server: .s3/installed
 test-s3: setup .s3/installed
 	GMDIST_S3_PYTHON=.s3/bin/python $(BIN)/python -m pytest -m s3 tests/s3
 
-# Jobs on a Slurm of two nodes on this machine; takes six minutes, and root.
+# Jobs on a Slurm of two nodes on this machine; takes seven minutes, and root.
 test-slurm: setup
 	tests/cluster/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm -rs tests/cluster/slurm
