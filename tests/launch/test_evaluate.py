@@ -134,7 +134,7 @@ def test_data_make_trains_a_classifier_once(tmp_path: Path, capsys, monkeypatch:
     from gmdist.evaluation import classifier
     from gmdist.launch import classifier as launched
 
-    monkeypatch.setattr(classifier, "_MOST_PASSES", 4)  # more than needed follow in earnest
+    monkeypatch.setattr(classifier, "_NUM_PASSES", 4)  # more than needed follow in earnest
     command = ["data", "make", "digits", str(tmp_path / "digits")]
     assert main(command) == 0
     line = capsys.readouterr().out.splitlines()[2]
