@@ -134,7 +134,7 @@ def test_killed_three_times_a_sweep_ends_as_one_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     scheduler: dict[str, Any],
 ) -> None:
-    alone = run(asked("alone", scheduler=scheduler, num_trials=4))
+    alone = run(asked("alone", scheduler=scheduler, num_trials=3))
     source, train = random.Random(scheduler["name"]), launched.train
 
     def killed(config: Config, progress: Any, message: Any, last_step: int, stopper: Any) -> Outcome:
@@ -147,18 +147,18 @@ def test_killed_three_times_a_sweep_ends_as_one_left_alone(
     kills = 0
     while kills < 3:
         try:
-            run(asked(scheduler=scheduler, num_trials=4))
+            run(asked(scheduler=scheduler, num_trials=3))
             break
         except Killed:
             kills += 1
     assert kills
     monkeypatch.setattr(launched, "train", train)
     before = len(without_ray)
-    found = run(asked(scheduler=scheduler, num_trials=4))
+    found = run(asked(scheduler=scheduler, num_trials=3))
     assert results(found) == results(alone)
     assert found["best"] == alone["best"]
     again = len(without_ray)
-    assert results(run(asked(scheduler=scheduler, num_trials=4))) == results(alone)
+    assert results(run(asked(scheduler=scheduler, num_trials=3))) == results(alone)
     assert len(without_ray) == again >= before
     for trial in found["trials"]:
         name = f"trials/{trial['run']}/checkpoints/step-{trial['step']:08d}"
@@ -183,10 +183,14 @@ def test_pbt_goes_on_from_the_checkpoint_of_a_better_trial(
 def test_a_bucket_holds_a_sweep_as_a_folder_does(
     without_ray: list[Config], asked: Callable[..., str], bucket: Any, tmp_path: Path
 ) -> None:
-    local = run(asked(scheduler=PBT, num_trials=4))
-    found = run(asked("bucket", scheduler=PBT, num_trials=4), "run.dir=s3://pictures/sweep")
+    small = {"scheduler": PBT, "num_trials": 2, "train": {"num_steps": 4, "sample_every": 4}}
+    local = run(asked(**small))
+    assert any(len(trial["lineage"]) > 1 for trial in local["trials"])
+    found = run(asked("bucket", **small), "run.dir=s3://pictures/sweep")
     assert results(found) == results(local)
-    assert results(run(asked("bucket", scheduler=PBT, num_trials=4), "run.dir=s3://pictures/sweep")) == results(local)
+    trained = len(without_ray)
+    assert results(run(asked("bucket", **small), "run.dir=s3://pictures/sweep")) == results(local)
+    assert len(without_ray) == trained
     names = set(storage.list_names("s3://pictures/sweep")) - {"trials"}
     assert names == {"sweep.json", "best.yaml", "report.html"}
 
