@@ -248,7 +248,8 @@ def test_evaluation_is_set_in_the_config(base: Path, tmp_path: Path, monkeypatch
 
 
 def test_best_metrics_that_nothing_measures_are_refused() -> None:
-    digits, every = "configs/digits/latent_diffusion.yaml", ["train.evaluate_every=100", "train.checkpoint_every=100"]
+    digits = str(ROOT / "configs/digits/latent_diffusion.yaml")
+    every = ["train.evaluate_every=100", "train.checkpoint_every=100"]
     with pytest.raises(ConfigError, match=r"evaluation\.metrics: \['fid'\]; train.best_metric 'test/kid' needs kid"):
         load(digits, [*every, "train.best_metric=test/kid", "evaluation.metrics=[fid]"])
     load(digits, [*every, "train.best_metric=test/recall", "evaluation.metrics=[pr]"])

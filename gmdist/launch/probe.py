@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 
 from gmdist import s3, storage
@@ -46,24 +46,23 @@ def versions() -> dict[str, str]:
     found = {}
     for name in _COMPARED:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name).partition("+")[
-                0
-            ]  # "+cu130" beside "+cpu" is as it should be
+            version = importlib.metadata.version(name)
+            found[name] = version.partition("+")[0]  # "+cu130" beside "+cpu" is as it should be
     return found
 
 
 def probe(node: str, expected: Expected) -> list[Finding]:
     """What this node finds of itself."""
-    if os.path.isdir(expected.folder):
-        os.chdir(expected.folder)  # relative paths mean what they mean to the user
     s3.configure(expected.s3)
     disks = [] if storage.is_s3(expected.run_dir) else [expected.run_dir]
-    return [
-        _versions(node, expected.versions),
-        *(_data(node, *one) for one in expected.data),
-        _run_folder(node, expected),
-        *(_free(node, folder) for folder in (*disks, _SHM) if os.path.isdir(folder)),
-    ]
+    # Relative paths mean what they mean to the user.
+    with chdir(expected.folder if os.path.isdir(expected.folder) else os.curdir):
+        return [
+            _versions(node, expected.versions),
+            *(_data(node, *one) for one in expected.data),
+            _run_folder(node, expected),
+            *(_free(node, folder) for folder in (*disks, _SHM) if os.path.isdir(folder)),
+        ]
 
 
 def _versions(node: str, expected: dict[str, str]) -> Finding:
