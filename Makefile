@@ -33,7 +33,7 @@ demo: setup
 	@echo "the whole story:    $(DEMO)/latent_diffusion/report.html"
 
 test-local: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Takes ten minutes: commands, workers and nodes of Ray are killed.
 test-faults: setup

@@ -78,7 +78,7 @@ def open_evaluator(
     check_reference(config)
     features = open_features(config)
     # Images alone are read of them.
-    data = replace(config.data, image=True, num_classes=None, caption=None, arrays=())
+    data = replace(config.data, image=True, num_classes=None, caption=None, arrays=(), cache_dir=None)
     reference = Loader(data, _reference(config), rank, world_size)
     most = config.evaluation.num_reference_images
     return Evaluator(
@@ -101,7 +101,7 @@ def _images(loader: Loader | Unpaired, count: int, device: torch.device) -> Imag
 
 def _captions(config: Config, device: torch.device) -> Captions:
     """Captions of the real images, and their labels where the data has any: spread evenly, then once more."""
-    loader = Loader(replace(config.data, image=False, arrays=()), _reference(config))
+    loader = Loader(replace(config.data, image=False, arrays=(), cache_dir=None), _reference(config))
     count = min(config.evaluation.num_images, loader.num_samples)
 
     def batches(numbers: list[Tensor]) -> Iterator[Batch]:

@@ -99,6 +99,7 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("optim.autoencoder.warmup_steps=-5", "optim.autoencoder.warmup_steps: -5"),
         ("optim.autoencoder.momentum=1.0", "optim.autoencoder.momentum: 1.0"),
         ("train.ema_ramp=5", "train.ema_ramp: 5.0"),
+        ("train={num_steps: 5, profile_steps: 2}", "train.profile_steps: 2; of a run of train.num_steps 5 nothing"),
         ("train.seed=99999999999999999999999", "train.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.seed=99999999999999999999999", "data.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.image_size=100000", "data.image_size: 100000; must be at most"),

@@ -92,7 +92,7 @@ def _open(config: Config, scored: str, family: Family) -> Loader:
     """
     num_labels = Manifest.load(storage.absolute(scored)).num_labels
     known = config.data.num_classes if "label" in family.inputs else num_labels
-    return Loader(replace(config.data, num_classes=known if num_labels else None), scored)
+    return Loader(replace(config.data, num_classes=known if num_labels else None, cache_dir=None), scored)
 
 
 def _csv(names: list[str], rows: list[_Row]) -> bytes:

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -210,7 +210,7 @@ def _compare(config: Config, generated: Tensor) -> _Comparison:
 
 def _real_images(config: Config, data: str | list[MixedConfig], count: int) -> tuple[Tensor, Tensor | None]:
     """The first `count` images uint8 [N, H, W, C] of some data, or as many as there are, and their labels."""
-    loader = Loader(config.data, data)
+    loader = Loader(replace(config.data, cache_dir=None), data)
     loaded = loader.first(min(count, loader.num_samples))
     assert loaded.pixels is not None
     return loaded.pixels, loaded.tensors.get("label")

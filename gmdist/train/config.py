@@ -7,6 +7,7 @@ from gmdist.errors import ConfigError, check_int64
 
 PRECISIONS = ("fp32", "bf16", "autocast")
 STAGES = (0, 1, 2, 3)
+PROFILE_AFTER = 5  # steps: the first ones allocate and compile
 
 
 @dataclass
@@ -68,6 +69,11 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")
+        if self.profile_steps is not None and self.num_steps <= PROFILE_AFTER:
+            raise ConfigError(
+                f"train.profile_steps: {self.profile_steps}; of a run of train.num_steps {self.num_steps} nothing is "
+                f"traced: the first {PROFILE_AFTER} steps, which allocate and compile, are left out"
+            )
         if self.best_order not in ("min", "max"):
             raise ConfigError(f"train.best_order: '{self.best_order}'; must be min or max")
         if self.best_metric is not None and (

@@ -17,6 +17,7 @@ from gmdist import storage
 from gmdist.errors import MemoryExceededError
 from gmdist.families.family import Phase
 from gmdist.train import blocks
+from gmdist.train.config import PROFILE_AFTER
 from gmdist.train.workers import rank
 
 # FLOP/s of dense products, in bf16 and in fp32: the makers' data sheets.
@@ -30,7 +31,6 @@ _PEAKS = {
     "A10": (125e12, 31.2e12),
     "V100": (125e12, 15.7e12),
 }
-_PROFILE_AFTER = 5  # steps: the first ones allocate and compile
 
 
 class FlopCount:
@@ -125,7 +125,7 @@ class Profile:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profiler = None
         if num_steps is not None:
-            schedule = torch.profiler.schedule(wait=_PROFILE_AFTER - 1, warmup=1, active=num_steps, repeat=1)
+            schedule = torch.profiler.schedule(wait=PROFILE_AFTER - 1, warmup=1, active=num_steps, repeat=1)
             self._profiler = torch.profiler.profile(
                 activities=activities, schedule=schedule, on_trace_ready=self._write
             )

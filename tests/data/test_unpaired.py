@@ -337,3 +337,19 @@ def test_domains_in_object_storage_share_one_cache(bucket, plain: str, second: s
     notes = open_training(both(*there), 0, 6).notes()
     assert len(notes) == 2
     assert all("is fetched by" in note for note in notes)
+
+
+def test_what_is_held_out_takes_no_room_of_what_trains(bucket, plain: str, tmp_path: Path) -> None:
+    for path in Path(plain).iterdir():
+        if path.is_file():
+            bucket.upload_file(str(path), "pictures", f"first/{path.name}")
+    config = settings("s3://pictures/first", test="s3://pictures/first")
+    config.cache_dir, config.cache_gib = str(tmp_path / "cache"), 0.001
+    held_out = open_held_out(config)
+    assert held_out is not None
+    assert list(held_out.sweep(4))
+    assert not (tmp_path / "cache").exists()
+    batches = open_training(config).batches(0)
+    assert list(islice(batches, 6))
+    batches.close()
+    assert list((tmp_path / "cache").iterdir())
