@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import yaml
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
 from ray.exceptions import AuthenticationError
@@ -39,7 +40,7 @@ def submit(
 
     Raises:
         ConfigError: a config that cannot be, one outside the folder, no server there, or too much to upload.
-        RunFailedError: the cluster could not run the job.
+        RunFailedError: the cluster could not run the job, or its server went away.
     """
     tree = compose(path, overrides)
     config = load_sweep(path, overrides).base if "sweep" in tree else load(path, overrides)
@@ -60,7 +61,7 @@ def submit(
             raise ConfigError(_too_large(Path.cwd())) from error
         raise RunFailedError(f"{address}: the job was not taken ({str(error).splitlines()[0]})") from error
     on_message(f"job {job} for {config.run.dir}; `ray job stop --address {address} {job}` ends it with a checkpoint")
-    return _follow(client, job, on_log)
+    return _follow(client, job, address, on_log)
 
 
 def _connect(address: str) -> JobSubmissionClient:
@@ -77,15 +78,21 @@ def _connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def _follow(client: JobSubmissionClient, job: str, on_log: Callable[[str], None]) -> int:
+def _follow(client: JobSubmissionClient, job: str, address: str, on_log: Callable[[str], None]) -> int:
     """Hand the job's log on until it ends; its exit code."""
 
     async def tail() -> None:
         async for piece in client.tail_job_logs(job):
             on_log(piece)
 
-    asyncio.run(tail())
-    info = client.get_job_info(job)
+    try:
+        asyncio.run(tail())
+        info = client.get_job_info(job)
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        raise RunFailedError(
+            f"{address}: does not answer any more ({error}); the job goes on as long as its cluster does: "
+            f"`ray job logs --follow --address {address} {job}` follows it"
+        ) from error
     if info.driver_exit_code is not None:
         return info.driver_exit_code
     if info.status == JobStatus.STOPPED:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gmdist.config import compose, load
-from gmdist.errors import ConfigError
-from gmdist.launch.submit import _absolute, _too_large, submit
+from gmdist.errors import ConfigError, RunFailedError
+from gmdist.launch.submit import _absolute, _follow, _too_large, submit
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/digits/latent_diffusion.yaml"
@@ -53,6 +53,18 @@ def test_relative_locations_mean_what_they_mean_here() -> None:
     meant = load(CONFIG, [*overrides, *found])
     assert meant.to_yaml() == load(CONFIG, overrides).to_yaml()
     assert f"data.mix.a.train={os.getcwd()}/here/a" in found
+
+
+def test_a_server_that_goes_away_is_no_end_of_the_job() -> None:
+    class Client:
+        async def tail_job_logs(self, job: str):
+            yield f"{job} begins\n"
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    seen: list[str] = []
+    with pytest.raises(RunFailedError, match=r"the job goes on .* `ray job logs --follow --address http://HEAD job-1`"):
+        _follow(Client(), "job-1", "http://HEAD", seen.append)  # type: ignore[arg-type]
+    assert seen == ["job-1 begins\n"]
 
 
 def test_too_much_to_upload_names_the_largest_files(tmp_path: Path) -> None:
