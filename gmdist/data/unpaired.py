@@ -136,9 +136,9 @@ def open_held_out(config: DataConfig, rank: int = 0, world_size: int = 1) -> Loa
 
     Nothing of it is kept in data.cache_dir: what is read now and then would take the place of what trains.
     """
+    config = replace(config, cache_dir=None)
     if config.test is None:
         return None
-    config = replace(config, cache_dir=None)
     if config.unpaired is None or config.unpaired.test is None:
         return Loader(config, config.test, rank, world_size)
     return Unpaired(config, config.test, config.unpaired.test, rank, world_size)
