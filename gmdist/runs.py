@@ -85,9 +85,12 @@ def build_family(config: Config, on_open: Callable[[str, Family, int], None] | N
     keys = config.data.batch_keys
     for name in family.inputs:
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
+            remedy = f"set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"
+            if config.data.arrays and getattr(config.family, "first_stage", "") is None:
+                remedy = "set family.first_stage to the run that made them"
             raise ConfigError(
                 f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
-                f"{', '.join(keys)}: set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"
+                f"{', '.join(keys)}: {remedy}"
             )
     trained_children(family, config.optim)
     return family

@@ -10,6 +10,8 @@ from PIL import Image
 
 from gmdist.cli import main
 from gmdist.config import load
+from gmdist.data.pack import write_shards
+from gmdist.data.sources import open_source
 from gmdist.runs import check_start, open_run, train_worker
 from tests.support import tree_bytes
 
@@ -201,6 +203,11 @@ def test_sample_shows_what_becomes_of_real_images(trained: Path, digits: Path, t
     assert "--show: 'walks'; must be one of reconstructions, " in refused(capsys, 2, *sample, "walks")
     assert "--label: does not go with --show" in refused(capsys, 2, *sample, "traversals", "--label", "1")
     assert "--num-images: 0" in refused(capsys, 2, *sample, "traversals", "--num-images", "0")
+    image = next(iter(open_source(f"{digits}/test").by_name())).read()
+    write_shards([("one", {name: bytes(content) for name, content in image.items()})], str(tmp_path / "one"))
+    alone = f"data.test={tmp_path}/one"
+    for kind in ("interpolations", "traversals"):
+        assert "data.test: has 1 images; --show needs at least 2 here" in refused(capsys, 1, *sample, kind, alone)
 
 
 def test_what_a_run_was_not_begun_with_is_said(digits: Path, trained: Path, tmp_path: Path) -> None:

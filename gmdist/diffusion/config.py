@@ -23,6 +23,7 @@ PREDICTIONS = {
     "edm": predictions.edm,
 }
 WEIGHTS = ("uniform", "min_snr", "p2", "edm")
+MAX_GUIDANCE = 1000.0  # far beyond any use, and far below where numbers end
 SAMPLERS = {
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
@@ -93,8 +94,8 @@ class SamplerConfig:
         return None
 
     def _guidance_problem(self) -> str | None:
-        if not 0.0 <= self.guidance < math.inf:
-            return f"guidance: {self.guidance}; must be a number of at least 0"
+        if not 0.0 <= self.guidance <= MAX_GUIDANCE:
+            return f"guidance: {self.guidance}; must be from 0 to {MAX_GUIDANCE:g}"
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0.0 <= low < high:

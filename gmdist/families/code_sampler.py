@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmdist.diffusion.config import MAX_GUIDANCE
+from gmdist.errors import DivergedError
+
 
 @dataclass
 class CodeSamplerConfig:
@@ -24,8 +27,8 @@ class CodeSamplerConfig:
             return f"top_k: {self.top_k}; must be at least 1, or null for all codes"
         if not 0.0 < self.top_p <= 1.0:
             return f"top_p: {self.top_p}; must be above 0, where no code would be left, and at most 1, their sum"
-        if not 0.0 <= self.guidance < math.inf:
-            return f"guidance: {self.guidance}; must be a number of at least 0"
+        if not 0.0 <= self.guidance <= MAX_GUIDANCE:
+            return f"guidance: {self.guidance}; must be from 0 to {MAX_GUIDANCE:g}"
         return None
 
 
@@ -35,10 +38,16 @@ def guided(with_class: Tensor, without: Tensor, guidance: float) -> Tensor:
 
 
 def probabilities(logits: Tensor, config: CodeSamplerConfig) -> Tensor:
-    """Of each code to be drawn, by logits [N, K]: float64 [N, K]. Of equal codes, top_k and top_p keep the first."""
+    """Of each code to be drawn, by logits [N, K]: float64 [N, K]. Of equal codes, top_k and top_p keep the first.
+
+    DivergedError for logits that are not finite, of which nothing can be drawn.
+    """
     logits = logits.double()
+    most = logits.amax(dim=1, keepdim=True)
+    if not most.isfinite().all():
+        raise DivergedError("no code can be drawn: the model's logits are not finite; check its weights")
     # The most probable one stays at 0, and no temperature is too small: what others become is at least -inf.
-    logits = (logits - logits.amax(dim=1, keepdim=True)) / config.temperature
+    logits = (logits - most) / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[1]:
         order = logits.argsort(dim=1, descending=True, stable=True)
         logits = logits.scatter(1, order[:, config.top_k :], -torch.inf)

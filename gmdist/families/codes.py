@@ -140,7 +140,7 @@ def start_problem(config: QuantizerConfig, num_tokens: int) -> str | None:
     if config.kmeans_steps and config.codebook_size > most:
         return (
             f"codebook_size: {config.codebook_size}; must be at most {most}, as k-means starts from the {num_tokens} "
-            f"features each of the first {INITIALIZE_SAMPLES} images, or kmeans_steps 0"
+            f"features each of the first {INITIALIZE_SAMPLES} images, or family.quantizer.kmeans_steps 0"
         )
     return None
 

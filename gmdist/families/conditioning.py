@@ -1,4 +1,4 @@
-"""What a denoiser is told of a sample: nothing, its class, or its caption; and how it does without, for guidance."""
+"""What a model is told of a sample: nothing, its class, or its caption; and how it does without, for guidance."""
 
 import logging
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class EncoderConfig:
 
 @dataclass
 class ConditioningConfig:
-    """What the denoiser is told of each sample."""
+    """What the model is told of each sample."""
 
     kind: str | None = None  # none, class or text; None: class where the data has classes, else none
     dropout: float = 0.1  # share of samples that are trained without it, for guidance
@@ -60,15 +60,15 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class Told:
-    """What a denoiser is told of N samples."""
+    """What a model is told of N samples."""
 
     label: Tensor | None = None  # int64 [N]; num_classes: nothing
-    tokens: Tensor | None = None  # int64 [N, L], which the denoiser's own encoder reads; of the empty text: nothing
+    tokens: Tensor | None = None  # int64 [N, L], which the model's own encoder reads; of the empty text: nothing
     context: Tensor | None = None  # [N, L, D], of a frozen encoder
 
 
 class Conditioner(nn.Module):
-    """Reads labels and captions. Frozen: an encoder that is trained belongs to the denoiser."""
+    """Reads labels and captions. Frozen: an encoder that is trained belongs to the model."""
 
     def __init__(self, config: ConditioningConfig, surroundings: Surroundings) -> None:
         """ConfigError: there is no such encoder."""
@@ -92,7 +92,7 @@ class Conditioner(nn.Module):
 
     @property
     def context_channels(self) -> int | None:
-        """The width of what a denoiser attends to; None where there is none."""
+        """The width of what a model attends to; None where there is none."""
         if self.kind != "text":
             return None
         return self._config.text.transformer.channels if self.clip is None else self.clip.width
@@ -103,7 +103,7 @@ class Conditioner(nn.Module):
         return self._config.text.transformer.channels if self.kind == "text" and self.clip is None else None
 
     def trained_encoder(self) -> TextEncoder | None:
-        """A new encoder for the denoiser to train; None where it needs none."""
+        """A new encoder for the model to train; None where it needs none."""
         return TextEncoder(self._config.text.transformer) if self.kind == "text" and self.clip is None else None
 
     def of_batch(self, batch: Batch, dropout: float = 0.0) -> Told:
@@ -114,7 +114,7 @@ class Conditioner(nn.Module):
             dropout: the share of samples that nothing is said of, keyed by sample.
 
         Raises:
-            ConfigError: nothing is said, and the denoiser was never trained without.
+            ConfigError: nothing is said, and the model was never trained without.
         """
         keys = batch["key"]
         if self.kind == "class" and "label" not in batch:
@@ -134,7 +134,7 @@ class Conditioner(nn.Module):
         return Told()
 
     def of_training(self, batch: Batch) -> Told:
-        """What the denoiser is told of a batch that it learns from."""
+        """What the model is told of a batch that it learns from."""
         return self.of_batch(batch, self._config.dropout)
 
     def of_request(self, keys: Tensor, condition: Condition | None) -> Told:
@@ -150,7 +150,7 @@ class Conditioner(nn.Module):
         return Told()
 
     def nothing(self, count: int, device: torch.device) -> Told | None:
-        """To be told nothing, `count` times; None where that is all that a denoiser ever is."""
+        """To be told nothing, `count` times; None where that is all that a model ever is."""
         if self.kind == "class":
             return Told(torch.full((count,), self.num_classes, device=device))
         if self.kind == "text":

@@ -13,7 +13,7 @@ import ray
 from ray._private import services
 
 from gmdist.config import ClusterConfig
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, RunFailedError
 
 START_TIMEOUT_S = 30  # that Ray Train waits for the room that workers need
 _ENVIRONMENT = {
@@ -64,20 +64,32 @@ def _connect(config: ClusterConfig) -> None:
         # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         with _own_address(), _groups_of_their_own(), _no_api_server():
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, config.worker_range[0] * config.cpus_per_worker),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                logging_level="ERROR",
-                log_to_driver=False,
-            )
+            _start(max(os.cpu_count() or 1, config.worker_range[0] * config.cpus_per_worker))
         return
     _probe(config.address)
     try:
         ray.init(address=config.address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise _unreachable(config.address, str(error).splitlines()[0]) from error
+
+
+def _start(num_cpus: int) -> None:
+    """A cluster of this machine alone, for this command."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+    except Exception as error:  # it has no kind of its own for this
+        if "timed out during startup" not in str(error):
+            raise
+        raise RunFailedError(
+            "Ray's servers did not start within 30 s: the machine is too busy; the same command tries again"
+        ) from error
 
 
 def _probe(address: str) -> None:

@@ -134,6 +134,8 @@ def _first_rows(location: str, channels: int) -> Tensor:
         pixels = decode_image(storage.read(location), channels)
     except FileNotFoundError as error:
         raise ConfigError(f"--complete: {location}; there is no such file") from error
+    except storage.NotAFileError as error:
+        raise ConfigError(f"--complete: {error}") from error
     except UndecodableError as error:
         raise ConfigError(f"--complete: {location}; {error}") from error
     return as_floats(torch.from_numpy(np.array(pixels))[None])

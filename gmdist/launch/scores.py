@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,7 +38,8 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
         DataError, CheckpointError: an unsound data set, tokens of another tokenizer, labels that the run's model has no
             classes for, no sound checkpoint.
     """
-    storage.is_s3(out)
+    if not storage.is_s3(out) and os.path.isdir(out):
+        raise ConfigError(f"--scores: '{out}'; is a folder, and a file is meant, as {storage.join(out, 'scores.csv')}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: {batch_size}; must be at least 1")
     config = runs.read_config(run, overrides)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gmdist import images, runs
 from gmdist.config import Config
 from gmdist.data.unpaired import open_held_out, open_training
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DataError
 from gmdist.families.family import Batch, Family
 
 KINDS = ("reconstructions", "interpolations", "traversals")
@@ -23,8 +23,8 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
     Args:
         run: a run's folder, or one of its checkpoints.
         kind: "reconstructions": an image, and what its latent is decoded to. "interpolations": from an image to the
-            next, in equal steps between their latents. "traversals": one image, a row for each latent dimension, which
-            goes from three standard deviations below its mean over images to three above.
+            next, in equal steps of the way between their latents. "traversals": one image, a row for each latent
+            dimension, which goes from three standard deviations below its mean over images to three above.
         num_rows: at most; of traversals, those dimensions that vary most.
         overrides: `key=value` of the run's config.
 
@@ -33,6 +33,7 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
 
     Raises:
         ConfigError: there is no such kind, or the run's family has nothing of the kind.
+        DataError: too few images.
     """
     if kind not in KINDS:
         raise ConfigError(f"--show: '{kind}'; must be one of {', '.join(KINDS)}")
@@ -44,18 +45,21 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
     family = family.to(device)
     with torch.inference_mode():
         if kind == "reconstructions":
-            rows = _reconstructions(family, _first(config, num_rows, device))
+            rows = _reconstructions(family, _first(config, num_rows, device, 1))
         elif kind == "interpolations":
-            rows = _interpolations(family, _first(config, num_rows + 1, device))
+            rows = _interpolations(family, _first(config, num_rows + 1, device, 2))
         else:
-            rows = _traversals(family, _first(config, _SPREAD_IMAGES, device), num_rows)
+            rows = _traversals(family, _first(config, _SPREAD_IMAGES, device, 2), num_rows)
     if rows is None:
         raise ConfigError(f"--show: '{kind}'; family '{config.family_name}' has no latents that this could show")
     return images.to_uint8(rows)
 
 
-def _first(config: Config, count: int, device: torch.device) -> Batch:
+def _first(config: Config, count: int, device: torch.device, least: int) -> Batch:
     data = open_held_out(config.data) or open_training(config.data)
+    if data.num_samples < least:
+        key = "data.train" if config.data.test is None else "data.test"
+        raise DataError(f"{key}: has {data.num_samples} images; --show needs at least {least} here")
     return data.first(min(count, data.num_samples)).batch_on(device)
 
 
@@ -70,9 +74,8 @@ def _interpolations(family: Family, batch: Batch) -> Tensor | None:
     latents = family.latents(batch)
     if latents is None:
         return None
-    shares = torch.linspace(0.0, 1.0, _COLUMNS, device=latents.device)[:, None, None]
-    between = latents[:-1] + shares * (latents[1:] - latents[:-1])  # [columns, N - 1, D]
-    decoded = [family.from_latents(column) for column in between]
+    shares = torch.linspace(0.0, 1.0, _COLUMNS).tolist()
+    decoded = [family.from_latents(family.between(latents[:-1], latents[1:], share)) for share in shares]
     return torch.cat([batch["image"][:-1], *decoded, batch["image"][1:]], dim=3)
 
 

@@ -44,7 +44,7 @@ class StyleGAN2DiscriminatorConfig:
         if self.architecture not in ARCHITECTURES:
             return f"architecture: '{self.architecture}'; must be one of {', '.join(ARCHITECTURES)}"
         if image_size < 2 * LAST_SIDE or image_size & (image_size - 1):
-            return f"name: 'stylegan2'; judges images whose sides are powers of 2 from 8 on, not {image_size}"
+            return f"channel_base: judges images whose sides are powers of 2 from 8 on, not {image_size}"
         return None
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gmdist.errors import DivergedError
 from gmdist.families.code_sampler import CodeSamplerConfig, drawn, guided, probabilities
 
 GIVEN = (0.1, 0.4, 0.2, 0.3)
@@ -61,6 +62,14 @@ def test_guidance_leads_away_from_what_is_drawn_without_a_class() -> None:
     assert guided(told, free, 3.0).tolist() == [[3.0, 0.0]]
 
 
+def test_of_logits_that_are_not_finite_nothing_is_drawn() -> None:
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(DivergedError, match="the model's logits are not finite; check its weights"):
+            probabilities(torch.tensor([[0.0, 1.0], [wrong, 1.0]]), CodeSamplerConfig())
+    ruled_out = probabilities(torch.tensor([[-math.inf, 1.0]]), CodeSamplerConfig())
+    assert ruled_out.tolist() == [[0.0, 1.0]]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -69,7 +78,8 @@ def test_guidance_leads_away_from_what_is_drawn_without_a_class() -> None:
         ({"top_k": 0}, "top_k: 0; must be at least 1, or null for all codes"),
         ({"top_p": 0.0}, "top_p: 0.0; must be above 0, where no code would be left, and at most 1, their sum"),
         ({"top_p": 1.5}, "top_p: 1.5; must be above 0"),
-        ({"guidance": -1.0}, "guidance: -1.0; must be a number of at least 0"),
+        ({"guidance": -1.0}, "guidance: -1.0; must be from 0 to 1000"),
+        ({"guidance": 1e39}, "guidance: 1e+39; must be from 0 to 1000"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, float], words: str) -> None:

@@ -171,4 +171,4 @@ def test_a_judge_that_compares_samples_sees_images_and_reconstructions_apart() -
 def test_stylegan2_judges_powers_of_two() -> None:
     config = dataclasses.replace(SMALL["vit_vqvae"], discriminator=JUDGE)
     assert config.problem(16) is None
-    assert "judges images whose sides are powers of 2" in (config.problem(24) or "")
+    assert "discriminator.name: 'stylegan2'; judges images whose sides are powers of 2" in (config.problem(24) or "")

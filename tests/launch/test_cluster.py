@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from gmdist.config import ClusterConfig
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, RunFailedError
 from gmdist.launch.cluster import _connect, _probe, connected
 
 
@@ -36,6 +36,21 @@ def test_a_cluster_of_its_own_has_processors_for_the_least_workers_only(monkeypa
     assert [options["num_cpus"] for options in started] == [4, 4, 12]
     assert {options["_node_ip_address"] for options in started} == {"127.0.0.1"}
     assert os.environ["RAY_AUTH_TOKEN"] not in ("another's", "")
+
+
+def test_a_start_that_takes_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: Any) -> None:
+        raise Exception(message)
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another's")
+    message = "The current node timed out during startup. This could happen because"
+    with pytest.raises(RunFailedError, match="did not start within 30 s: the machine is too busy"):
+        _connect(ClusterConfig())
+    message = "something else"
+    with pytest.raises(Exception, match=message):
+        _connect(ClusterConfig())
 
 
 SLOW_TO_STOP = """

@@ -111,7 +111,7 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer: str, images: str, to
     encode(tokenizer, images, mirrored, ALONE)
     check_start(prior("transformer_prior", tokenizer, mirrored, tmp_path / "run", *CACHED, "data.flip=true"))
     of_pixels = ["family.first_stage=null", *CACHED]
-    with pytest.raises(ConfigError, match="it needs 'image' of each sample"):
+    with pytest.raises(ConfigError, match="it needs 'image' of each sample.*: set family.first_stage to the run"):
         check_start(prior("pixelcnn", tokenizer, tokens, tmp_path / "run", *of_pixels))
 
 
@@ -184,6 +184,8 @@ def test_what_cannot_be_completed_is_refused(run: Path, stage: str, tmp_path: Pa
     assert patch in refused(png(picture(0)[:3]), str(run))
     assert "16x16 pixels; must be" in refused(png(picture(0)), str(run))
     assert "there is no such file" in refused(None, str(run))
+    assert main(["sample", str(run), "--complete", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
+    assert f"--complete: {tmp_path}: Is a directory" in capsys.readouterr().err
     assert "not a JPEG, PNG or WebP image" in refused(b"GIF89a", str(run))
     assert "damaged" in refused(png(picture(0)[:8])[:60], str(run))
     assert "draws images as a whole, and completes none" in refused(png(picture(0)[:8]), stage)

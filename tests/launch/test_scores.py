@@ -132,6 +132,7 @@ def test_what_has_no_scores_is_refused(trained: Path, digits: Path, tmp_path: Pa
     assert "--batch-size: 0; must be at least 1" in refused(capsys, 2, *evaluate, "--batch-size", "0", given)
     elsewhere = ["evaluate", str(trained), "--scores", "gs://bucket/scores.csv", given]
     assert "gs://bucket/scores.csv: not a location that gmdist reads" in refused(capsys, 2, *elsewhere)
+    assert f"--scores: '{tmp_path}'; is a folder" in refused(capsys, 2, *evaluate[:-1], str(tmp_path), given)
     run = tmp_path / "run"
     train_worker(
         load(WITHOUT_LIKELIHOOD, [*TINY, f"data.train={digits}/train", given, f"run.dir={run}"]), torch.device("cpu")

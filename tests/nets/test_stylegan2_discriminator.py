@@ -74,8 +74,8 @@ def test_the_variance_of_features_stays() -> None:
 @pytest.mark.parametrize(
     ("config", "image_size", "problem"),
     [
-        (StyleGAN2DiscriminatorConfig(), 48, "name: 'stylegan2'; judges images whose sides are powers of 2 from 8 on"),
-        (StyleGAN2DiscriminatorConfig(), 4, "name: 'stylegan2'"),
+        (StyleGAN2DiscriminatorConfig(), 48, "channel_base: judges images whose sides are powers of 2 from 8 on"),
+        (StyleGAN2DiscriminatorConfig(), 4, "channel_base: judges"),
         (StyleGAN2DiscriminatorConfig(0), 32, "channel_base: 0"),
         (StyleGAN2DiscriminatorConfig(channel_max=0), 32, "channel_max: 0"),
         (StyleGAN2DiscriminatorConfig(minibatch_std_group=-1), 32, "minibatch_std_group: -1"),
