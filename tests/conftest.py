@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("gmdist", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("gmdist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

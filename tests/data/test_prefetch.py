@@ -193,10 +193,11 @@ def test_a_worker_without_samples_of_a_data_set_waits_and_ends() -> None:
             yield np.empty(0, np.int64)
 
     with Prefetcher(shards, tape, empty(), 1 << 20) as prefetcher:
-        time.sleep(0.3)
-        before = drawn
-        time.sleep(0.1)
-        assert drawn == before  # a window or two are looked through, and no more
+        before, deadline_s = -1, time.monotonic() + 30
+        while drawn != before:  # a window or two are looked through, and no more
+            assert time.monotonic() < deadline_s
+            before = drawn
+            time.sleep(0.2)
     prefetcher._planner.join(10)
     assert not prefetcher._planner.is_alive()
 
