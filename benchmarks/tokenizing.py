@@ -2,6 +2,8 @@
 
     make bench-tokenizers
 
+It is not named tokenizers.py: transformers would import it in place of the package of that name.
+
 Each side is a process of its own with one thread on the CPU; they take turns, and ratios are medians over the turns.
 Time is what the process gets of the processor, which on a quiet machine is the wall clock's. "As it comes" has the C
 library's allocator, "tuned" that of our workers, as ours does; nothing is compiled.
