@@ -21,6 +21,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Train's controller looks so often; 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print of a worker comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Each controller would set its process's loggers up anew, and wait for ever where another one logs just then.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -7,6 +7,7 @@ is room for, and says so where there is none.
 """
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ class Trainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left_out)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the command itself says what fails
         controller = _Controller(**options | {"scaling_policy": _Fixed(self.scaling_config)})
         asyncio.run(controller.run())
         return controller.get_result()
