@@ -63,7 +63,7 @@ def test_a_server_that_goes_away_is_no_end_of_the_job() -> None:
 
     seen: list[str] = []
     with pytest.raises(RunFailedError, match=r"the job goes on .* `ray job logs --follow --address http://HEAD job-1`"):
-        _follow(Client(), "job-1", "http://HEAD", seen.append)  # type: ignore[arg-type]
+        _follow(Client(), "job-1", "http://HEAD", seen.append)
     assert seen == ["job-1 begins\n"]
 
 
