@@ -11,7 +11,7 @@ from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings, 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
 from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
-from gmdist.nets.stylegan2_discriminator import LAST_SIDE, StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 
 NAMES = ("patch", "stylegan2")
 LOSSES = ("hinge", "vanilla")
@@ -61,11 +61,6 @@ class DiscriminatorConfig:
 
     def _sizes_problem(self, image_size: int) -> str | None:
         if self.name == "stylegan2":
-            if image_size < 2 * LAST_SIDE or image_size & (image_size - 1):
-                return (
-                    f"name: 'stylegan2'; judges images whose sides are powers of 2 from {2 * LAST_SIDE} on, not "
-                    f"{image_size}: 'patch' judges others"
-                )
             problem = self.stylegan2.problem(image_size)
             return problem and f"stylegan2.{problem}"
         if not 1 <= self.channels <= _MAX_CHANNELS:

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32
@@ -12,7 +14,7 @@ from gmdist.nets.resample import downsample
 from gmdist.nets.stylegan2_mapping import MappingNetwork
 
 ARCHITECTURES = ("orig", "skip", "resnet")
-LAST_SIDE = 4
+LAST_SIDE = 4  # of features at most, before they are one vector; of images whose sides are powers of 2 always
 _MAX_WIDTH = 1 << 14
 
 
@@ -43,8 +45,8 @@ class StyleGAN2DiscriminatorConfig:
                 return f"{key}: {getattr(self, key)}; must be at least 0"
         if self.architecture not in ARCHITECTURES:
             return f"architecture: '{self.architecture}'; must be one of {', '.join(ARCHITECTURES)}"
-        if image_size < 2 * LAST_SIDE or image_size & (image_size - 1):
-            return f"channel_base: judges images whose sides are powers of 2 from 8 on, not {image_size}"
+        if image_size < 2 * LAST_SIDE:
+            return f"channel_base: judges images whose sides are at least {2 * LAST_SIDE} pixels, not {image_size}"
         return None
 
 
@@ -59,9 +61,9 @@ class DiscriminatorBlock(nn.Module):
         self.in_fp32 = in_fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C_in, H, W] -> [N, C_out, H / 2, W / 2]."""
+        """[N, C_in, H, W] -> [N, C_out, H / 2, W / 2], rounded up."""
         with whole_precision(x, self.in_fp32):
-            x = at_least_fp32(x) if self.in_fp32 else x
+            x = _padded(at_least_fp32(x) if self.in_fp32 else x)
             if self.skip is None:
                 return self.conv2(self.conv1(x))
             return self.skip(x, math.sqrt(0.5)) + self.conv2(self.conv1(x), math.sqrt(0.5))
@@ -78,21 +80,23 @@ class StyleGAN2Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.num_bf16_sides = config.minibatch_std_group, config.num_bf16_sides
-        sides = [image_size >> i for i in range(image_size.bit_length() - LAST_SIDE.bit_length())]
+        sides = [image_size]
+        while sides[-1] > LAST_SIDE:
+            sides.append((sides[-1] + 1) // 2)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(
                 config.width(side),
-                config.width(side // 2),
+                config.width(half),
                 shortcut=config.architecture == "resnet",
                 in_fp32=i >= config.num_bf16_sides,
             )
-            for i, side in enumerate(sides)
+            for i, (side, half) in enumerate(pairwise(sides))
         )
-        taken_in = [image_size, *(side // 2 for side in sides if config.architecture == "skip")]
+        taken_in = sides if config.architecture == "skip" else sides[:1]
         self.pixels = nn.ModuleList(EqualizedConv2d(image_channels, config.width(side), 1) for side in taken_in)
-        width = config.width(LAST_SIDE)
+        width = config.width(sides[-1])
         self.conv = EqualizedConv2d(width + bool(self.group), width, 3)
-        self.hidden = EqualizedLinear(width * LAST_SIDE**2, width, activated=True)
+        self.hidden = EqualizedLinear(width * sides[-1] ** 2, width, activated=True)
         self.out = EqualizedLinear(width, width if num_classes else 1)
         self.mapping = MappingNetwork(0, num_classes, width, config.mapping_layers) if num_classes else None
 
@@ -102,7 +106,7 @@ class StyleGAN2Discriminator(nn.Module):
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
             if i < len(self.pixels):
-                image = downsample(image)
+                image = downsample(_padded(image))
                 x = x + self._taken_in(image, i)
         with whole_precision(x, wanted=True):
             x = at_least_fp32(x)
@@ -119,6 +123,12 @@ class StyleGAN2Discriminator(nn.Module):
         """Features of the image at its i-th side."""
         with whole_precision(image, i >= self.num_bf16_sides):
             return self.pixels[i](image)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> the same with zeros below and right of odd sides, so that every side has a half."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:

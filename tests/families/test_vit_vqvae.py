@@ -168,7 +168,20 @@ def test_a_judge_that_compares_samples_sees_images_and_reconstructions_apart() -
     torch.testing.assert_close(loss, 0.5 * ((1.0 - real).relu().mean() + (1.0 + fake).relu().mean()))
 
 
-def test_stylegan2_judges_powers_of_two() -> None:
+@pytest.mark.parametrize("image_size", [12, 16, 24])
+def test_stylegan2_judges_every_size_that_patches_divide(image_size: int) -> None:
     config = dataclasses.replace(SMALL["vit_vqvae"], discriminator=JUDGE)
-    assert config.problem(16) is None
-    assert "discriminator.name: 'stylegan2'; judges images whose sides are powers of 2" in (config.problem(24) or "")
+    assert isinstance(config, ViTVQVAEConfig)
+    assert config.problem(image_size) is None
+    family = ViTVQVAE(config, Surroundings(image_size, 3, 0, 0, small_family))
+    image = torch.rand(2, 3, image_size, image_size) * 2.0 - 1.0
+    batch = {"image": image, "label": torch.zeros(2, dtype=torch.int64), "key": torch.arange(2)}
+    loss, metrics = family.loss(batch, 150)
+    loss.backward()
+    assert metrics["adversarial"].isfinite()
+    assert all(parameter.grad is not None for parameter in family.autoencoder.parameters())
+
+
+def test_stylegan2_judges_no_image_that_it_would_not_halve() -> None:
+    config = dataclasses.replace(SMALL["vit_vqvae"], discriminator=JUDGE)
+    assert "discriminator.stylegan2.channel_base: judges images whose sides are at least 8" in (config.problem(4) or "")
