@@ -18,7 +18,7 @@ from gmdist.errors import MemoryExceededError
 from gmdist.families.family import Phase
 from gmdist.train import blocks
 from gmdist.train.config import PROFILE_AFTER
-from gmdist.train.workers import rank
+from gmdist.train.workers import rank, world_size
 
 # FLOP/s of dense products, in bf16 and in fp32: the makers' data sheets.
 _PEAKS = {
@@ -95,6 +95,28 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def speed(
+    steps: int, seconds: float, batch_size: int, flops: float, device: torch.device, precision: str
+) -> dict[str, float]:
+    """What some steps made of the machines.
+
+    Args:
+        steps, seconds: that they were, and took.
+        batch_size: samples a step, over all workers.
+        flops: of the model, a sample.
+        device, precision: of a worker's products.
+    """
+    images_per_s = steps * batch_size / seconds
+    found = {"images_per_s": images_per_s, "images_per_s_worker": images_per_s / world_size()}
+    found["memory_gib"] = peak_memory_gib(device)
+    flops_per_s = flops * (batch_size // world_size()) * steps / seconds
+    found["tflops_worker"] = flops_per_s / 1e12
+    peak = peak_flops(device, precision)
+    if peak is not None:
+        found["mfu"] = flops_per_s / peak
+    return found
 
 
 @contextmanager

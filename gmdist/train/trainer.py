@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gmdist import images, storage
+from gmdist import storage
 from gmdist.errors import ConfigError, DivergedError
 from gmdist.families.family import INITIALIZE_SAMPLES, Family, Metrics
 from gmdist.nets.finite import watched
@@ -19,19 +19,18 @@ from gmdist.train.blocks import prepare
 from gmdist.train.checkpoint import Reader
 from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.control import Clock, Control, Skips, is_sound
-from gmdist.train.cost import FlopCount, Profile, explaining_memory, peak_flops, peak_memory_gib
+from gmdist.train.cost import FlopCount, Profile, explaining_memory, speed
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
 from gmdist.train.held_out import Measure, held_out_means
 from gmdist.train.hooks import Hooks, Outcome, Progress
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from gmdist.train.optim import OptimConfig, lazily, learning_rate, trained_children
+from gmdist.train.preview import preview
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
-from gmdist.train.workers import rank, world_size
-
-_MASK64 = (1 << 64) - 1
+from gmdist.train.workers import rank, total, world_size
 
 
 class Trainer:
@@ -292,7 +291,8 @@ class Trainer:
             line[f"lr/{name}"] = learning_rate(optim, self.step - 1, self.config.num_steps)
         line["order_digest"] = self._total_digest()
         line["skipped_steps"] = self._skips.total
-        line |= self._speed(*clock.lap(self.step))
+        flops = self._flops.a_sample()
+        line |= speed(*clock.lap(self.step), self.batch_size, flops, self.device, self.config.precision)
         self._write_quarantine()
         if self._log is None:
             return
@@ -308,42 +308,18 @@ class Trainer:
         if replaced and rank() == 0:
             self.hooks.on_message(self._quarantine.write(replaced))
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
-        """What the steps since the last line made of the machines."""
-        images_per_s = steps * self.batch_size / seconds
-        found = {"images_per_s": images_per_s, "images_per_s_worker": images_per_s / world_size()}
-        found["memory_gib"] = peak_memory_gib(self.device)
-        flops = self._flops.a_sample() * (self.batch_size // world_size())
-        found["tflops_worker"] = flops * steps / seconds / 1e12
-        peak = peak_flops(self.device, self.config.precision)
-        if peak is not None:
-            found["mfu"] = flops * steps / seconds / peak
-        return found
-
     def _data_metrics(self) -> Metrics:
         """What a worker waited for data, and what reading cost it, since the last line."""
         now, before = self.data.counters() | {"wait_s": self._waited_s}, self._counted
         self._counted = now
         return {f"data/{name}": torch.tensor(value - before.get(name, 0.0)) for name, value in now.items()}
 
-    @torch.no_grad()
     def _write_preview(self) -> None:
-        source = self.test_data or self.data
-        batch = source.first(min(self.config.num_preview_images, source.num_samples)).batch_on(self.device)
-        # Every worker makes an equal part; the last ones repeat a sample where the count does not divide.
-        count = len(batch["key"])
-        each = -(-count // world_size())
-        places = torch.arange(rank() * each, (rank() + 1) * each, device=self.device).clamp(max=count - 1)
-        part = {name: tensor[places.to(tensor.device)] for name, tensor in batch.items()}
         with self._averaged_weights():
-            pictures = images.to_uint8(self.family.preview(part))
-        if world_size() > 1:
-            gathered = [torch.empty_like(pictures, device=self.device) for _ in range(world_size())]
-            dist.all_gather(gathered, pictures.to(self.device))
-            pictures = torch.cat(gathered).cpu()
+            picture = preview(self.family, self.test_data or self.data, self.config.num_preview_images, self.device)
         if rank() == 0:
             name = f"{checkpoint.folder_name(self.step)}.png"
-            storage.write(storage.join(self.run_dir, "samples", name), images.png(images.grid(pictures[:count])))
+            storage.write(storage.join(self.run_dir, "samples", name), picture)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -431,12 +407,7 @@ class Trainer:
         self._digest = int(meta["order_digest"], 16) if rank() == 0 else 0
 
     def _total_digest(self) -> str:
-        total = self._digest & _MASK64
-        if world_size() > 1:
-            signed = torch.tensor([total - (1 << 64) if total >> 63 else total], device=self.device)
-            dist.all_reduce(signed)
-            total = int(signed.item()) & _MASK64
-        return f"{total:016x}"
+        return f"{total(self._digest, self.device):016x}"
 
     def _set_mode(self, training: bool) -> None:
         """Trained children train; frozen ones never do."""
