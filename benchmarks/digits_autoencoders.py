@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_runs import measured, size_of, trained
+from digits_runs import in_time, measured, shown, size_of, trained, verdict
 from torch import Tensor
 
 from gmdist import runs
@@ -103,12 +103,9 @@ def main() -> int:
     used, agreement = found["vq_vae"]["used_codes"], found["transformer_prior"]["label_agreement"]
     print("\n| family | parameters | minutes | held-out digits |\n|---|---|---|---|")
     for name in FAMILIES:
-        shown = {key: value for key, value in found[name].items() if not key.startswith("kl_nats_")}
-        line = ", ".join(f"{key} {value:.4g}" for key, value in shown.items() if value is not None)
-        spent = minutes[name]
-        shown_minutes = "not timed" if spent is None else f"{spent:.1f}"
-        print(f"| {name} | {size_of(options.runs / name):,} | {shown_minutes} | {line} |")
-    slowest = max((spent for spent in minutes.values() if spent is not None), default=0.0)
+        values = {key: value for key, value in found[name].items() if not key.startswith("kl_nats_")}
+        line = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if value is not None)
+        print(f"| {name} | {size_of(options.runs / name):,} | {shown(minutes[name])} | {line} |")
     asked = [
         (f"VAE's ELBO {ours:.1f} nats, pythae's {pythae:.1f}", ours >= pythae),
         (f"VQ-VAE uses {used:.1%} of its codes (asked: 90%)", used >= 0.9),
@@ -118,15 +115,10 @@ def main() -> int:
             f"{independent:.3f} (asked: 40%)",
             bits <= 0.6 * independent,
         ),
-        (
-            f"slowest training of this call {slowest:.1f} minutes (asked: {MINUTES:g})",
-            slowest <= MINUTES,
-        ),
+        in_time(minutes.values(), MINUTES),
     ]
     print()
-    for line, holds in asked:
-        print(f"{line}{'' if holds else ': falls short'}")
-    return 0 if all(holds for _, holds in asked) else 1
+    return verdict(asked)
 
 
 if __name__ == "__main__":

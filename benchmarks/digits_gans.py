@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits_runs import measured, size_of, trained
+from digits_runs import in_time, measured, shown, size_of, trained, verdict
 from PIL import Image
 
 from gmdist.cli import main as gmdist
 from gmdist.data.config import DataConfig
 from gmdist.data.loader import Loader
+from gmdist.data.sources import open_source
 from gmdist.evaluation.features import load_features
 
 FAMILIES = ("gan", "dcgan", "conditional_gan", "stylegan2")
@@ -50,8 +51,6 @@ def kept(run: Path, data: Path, direction: str) -> float:
 
 def labels_of(location: Path) -> torch.Tensor:
     """The classes of a data set's samples, in the order of its shards."""
-    from gmdist.data.sources import open_source
-
     return torch.tensor([int(raw.read()["cls"]) for raw in open_source(str(location)).by_name()])
 
 
@@ -72,8 +71,7 @@ def main() -> int:
     same = {direction: kept(options.runs / "cyclegan", options.data, direction) for direction in DOMAINS}
     print("\n| family | parameters | minutes | FID | classes shown | label agreement |\n|---|---|---|---|---|---|")
     for name, spent in minutes.items():
-        shown = "not timed" if spent is None else f"{spent:.1f}"
-        line = f"| {name} | {size_of(options.runs / name):,} | {shown} |"
+        line = f"| {name} | {size_of(options.runs / name):,} | {shown(spent)} |"
         if name in found:
             agreement = found[name].get("label_agreement")
             told = "-" if agreement is None else f"{agreement:.1%}"
@@ -91,12 +89,9 @@ def main() -> int:
     asked += [
         (f"cyclegan {way}: {share:.1%} keep their label (asked: 85%)", share >= 0.85) for way, share in same.items()
     ]
-    slowest = max((spent for spent in minutes.values() if spent is not None), default=0.0)
-    asked.append((f"slowest training of this call {slowest:.1f} minutes (asked: {MINUTES:g})", slowest <= MINUTES))
+    asked.append(in_time(minutes.values(), MINUTES))
     print()
-    for line, holds in asked:
-        print(f"{line}{'' if holds else ': falls short'}")
-    return 0 if all(holds for _, holds in asked) else 1
+    return verdict(asked)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from digits_runs import trained
+from digits_runs import trained, verdict
 
 from gmdist.cli import main as gmdist
 from gmdist.config import load
@@ -69,9 +69,7 @@ def main() -> int:
     ]
     if not there:
         asked.append((f"the sweep takes {minutes:.1f} minutes (asked: {MINUTES:g})", minutes <= MINUTES))
-    for line, holds in asked:
-        print(f"{line}{'' if holds else ': falls short'}")
-    return 0 if all(holds for _, holds in asked) else 1
+    return verdict(asked)
 
 
 if __name__ == "__main__":
