@@ -141,9 +141,10 @@ def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
     from gmdist.launch.sample import is_grid, save
     from gmdist.launch.walk import interpolate, mix
 
-    if options.complete is not None or (options.interpolate is not None and options.mix_styles):
-        other = "--complete" if options.complete is not None else "--mix-styles"
-        raise ConfigError(f"{other}: does not go with --interpolate or --mix-styles")
+    if options.complete is not None:
+        raise ConfigError("--complete: does not go with --interpolate or --mix-styles")
+    if options.interpolate is not None and options.mix_styles:
+        raise ConfigError("--mix-styles: does not go with --interpolate")
     if options.mix_styles:
         print(save(mix(options.run, request, options.overrides), options.out, request.num_images + 1))
         return EXIT_DONE

@@ -352,7 +352,9 @@ def _refuse_items(kind: type, declared: Any, value: Any, key: str, prefix: str) 
     declared = next((part for part in (declared, *get_args(declared)) if get_origin(part) is tuple), None)
     if declared is None or not isinstance(value, list):
         return
-    refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {_NOUNS[get_args(declared)[0]]}")
+    items = get_args(declared)
+    count = "" if Ellipsis in items else f"{len(items)} "
+    refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {count}{_NOUNS[items[0]]}")
     if any(isinstance(item, list | dict) for item in value):  # which OmegaConf lets pass
         raise refusal
     try:

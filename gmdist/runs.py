@@ -199,7 +199,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         if size % family.compared:
             raise ConfigError(
                 f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once,"
-                f" and the discriminator compares {family.compared} (minibatch_std_group), which must divide them"
+                f" and the loss takes {family.compared} of them together (minibatch_std_group,"
+                " path_length.batch_shrink), which must divide them"
             )
     if _measures(config):
         if type(family).sample is Family.sample:

@@ -197,7 +197,7 @@ class ShardFolder:
 def open_source(source: str) -> ImageFolder | ShardFolder:
     """List what is in a source; DataError if that cannot be packed."""
     if not storage.is_s3(source) and not os.path.isdir(source):
-        raise DataError(f"{source}: no such folder")
+        raise DataError(f"{source}: {'not a' if os.path.exists(source) else 'no such'} folder")
     stats = storage.list_stats(source)
     shards = [(storage.join(source, name), v) for name, v in stats.items() if _is_visible(name, ("tar",))]
     images = [name for name in stats if _is_visible(name, IMAGE_EXTENSIONS)]

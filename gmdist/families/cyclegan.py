@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gmdist import rng
 from gmdist.families.family import DIRECTIONS, Batch, Family, Metrics, Phase, Surroundings
-from gmdist.families.gan_losses import LOSSES, discriminator_loss, generator_loss
+from gmdist.families.gan_losses import LOSSES, discriminator_loss, generator_loss, mean_signs
 from gmdist.nets import cyclegan
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.cyclegan import Translator, TranslatorConfig
@@ -112,10 +112,8 @@ class CycleGAN(Family):
             real, fake = at_least_fp32(network(target)), at_least_fp32(network(translated))
             # Half as strong, that the discriminators learn more slowly (Zhu 2017, App. 7.1).
             loss = loss + 0.5 * discriminator_loss(self.config.loss, real, fake)
-            metrics |= {
-                f"{direction[-1]}_real_sign": real.detach().sign().mean(),
-                f"{direction[-1]}_fake_sign": fake.detach().sign().mean(),
-            }
+            real_sign, fake_sign = mean_signs(self.config.loss, real.detach(), fake.detach())
+            metrics |= {f"{direction[-1]}_real_sign": real_sign, f"{direction[-1]}_fake_sign": fake_sign}
         return loss, {"loss": loss.detach(), **metrics}
 
     def translate(self, image: Tensor, direction: str) -> Tensor:

@@ -19,16 +19,21 @@ from gmdist.families.family import (
     conditioned_labels,
 )
 from gmdist.families.gan_losses import (
+    COMPARING,
     LOSSES,
     discriminator_loss,
     generator_loss,
     interpolation_penalty,
+    mean_signs,
     squared_gradients,
+    undecided,
 )
 from gmdist.nets.blocks import at_least_fp32
 
 _UNDECIDED = 0.05  # a share of logits with the wrong sign that is still a contest
 _SMALL_SPREAD = 0.3  # of generated images, beside that of real ones
+_SAME = 0.05  # times as far apart as real images are: the same image, but for noise
+_MANY_REPEATED = 0.5  # of generated images
 
 
 @dataclass
@@ -70,6 +75,11 @@ class GANConfig:
         for key in ("objective", "augmentation"):
             if problem := getattr(self, key).problem():
                 return f"{key}.{problem}"
+        if self.augmentation.adapts and self.objective.loss in COMPARING:
+            return (
+                f"augmentation.p: null; with objective.loss '{self.objective.loss}' the logits of real images alone "
+                "say nothing that it could follow: set it to a number from 0 to 1"
+            )
         return None
 
 
@@ -127,9 +137,10 @@ class GAN(Family):
             generated = self.generate(keys, label, "d")
         fake = self.judge(generated, label, keys, "d/fake")
         real = self.judge(image, label, keys, "d/real")
-        self.augmentation.observe(real)
+        self.augmentation.observe(real - undecided(self.objective.loss))
         loss = discriminator_loss(self.objective.loss, real, fake)
-        metrics = {"real_sign": real.detach().sign().mean(), "fake_sign": fake.detach().sign().mean()}
+        real_sign, fake_sign = mean_signs(self.objective.loss, real.detach(), fake.detach())
+        metrics = {"real_sign": real_sign, "fake_sign": fake_sign}
         if self.objective.interpolation_weight:
             share = rng.uniform(self.seed, "interpolation", keys)
             penalty = interpolation_penalty(
@@ -191,13 +202,24 @@ class GAN(Family):
     def evaluate(self, batch: Batch) -> Metrics:
         """How the discriminator does with held-out images and generated ones, and how far apart each of them are.
 
-        Means over images: signs of logits, and the mean squared difference between an image and the batch's next.
+        Means over images: signs of logits, the mean squared difference between an image and the batch's next, and
+        whether the batch has the same generated image again.
         """
         image, label = batch["image"], self._label(batch)
         generated = self.sample(batch["key"], None if label is None else Condition(label))
-        real, fake = (at_least_fp32(self.discriminator(of, label)).sign().mean() for of in (image, generated))
+        logits = (at_least_fp32(self.discriminator(of, label)) for of in (image, generated))
+        real_sign, fake_sign = mean_signs(self.objective.loss, *logits)
         distance, real_distance = ((of - of.roll(1, 0)).square().mean() for of in (generated, image))
-        return {"real_sign": real, "fake_sign": fake, "distance": distance, "real_distance": real_distance}
+        apart = torch.cdist(generated.flatten(1), generated.flatten(1)).square() / generated[0].numel()
+        apart.fill_diagonal_(math.inf)
+        repeated = (apart.amin(dim=1) < _SAME * real_distance).to(distance.dtype).mean()
+        return {
+            "real_sign": real_sign,
+            "fake_sign": fake_sign,
+            "distance": distance,
+            "real_distance": real_distance,
+            "repeated": repeated,
+        }
 
     def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
         """The signs; and `spread`, how far generated images are apart, beside real ones."""
@@ -222,6 +244,11 @@ class GAN(Family):
             concerns.append(
                 f"generated images are {found['spread']:.2f} times as far apart as real ones: the generator makes few "
                 "kinds of image"
+            )
+        if found.get("repeated", 0.0) > _MANY_REPEATED:
+            concerns.append(
+                f"{found['repeated']:.0%} of generated images come more than once among few: the generator makes few "
+                "images, however different they are"
             )
         if found.get("class_coverage", 1.0) < 1.0:
             concerns.append(f"generated images show {found['class_coverage']:.0%} of the classes")

@@ -9,6 +9,8 @@ from torch import Tensor
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.equalized import whole_precision
 
+# Of these, logits have no meaning of their own: real and generated ones are compared.
+COMPARING = ("wasserstein", "relativistic")
 LOSSES = ("minimax", "non_saturating", "hinge", "least_squares", "wasserstein", "relativistic")
 
 
@@ -44,6 +46,21 @@ def generator_loss(name: str, fake: Tensor, real: Tensor | None = None) -> Tenso
     assert name == "relativistic", name
     assert real is not None
     return F.softplus(real - fake).mean()
+
+
+def mean_signs(name: str, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """On which side logits of images and of generated ones lie: means of 1 for real and -1 for generated.
+
+    Args:
+        name, real, fake: as above.
+    """
+    boundary = undecided(name) if name not in COMPARING else 0.5 * (real.mean() + fake.mean())
+    return (real - boundary).sign().mean(), (fake - boundary).sign().mean()
+
+
+def undecided(name: str) -> float:
+    """The logit that says neither real nor generated; to losses of COMPARING it means nothing."""
+    return 0.5 if name == "least_squares" else 0.0
 
 
 def squared_gradients(judge: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,9 @@ class StyleGAN2(GAN):
         generator = StyleGAN2Generator(config.generator, *shape)
         discriminator = StyleGAN2Discriminator(config.discriminator, *shape)
         super().__init__(config, generator, discriminator, config.generator.latent_channels, surroundings, classes)
-        self.compared = max(config.discriminator.minibatch_std_group, 1)
+        # Path lengths are of the first images of a micro-batch: of the same ones however a batch is cut, if it divides.
+        parts = config.path_length.batch_shrink if config.path_length.weight else 1
+        self.compared = math.lcm(max(config.discriminator.minibatch_std_group, 1), parts)
         self.path_length, self.style_mixing, self.truncation = (
             config.path_length,
             config.style_mixing,
@@ -138,7 +140,7 @@ class StyleGAN2(GAN):
     def path_length_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """That a step of styles moves images equally far, in whatever direction (Karras 2020, Eq. 4).
 
-        The length to keep to is the mean before this step: it does not depend on how a batch is cut.
+        The length to keep to is the mean before this step, which does not depend on how a batch is cut.
         """
         keys, label = batch["key"], self._label(batch)
         count = -(-len(keys) // self.path_length.batch_shrink)

@@ -86,6 +86,9 @@ def moved_ahead(parts: Iterator[Loaded], device: torch.device) -> Iterator[Loade
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into micro-batches of `size` samples."""
-    count = len(batch["key"])
-    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, count, size)]
+    """Cut a batch into micro-batches of `size` samples, which divides it: every so many-th sample is of the same one.
+
+    So workers share a batch, too. Losses that compare samples compare the same ones however a batch is cut.
+    """
+    count = len(batch["key"]) // size
+    return [{name: tensor[i::count].contiguous() for name, tensor in batch.items()} for i in range(count)]

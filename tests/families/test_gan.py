@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gmdist.errors import ConfigError
+from gmdist.families.augmentation import AugmentConfig
 from gmdist.families.conditional_gan import ConditionalGAN, ConditionalGANConfig
 from gmdist.families.family import Batch, Surroundings
 from gmdist.families.gan import GAN, ObjectiveConfig
@@ -80,9 +81,20 @@ def test_what_is_measured_of_held_out_images() -> None:
     family = made("gan").eval()
     means = family.evaluate(batch())
     found = family.summarize(means)
-    assert set(found) == {"real_sign", "fake_sign", "spread"}
+    assert set(found) == {"real_sign", "fake_sign", "spread", "repeated"}
     assert all(-1.0 <= found[name] <= 1.0 for name in ("real_sign", "fake_sign"))
     assert found["spread"] == pytest.approx((means["distance"] / means["real_distance"]).item())
+
+
+def test_few_images_again_and_again_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, data = made("gan").eval(), MemorySource(48, 32).first(32).batch
+    image = data["image"]
+    for count, warned in ((32, False), (8, True), (2, True)):
+        noisy = image[torch.arange(32) % count] + 0.01 * torch.randn(image.shape)
+        monkeypatch.setattr(family, "sample", lambda keys, condition=None, noisy=noisy: noisy)
+        found = family.summarize(family.evaluate(data))
+        assert found["repeated"] == (1.0 if warned else 0.0)
+        assert any("come more than once" in concern for concern in family.concerns(found)) == warned
 
 
 @pytest.mark.parametrize(
@@ -115,6 +127,10 @@ def test_warnings(found: dict[str, float], expected: list[str]) -> None:
         (VanillaGANConfig(ObjectiveConfig(r1_gamma=-1.0)), "objective.r1_gamma: -1.0"),
         (VanillaGANConfig(ObjectiveConfig(penalty_every=0)), "objective.penalty_every: 0; must be at least 1"),
         (VanillaGANConfig(hidden_channels=0), "hidden_channels: 0"),
+        (
+            VanillaGANConfig(ObjectiveConfig("wasserstein"), AugmentConfig("ada")),
+            "augmentation.p: null; with objective.loss 'wasserstein'",
+        ),
     ],
 )
 def test_settings_that_cannot_be(config: VanillaGANConfig, problem: str) -> None:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.families.gan_losses import (
+    COMPARING,
     LOSSES,
     discriminator_loss,
     generator_loss,
     interpolation_penalty,
+    mean_signs,
     squared_gradients,
 )
 from gmdist.nets.equalized import whole_precision
@@ -48,6 +50,19 @@ def test_losses_are_their_formulas(name: str) -> None:
     d, g = by_hand(name)
     assert discriminator_loss(name, REAL, FAKE).item() == pytest.approx(d)
     assert generator_loss(name, FAKE, REAL).item() == pytest.approx(g)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_signs_are_those_of_a_discriminator_that_is_right_or_undecided(name: str) -> None:
+    real, fake = torch.full((3, 1), 5.0, requires_grad=True), torch.full((3, 1), 4.0, requires_grad=True)
+    for _ in range(1000):
+        slopes = torch.autograd.grad(discriminator_loss(name, real, fake), [real, fake])
+        for logits, slope in zip((real, fake), slopes, strict=True):
+            logits.data -= 0.1 * slope
+    assert [sign.item() for sign in mean_signs(name, real.detach(), fake.detach())] == [1.0, -1.0]
+    same = torch.tensor([[0.1], [0.9], [0.5]])
+    same = same if name in ("least_squares", *COMPARING) else same - 0.5
+    assert [sign.item() for sign in mean_signs(name, same, same)] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,5 +1,6 @@
 """Two workers train StyleGAN2 and a conditional GAN as single-process torch does, on every stage."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,19 @@ import torch
 
 from gmdist import rng
 from gmdist.families.family import Family
-from tests.support import run_workers, small_family
+from tests.support import SMALL, run_workers, small_family
 from tests.train import parity
 from tests.train.parity import SGD, WORLD
 
 
 def stylegan2() -> Family:
-    family = small_family("stylegan2", seed=1)
+    small = SMALL["stylegan2"]
+    family = small_family(
+        "stylegan2",
+        seed=1,
+        discriminator=dataclasses.replace(small.discriminator, minibatch_std_group=2),
+        path_length=dataclasses.replace(small.path_length, batch_shrink=2),
+    )
     family.local = False  # type: ignore[assignment] # no loss depends on how a batch is cut
     return family
 
