@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.nets.linear import Linear
+
 _MAX_WIDTH = 1 << 16
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
@@ -120,7 +122,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups, norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        self.embedding = Linear(embedding_channels, out_channels) if embedding_channels else None
         self.norm2 = group_norm(out_channels, norm_groups, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -146,8 +148,8 @@ class SelfAttention2d(nn.Module):
         assert channels % num_heads == 0, (channels, num_heads)
         self.num_heads = num_heads
         self.norm = group_norm(channels, norm_groups, norm_eps)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = zero_init(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""

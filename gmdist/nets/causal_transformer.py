@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32, attention
+from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import heads_problem
 
 _EPS = 1e-5
@@ -93,8 +94,8 @@ class RotaryAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
+        self.qkv = Linear(channels, 3 * channels, bias=False)
+        self.out = Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor, rotations: Tensor, past: Past | None = None) -> Tensor:
         """Tokens [N, L, C], rotations [2, L, D / 2] -> [N, L, C]; with a past that is not empty, L is 1."""
@@ -114,8 +115,8 @@ class SwiGLU(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = _HIDDEN_MULTIPLE * math.ceil(8 * channels // 3 / _HIDDEN_MULTIPLE)
-        self.up = nn.Linear(channels, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, channels, bias=False)
+        self.up = Linear(channels, 2 * hidden, bias=False)
+        self.down = Linear(hidden, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, C] -> [N, L, C]."""
@@ -168,7 +169,7 @@ class CausalTransformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
         self.norm_out = nn.RMSNorm(width, eps=_EPS)
-        self.out = nn.Linear(width, num_codes, bias=False)
+        self.out = Linear(width, num_codes, bias=False)
         self.register_buffer("rotations", rotation_table(grid, width // config.num_heads), persistent=False)
         for parameter in self.parameters():
             if parameter.ndim > 1:

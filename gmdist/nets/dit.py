@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32, timestep_embedding
+from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
@@ -101,7 +102,7 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(width, config.num_heads, config.qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=config.feed_forward_norm_eps)
         self.feed_forward = FeedForward(width, approximate="tanh")
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens [N, L, C], condition [N, C] -> [N, L, C]."""
@@ -139,9 +140,9 @@ class DiT(nn.Module):
         self.block_labels = nn.ModuleList(nn.Embedding(num_classes + 1, width) for _ in others if num_classes)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=_EPS)
-        self.modulation_out = nn.Linear(width, 2 * width)
+        self.modulation_out = Linear(width, 2 * width)
         self.out_channels = in_channels * (2 if config.learned_sigma else 1)
-        self.out = nn.Linear(width, patch * patch * self.out_channels)
+        self.out = Linear(width, patch * patch * self.out_channels)
         self.register_buffer("positions", position_embedding(size // patch, width), persistent=False)
         self._initialize()
 
@@ -186,7 +187,7 @@ class DiT(nn.Module):
 
 
 def _time_layers(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+    return nn.Sequential(Linear(_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
 
 def _condition(time: nn.Module, table: nn.Module | None, frequencies: Tensor, label: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import attention, group_norm, zero_init
+from gmdist.nets.linear import Linear
 
 
 def heads_problem(channels: int, num_heads: int) -> str | None:
@@ -24,10 +25,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         assert channels % num_heads == 0, (channels, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.qkv = Linear(channels, 3 * channels)
         self.query_norm = HeadNorm(channels // num_heads) if qk_norm else nn.Identity()
         self.key_norm = HeadNorm(channels // num_heads) if qk_norm else nn.Identity()
-        self.out = nn.Linear(channels, channels)
+        self.out = Linear(channels, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]; mask bool [N, L], True for tokens that are attended to."""
@@ -44,10 +45,10 @@ class Attention(nn.Module):
         super().__init__()
         assert channels % num_heads == 0, (channels, num_heads)
         self.num_heads = num_heads
-        self.query = nn.Linear(channels, channels, bias=False)
-        self.key = nn.Linear(context_channels or channels, channels, bias=False)
-        self.value = nn.Linear(context_channels or channels, channels, bias=False)
-        self.out = nn.Linear(channels, channels)
+        self.query = Linear(channels, channels, bias=False)
+        self.key = Linear(context_channels or channels, channels, bias=False)
+        self.value = Linear(context_channels or channels, channels, bias=False)
+        self.out = Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Tokens [N, L, C], context [N, M, D] -> [N, L, C]; mask bool [N, M], True for what is attended to."""
@@ -89,8 +90,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.up = nn.Linear(channels, 8 * channels)
-        self.down = nn.Linear(4 * channels, channels)
+        self.up = Linear(channels, 8 * channels)
+        self.down = Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, C] -> [N, L, C]."""
@@ -104,8 +105,8 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, approximate: str = "none") -> None:
         super().__init__()
         self.approximate = approximate
-        self.up = nn.Linear(channels, 4 * channels)
-        self.down = nn.Linear(4 * channels, channels)
+        self.up = Linear(channels, 4 * channels)
+        self.down = Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, C] -> [N, L, C]."""
@@ -150,10 +151,10 @@ class Transformer2d(nn.Module):
         super().__init__()
         self.linear_projections = linear_projections
         self.norm = group_norm(channels, norm_groups)
-        self.project_in = nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+        self.project_in = Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, context_channels) for _ in range(depth))
         self.project_out = zero_init(
-            nn.Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+            Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
         )
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

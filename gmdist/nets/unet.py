@@ -18,6 +18,7 @@ from gmdist.nets.blocks import (
     widths_problem,
     zero_init,
 )
+from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import Transformer2d, TransformerBlock
 
 # What families list as `blocks`: compiled, and computed again in the backward, as one.
@@ -289,4 +290,4 @@ class UNet(nn.Module):
 
 
 def _two_layers(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
+    return nn.Sequential(Linear(in_channels, out_channels), nn.SiLU(), Linear(out_channels, out_channels))

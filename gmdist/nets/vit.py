@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import attention, timestep_embedding
+from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import heads_problem
 
 _MAX_WIDTH = 1 << 14
@@ -60,11 +61,11 @@ class ViTBlock(nn.Module):
         super().__init__()
         width, self.num_heads = config.channels, config.num_heads
         self.norm1 = Norm(width)
-        self.qkv = nn.Linear(width, 3 * config.attention_channels, bias=False)
-        self.out = nn.Linear(config.attention_channels, width)
+        self.qkv = Linear(width, 3 * config.attention_channels, bias=False)
+        self.out = Linear(config.attention_channels, width)
         self.norm2 = Norm(width)
-        self.up = nn.Linear(width, config.hidden_channels)
-        self.down = nn.Linear(config.hidden_channels, width)
+        self.up = Linear(width, config.hidden_channels)
+        self.down = Linear(config.hidden_channels, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]."""
