@@ -69,13 +69,14 @@ def submit(options: argparse.Namespace) -> int:
     """Train or sweep a config as a job, and follow its log."""
     from gmdist.launch.submit import submit
 
-    def say(line: str) -> None:
-        print(f"gmdist: {line}", file=sys.stderr, flush=True)
-
     def log(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    return submit(options.config, options.overrides, options.address, say, log)
+    return submit(options.config, options.overrides, options.address, _say, log)
+
+
+def _say(line: str) -> None:
+    print(f"gmdist: {line}", file=sys.stderr, flush=True)
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -131,7 +132,7 @@ def _sample_shards(options: argparse.Namespace, request: "SampleRequest") -> int
 
     overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
     with Meter(options.out, "images") as meter:
-        manifest, was_there = sample_shards(options.run, request, options.out, overrides, meter.update)
+        manifest, was_there = sample_shards(options.run, request, options.out, overrides, meter.update, _say)
     what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
     print(f"{options.out}: {what}{'; they were drawn before' if was_there else ''}")
     return EXIT_DONE
@@ -305,11 +306,11 @@ def doctor(options: argparse.Namespace) -> int:
 
     lines, sound = examine()
     if options.config is not None:
-        from gmdist.config import load
         from gmdist.launch.cluster import connected
         from gmdist.launch.preflight import examine_cluster, table
+        from gmdist.sweep.load import load_run
 
-        config = load(options.config, options.overrides)
+        config = load_run(options.config, options.overrides)
         with connected(config.cluster, may_be_small=True):
             findings = examine_cluster(config)
         lines += table(findings)

@@ -141,6 +141,14 @@ def compose(path: str, overrides: Sequence[str] | None = None) -> dict[str, Any]
     return tree
 
 
+def files_of(path: str) -> list[str]:
+    """A config file that can be read, and the files that its `base:` names, one after the other."""
+    files = [path]
+    while (base := _parse(Path(files[-1]).read_text(encoding="utf-8"), files[-1]).get("base")) is not None:
+        files.append(os.path.join(os.path.dirname(files[-1]), base))
+    return files
+
+
 def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config:
     """A config from the text of a resolved config.yaml, with `key=value` overrides; `location` is for errors."""
     tree = _parse(text, location)

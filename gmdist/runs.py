@@ -227,6 +227,12 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     return None, _without_effect(config)
 
 
+def shapes(config: Config) -> dict[str, list[int]]:
+    """The shapes of the parameters and buffers of a run's family, which checkpoints hold."""
+    with torch.device("meta"):
+        return shapes_of(build_family(config))
+
+
 def _without_effect(config: Config) -> list[str]:
     """Settings that ask for what cannot be, without harm."""
     if config.train.evaluate_every is None or config.data.test is not None or config.evaluation.metrics:

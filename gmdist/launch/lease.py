@@ -1,4 +1,4 @@
-"""One live run a folder: a file that its command renews, and that others read before they begin."""
+"""One live command a folder: a file that its command renews, and that others read before they begin."""
 
 import getpass
 import json
@@ -23,10 +23,10 @@ _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machi
 
 @contextmanager
 def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None]) -> Iterator["Lease"]:
-    """Have a run's folder alone, once the lease that this gives is confirmed.
+    """Have a folder alone, a run's or of samples, once the lease that this gives is confirmed.
 
     Args:
-        run_dir: of the run.
+        run_dir: the folder.
         on_message: called with a line that the user should read.
         on_lost: called when somebody else has taken the lease, because this process did not get to renew it.
 
@@ -104,7 +104,7 @@ def _wait_until_free(location: str, on_message: Callable[[str], None]) -> None:
     if _is_here(found):
         raise _in_use(location, found)
     on_message(
-        f"{location}: left by a run on {found.get('host')}; waiting {_EXPIRES_S:.0f} s to see whether it still runs"
+        f"{location}: left by a command on {found.get('host')}; waiting {_EXPIRES_S:.0f} s to see whether it still runs"
     )
     deadline_s = time.monotonic() + _EXPIRES_S
     while time.monotonic() < deadline_s:
@@ -118,8 +118,8 @@ def _wait_until_free(location: str, on_message: Callable[[str], None]) -> None:
 
 def _in_use(location: str, found: dict[str, Any]) -> ConfigError:
     holder = f"process {found.get('pid')} of {found.get('user')} on {found.get('host')}, since {found.get('since')}"
-    run_dir = location.removesuffix(f"/{LEASE_NAME}")
-    return ConfigError(f"run.dir: {run_dir}; in use by another run ({holder}); wait for it, or choose another folder")
+    folder = location.removesuffix(f"/{LEASE_NAME}")
+    return ConfigError(f"{folder}: in use by another command ({holder}); wait for it, or choose another folder")
 
 
 def _read(location: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
 from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, SAMPLED_NAME, Manifest, ShardEntry
 from gmdist.data.shard import ShardWriter
 from gmdist.errors import ConfigError, DataError, StorageError
+from gmdist.launch.lease import LEASE_NAME, held
 from gmdist.launch.sample import AT_ONCE, Drawer, SampleRequest
 from gmdist.launch.shard_workers import device_of, make_shards
 
@@ -89,6 +90,7 @@ def sample_shards(
     out: str,
     overrides: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_message: Callable[[str], None] = lambda line: None,
 ) -> tuple[Manifest, bool]:
     """Draw images into shards over all workers of the run's cluster; what an interrupted command has drawn is kept.
 
@@ -100,19 +102,19 @@ def sample_shards(
         out: folder or s3:// prefix; it must not hold anything else.
         overrides: `key=value` of the run's config, such as cluster.num_workers=8.
         on_progress: called with (images drawn, images in all).
+        on_message: called with a line that the user should read.
 
     Returns:
         The manifest, and whether all was there before.
 
     Raises:
-        ConfigError: a request that cannot be.
-        DataError: the folder holds something else.
+        ConfigError: a request that cannot be, or a folder that another command draws into.
+        DataError: the folder holds something else, or not all that was drawn.
         CheckpointError: the run has no sound checkpoint.
         RunFailedError: a worker was lost more often than cluster.max_failures allows.
     """
     out = storage.absolute(out)
     drawer = Drawer(run, request, overrides)
-    data = drawer.config.data
     asked = {
         "format": _FORMAT,
         "model": asdict(runs.identify(run, drawer.family, drawer.step)),
@@ -120,10 +122,26 @@ def sample_shards(
         "request": asdict(request),
         "first rows": None if drawer.rows is None else zlib.crc32(drawer.rows.numpy().tobytes()),
     }
-    there = storage.list_stats(out)
-    _begin(out, list(there), asked)
-    if MANIFEST_NAME in there:
-        return Manifest.load(out), True
+    lost = threading.Event()
+    with held(out, on_message, lost.set) as lease:
+        lease.confirm()
+        there = storage.list_stats(out)
+        _begin(out, list(there), asked)
+        if MANIFEST_NAME in there:
+            return _whole(out, there), True
+        return _draw(drawer, request, out, there, on_progress, lost), False
+
+
+def _draw(
+    drawer: Drawer,
+    request: SampleRequest,
+    out: str,
+    there: dict[str, storage.Stat],
+    on_progress: Callable[[int, int], None],
+    lost: threading.Event,
+) -> Manifest:
+    """Draw what is not there yet, until another command has taken the folder."""
+    data = drawer.config.data
     each = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (data.image_size**2 * data.channels)))
     starts = range(0, request.num_images, each)
     tasks = [Task(f"shard-{i:06d}.tar", start, min(start + each, request.num_images)) for i, start in enumerate(starts)]
@@ -133,18 +151,29 @@ def sample_shards(
     done = request.num_images - sum(task.stop - task.first for task in todo)
     with ledger, closing(make_shards(DrawingWork(drawer, out), todo)) as entries:
         for entry in entries:
+            if lost.is_set():
+                raise StorageError(f"{out}: another command draws into it now")
             if ledger.add(entry):
                 ledger.save()
             done += entry.samples
             on_progress(done, request.num_images)
     ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
-    return ledger.finish(()), False
+    return ledger.finish(())
+
+
+def _whole(out: str, there: dict[str, storage.Stat]) -> Manifest:
+    """What was drawn; DataError if a shard of it is not there, or of another size."""
+    manifest = Manifest.load(out)
+    for entry in manifest.shards:
+        if entry.name not in there or there[entry.name].num_bytes != entry.num_bytes:
+            raise DataError(f"{storage.join(out, entry.name)}: is not what was drawn; delete {out}, or choose another")
+    return manifest
 
 
 def _begin(out: str, there: list[str], asked: dict[str, Any]) -> None:
     """Make the folder ours; DataError if it holds anything else."""
     location = storage.join(out, SAMPLED_NAME)
-    others = [name for name in there if name not in (SAMPLED_NAME, LEDGER_NAME)]
+    others = [name for name in there if name not in (SAMPLED_NAME, LEDGER_NAME, LEASE_NAME)]
     if not others:
         storage.write_json(location, asked)
         return

@@ -14,9 +14,9 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from gmdist.config import Config, compose, load
+from gmdist.config import Config, compose, files_of
 from gmdist.errors import ConfigError, RunFailedError
-from gmdist.sweep.load import load_sweep
+from gmdist.sweep.load import load_run
 
 _JOBS = "jobs"  # the folder of the scripts that jobs run
 _SHOWN = 5  # of the largest files, where there is too much to upload
@@ -43,12 +43,19 @@ def submit(
         RunFailedError: the cluster could not run the job, or its server went away.
     """
     tree = compose(path, overrides)
-    config = load_sweep(path, overrides).base if "sweep" in tree else load(path, overrides)
+    config = load_run(path, overrides)
     script = f"{_JOBS}/{'sweep' if 'sweep' in tree else 'train'}.py"
     if not Path(script).is_file():
         raise ConfigError(f"{script}: is not in {os.getcwd()}; run the command where it is: that folder is uploaded")
     if Path.cwd() not in Path(path).resolve().parents:
         raise ConfigError(f"{path}: is outside of {os.getcwd()}, the folder that is uploaded: copy it there")
+    travelling = {file for _, file in _travelling(Path.cwd())}
+    for file in files_of(path):
+        if Path(os.path.abspath(file)) not in travelling:
+            raise ConfigError(
+                f"{file}: is not uploaded with {os.getcwd()}: .rayignore or .gitignore leaves it out, or it is outside;"
+                " copy it to where configs are"
+            )
     name = str(Path(path).resolve().relative_to(Path.cwd()))
     # `exec`: a stop reaches the command itself, and not a shell that waits for it.
     entrypoint = shlex.join(["python", script, name, *overrides, *_absolute(tree, config)])
@@ -119,8 +126,8 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
     return sorted(found)
 
 
-def _too_large(folder: Path) -> str:
-    """What to say of a folder that is too large to upload: its largest files."""
+def _travelling(folder: Path) -> list[tuple[int, Path]]:
+    """The files of a folder that a job brings, and their bytes."""
     files: list[tuple[int, Path]] = []
 
     def note(path: Path) -> None:
@@ -128,6 +135,12 @@ def _too_large(folder: Path) -> str:
             files.append((path.stat().st_size, path))
 
     _dir_travel(folder, [], note, include_gitignore=True)
+    return files
+
+
+def _too_large(folder: Path) -> str:
+    """What to say of a folder that is too large to upload: its largest files."""
+    files = _travelling(folder)
     largest = sorted(files, reverse=True)[:_SHOWN]
     named = ", ".join(f"{path.relative_to(folder)} ({size / 2**20:.0f} MiB)" for size, path in largest)
     return (

@@ -1,10 +1,11 @@
 """Sweeps on Ray: trials side by side, each an ordinary run, until the search has come to its end."""
 
+import json
 import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from gmdist.train.metrics import FILE_NAME as METRICS_NAME
 from gmdist.train.metrics import read_lines
 
 BEST_NAME = "best.yaml"
+_BEST_RUN = "best"  # the folder that its run goes to
 _WRITTEN = (FILE_NAME, BEST_NAME, "report.html")
 _POLL_S = 0.25
 _LOOK_EVERY_S = 2.0
@@ -51,7 +53,7 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
         ConfigError, StorageError, ClusterLostError: what a user can mend, and is not one trial's.
         RunFailedError: no trial came to its end.
     """
-    runs.use_storage(asked.base)
+    _check_start(asked)
     stopper = Stopper(on_message)
     folder = asked.folder
     times = asked.plan.sweep.concurrency or 1
@@ -68,8 +70,10 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
             _clear(folder)
         width = asked.plan.sweep.concurrency or _width(asked.base)
         record = Record(folder, _description(asked), width)
+        if asked.plan.sweep.concurrency not in (None, record.width):
+            on_message(f"the sweep began with {record.width} trials at once, and goes on so")
         if (there := _width(asked.base)) < record.width:
-            on_message(f"the cluster has room for {there} of the {record.width} trials at once that it began with")
+            on_message(f"the cluster has room for {there} of the sweep's {record.width} trials at once")
         executor = _Executor(asked, record, min(there, record.width), stopper, on_standing, on_message)
         try:
             finished = drive(asked.plan, record.width, executor.start)
@@ -80,10 +84,30 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
         reason = next((trial["error"] for trial in found["trials"] if trial["error"]), "no trial came to its end")
         raise RunFailedError(f"{folder}: no trial came to its end: {reason}")
     best = next(trial for trial in found["trials"] if trial["trial"] == found["best"])
-    config = asked.config_of(best["settings"], storage.join(folder, "best"))
+    config = asked.config_of(best["settings"], storage.join(folder, _BEST_RUN))
     storage.write(storage.join(folder, BEST_NAME), config.to_yaml().encode())
     write_page(asked.base.name, folder, asked.plan.sweep, found)
     return found
+
+
+def _check_start(asked: Sweep) -> None:
+    """Refuse what every trial would be refused for, and what the scheduler cannot do, before any trial starts.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `runs.check_start`; values of pbt that checkpoints do not outlive;
+            a folder that holds something else.
+    """
+    runs.check_start(asked.base)
+    names = storage.list_names(asked.folder)
+    if FILE_NAME not in names and (others := sorted({runs.CONFIG_NAME, "checkpoints"} & set(names))):
+        raise ConfigError(f"run.dir: {asked.folder}; holds a run ({others[0]}); choose another folder for the sweep")
+    if asked.plan.sweep.scheduler.name == "pbt":
+        shapes = [runs.shapes(config) for config in asked.bases]
+        if any(others != shapes[0] for others in shapes):
+            raise ConfigError(
+                "sweep.space: with scheduler 'pbt' a trial goes on from another's checkpoint, and these values change "
+                "what a model's tensors are; search over values that do not"
+            )
 
 
 def _description(asked: Sweep) -> dict[str, Any]:
@@ -105,7 +129,8 @@ def _width(config: Config) -> int:
 def _clear(folder: str) -> None:
     for name in _WRITTEN:
         storage.delete(storage.join(folder, name))
-    storage.delete_tree(storage.join(folder, RUNS))
+    for name in (RUNS, _BEST_RUN):
+        storage.delete_tree(storage.join(folder, name))
 
 
 class _Executor:
@@ -146,14 +171,13 @@ class _Executor:
 
     def _wait(self, future: "Future[Result]") -> Result:
         """The result; while it is waited for, a stop that is asked for is handed on."""
-        while True:
-            try:
-                return future.result(timeout=_POLL_S)
-            except CancelledError as error:
-                raise KeyboardInterrupt from error
-            except TimeoutError:
-                if self._stopper.asked:
-                    self._stop()
+        while not wait([future], timeout=_POLL_S).done:
+            if self._stopper.asked:
+                self._stop()
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise KeyboardInterrupt from error
 
     def _stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -233,6 +257,7 @@ class _Watch:
         Raises:
             _NoMetricError: it has no such metric.
             KeyboardInterrupt: the run was stopped before that step.
+            StorageError: the run's metrics do not go as far.
         """
         evaluations = self._evaluations()
         for line in evaluations:
@@ -243,6 +268,8 @@ class _Watch:
         value = next((line[self._metric] for line in evaluations if line["step"] == step), None)
         if not evaluations:
             raise _NoMetricError(f"sweep.metric: '{self._metric}'; nothing was evaluated: set data.test")
+        if all(line["step"] != step for line in evaluations):
+            raise StorageError(f"{self._run_dir}: has come to step {step}, and its metrics have no evaluation there")
         if value is None or not math.isfinite(value):
             return Result(None, f"{self._metric} at step {step} is not a finite number", seconds=seconds)
         speeds = [line["images_per_s"] for line in read_lines(self._run_dir) if "images_per_s" in line]
@@ -251,13 +278,15 @@ class _Watch:
 
 def _begin_from(source: str, step: int, config: Config) -> None:
     """Begin a run with the checkpoint of another at a step, and with the metrics that led to it."""
+    found, _ = checkpoint.find_newest(config.run.dir)
+    if found is not None and found.meta["step"] >= step:  # it was begun, and may have deleted that checkpoint since
+        return
     name = checkpoint.folder_name(step)
     target = storage.join(config.run.dir, "checkpoints", name)
-    if storage.exists(storage.join(target, checkpoint.META_NAME)):
-        return
     origin = storage.join(source, "checkpoints", name)
     names = sorted(storage.list_names(origin), key=lambda name: name == checkpoint.META_NAME)  # it makes it complete
     storage.write(storage.join(config.run.dir, runs.CONFIG_NAME), config.to_yaml().encode())
-    storage.write(storage.join(config.run.dir, METRICS_NAME), storage.read(storage.join(source, METRICS_NAME)))
+    lines = [json.dumps(line) for line in read_lines(source) if line["step"] <= step]
+    storage.write(storage.join(config.run.dir, METRICS_NAME), "".join(f"{line}\n" for line in lines).encode())
     for file in names:
         storage.copy(storage.join(origin, file), storage.join(target, file))

@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from gmdist.launch.sweep import Standing
 from gmdist.report.sweep import shown
@@ -53,13 +54,14 @@ class SweepDisplay:
         self._console.print(f"{self._name}: {line}", markup=False)
 
     def _table(self) -> Table:
-        table = Table(title=self._name)
+        table = Table(title=Text(self._name))  # texts, as a string may hold what Rich takes for markup
         keys = list(next(iter(self._standings.values())).stretch.settings)
         for column in ("trial", *keys, "state", self._metric, "images/s"):
-            table.add_column(column)
-        for _, standing in sorted(self._standings.items()):
+            table.add_column(Text(column))
+        # A terminal shows the first rows of a long table: those that change.
+        for _, standing in sorted(self._standings.items(), key=lambda item: (item[1].result is not None, item[0])):
             trial, *others = _cells(standing)
-            table.add_row(trial, *shown(standing.stretch.settings).values(), *others)
+            table.add_row(*map(Text, (trial, *shown(standing.stretch.settings).values(), *others)))
         return table
 
 

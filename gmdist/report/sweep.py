@@ -139,7 +139,7 @@ def _coordinates(keys: list[str], metric: str, trials: list[dict[str, Any]]) -> 
         for place, (column, height) in enumerate(zip(columns, heights, strict=True)):
             axes.axvline(place, color="#999", linewidth=0.8)
             for text, at in dict(zip(map(_text, column), height, strict=True)).items():
-                axes.text(place, at, f" {text}", fontsize=6, va="center")
+                axes.text(place, at, f" {text}", fontsize=6, va="center", parse_math=False)
         axes.set_xticks(range(len(columns)), [*(key.replace(".", ".\n", 1) for key in keys), metric], fontsize=7)
         axes.set_yticks([])
     return drawn[0]

@@ -103,7 +103,8 @@ class SweepConfig:
                 raise ConfigError(
                     f"sweep.search: 'tpe'; '{grids[0]}' is a grid, which is gone through: make it a choice"
                 )
-        if self.num_trials is None and (self.search == "tpe" or ranges or self.grid_size == 1):
+        has_grid = self.search == "grid" or any(domain.kind == "grid" for domain in domains.values())
+        if self.num_trials is None and (self.search == "tpe" or ranges or not has_grid):
             raise ConfigError("sweep.num_trials: missing; only a grid has an end of its own")
         if not 1 <= self.trials <= _MAX_TRIALS:
             raise ConfigError(f"sweep.num_trials: {self.trials}; must be from 1 to {_MAX_TRIALS}")

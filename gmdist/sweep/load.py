@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmdist import storage
-from gmdist.config import Config, compose, from_tree, merged, structured
+from gmdist.config import Config, compose, from_tree, load, merged, structured
 from gmdist.errors import ConfigError
 from gmdist.sweep.config import SweepConfig
 from gmdist.sweep.space import keyed
 from gmdist.sweep.trials import Plan
 
 _COMBINATIONS = 32  # with which a value is tried before it is refused
+_SHARED = ("num_steps", "seed", "evaluate_every")  # of `train`: without them trials cannot be compared
 RUNS = "trials"  # the folder of the trials' runs, in that of the sweep
 
 
@@ -21,8 +22,13 @@ class Sweep:
     """A sweep that has been checked."""
 
     tree: dict[str, Any]  # the config's plain values
-    base: Config  # of one possible trial; its name, cluster and folder are the sweep's
+    bases: tuple[Config, ...]  # of possible trials, each listed value in one; name, cluster, folder are the sweep's
     plan: Plan
+
+    @property
+    def base(self) -> Config:
+        """The config of one possible trial."""
+        return self.bases[0]
 
     @property
     def folder(self) -> str:
@@ -53,10 +59,14 @@ def load_sweep(path: str, overrides: Sequence[str] | None = None) -> Sweep:
     first = {key: domain.values[0] for key, domain in domains.items()}
     for key in first:
         section = key.partition(".")[0]
-        if section not in ("family", "data", "optim", "train", "evaluation") or key == "train.num_steps":
+        if section not in ("family", "data", "optim", "train", "evaluation"):
             raise ConfigError(
-                f"sweep.space.{key}: cannot be searched over; keys of family, data, optim, train and evaluation can, "
-                "but for train.num_steps"
+                f"sweep.space.{key}: cannot be searched over; keys of family, data, optim, train and evaluation can"
+            )
+        if section == "data" and sweep.scheduler.name == "pbt":
+            raise ConfigError(
+                f"sweep.space.{key}: does not go with scheduler 'pbt', under which a trial goes on from another's "
+                "checkpoint, with its samples"
             )
     drawn = [{key: domain.draw(keyed(i, key)) for key, domain in domains.items()} for i in range(_COMBINATIONS)]
     bases = [
@@ -65,11 +75,22 @@ def load_sweep(path: str, overrides: Sequence[str] | None = None) -> Sweep:
         for value in domain.values
     ]
     base = bases[0]
+    for name in _SHARED:
+        found = {getattr(config.train, name) for config in bases}
+        if len(found) > 1:
+            raise ConfigError(f"sweep.space: has {len(found)} values of train.{name}, which all trials share")
+    if base.data.test is None and not base.evaluation.metrics:
+        raise ConfigError(f"sweep.metric: '{sweep.metric}'; nothing is evaluated: set data.test or evaluation.metrics")
     least, most = base.cluster.worker_range
     if least != most:
         raise ConfigError(f"cluster.num_workers: [{least}, {most}]; must be one number, the same for all trials")
     sweep.validate(base.train.num_steps, base.train.evaluate_every)
-    return Sweep(tree, base, Plan.of(sweep, base.train.num_steps))
+    return Sweep(tree, tuple(bases), Plan.of(sweep, base.train.num_steps))
+
+
+def load_run(path: str, overrides: Sequence[str] | None = None) -> Config:
+    """The config of a run, or of one possible trial where the file has a `sweep:` section. ConfigError as either."""
+    return load_sweep(path, overrides).base if "sweep" in compose(path, overrides) else load(path, overrides)
 
 
 def _combined(tree: dict[str, Any], place: str, combinations: Sequence[Mapping[str, Any]]) -> Config:

@@ -44,11 +44,17 @@ class Domain:
     def near(self, value: Any, source: random.Random) -> Any:
         """Another value near one: a number a fifth larger or smaller, or the next in the list, up or down."""
         if self.is_list:
-            place = self.values.index(value) + source.choice((-1, 1))
-            return self.values[min(max(place, 0), len(self.values) - 1)]
+            place = self.values.index(value)
+            return source.choice(
+                self.values[max(place - 1, 0) : place] + self.values[place + 1 : place + 2] or (value,)
+            )
         low, high = self.values
-        changed = value * source.choice(_FACTORS)
-        return min(max(round(changed) if self.kind == "integer" else changed, low), high)
+        factor = source.choice(_FACTORS)
+        changed = value * factor
+        if self.kind == "integer":
+            least = value + (1 if factor > 1.0 else -1)  # a fifth of a small one is nothing
+            changed = max(round(changed), least) if factor > 1.0 else min(round(changed), least)
+        return min(max(changed, low), high)
 
 
 def parse_space(space: Mapping[str, Any]) -> dict[str, Domain]:

@@ -48,7 +48,7 @@ def test_it_is_there_while_it_is_held_and_renewed(kind: str, tmp_path: Path, req
             found = json.loads(storage.read(location))["beats"]
             if found not in beats:
                 beats.append(found)
-        words = rf"in use by another run \(process {os.getpid()} of .* on .*, since 20"
+        words = rf"in use by another command \(process {os.getpid()} of .* on .*, since 20"
         with pytest.raises(ConfigError, match=words), held(run_dir, ignore, ignore):
             pass
         assert storage.exists(location)
@@ -82,7 +82,7 @@ def test_a_run_on_another_machine_is_watched_before_it_is_believed_dead(tmp_path
     with held(str(tmp_path), messages.append, ignore):
         pass
     assert len(messages) == 1
-    assert "left by a run on machine-7; waiting" in messages[0]
+    assert "left by a command on machine-7; waiting" in messages[0]
 
 
 def test_a_run_on_another_machine_that_lives_is_not_disturbed(tmp_path: Path) -> None:

@@ -89,6 +89,30 @@ def test_another_request_in_the_folder_is_refused(run: str, tmp_path: Path) -> N
         sample_shards(run, REQUEST, str(tmp_path / "notes"), ALONE)
 
 
+def test_two_commands_do_not_draw_into_one_folder(run: str, tmp_path: Path) -> None:
+    out, refusals = tmp_path / "out", []
+
+    def draw_another(done: int, total: int) -> None:
+        with pytest.raises(ConfigError, match="out: in use by another command") as error:
+            sample_shards(run, SampleRequest(23, seed=4), str(out), ALONE)
+        refusals.append(error)
+
+    sample_shards(run, REQUEST, str(out), ALONE, draw_another)
+    assert refusals
+    assert not (out / "lease.json").exists()
+    assert sample_shards(run, REQUEST, str(out), ALONE)[1]
+
+
+def test_shards_that_were_damaged_are_not_those_that_were_drawn(run: str, tmp_path: Path) -> None:
+    sample_shards(run, REQUEST, str(tmp_path / "out"), ALONE)
+    shard = tmp_path / "out/shard-000001.tar"
+    shard.write_bytes(shard.read_bytes() + b"more")
+    for _ in range(2):
+        with pytest.raises(DataError, match="shard-000001.tar: is not what was drawn"):
+            sample_shards(run, REQUEST, str(tmp_path / "out"), ALONE)
+        shard.unlink(missing_ok=True)
+
+
 def test_a_worker_that_does_not_see_the_folder_says_so(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,13 @@ def test_a_config_or_script_that_is_not_uploaded_is_refused(tmp_path: Path, monk
     assert "is outside of" in refused(str(outside), [])
     monkeypatch.chdir(tmp_path)
     assert "jobs/train.py: is not in" in refused(str(ROOT / CONFIG), [])
+    for folder in ("jobs", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "jobs/train.py").touch()
+    (tmp_path / ".rayignore").write_text("/runs/\n")
+    (tmp_path / "runs/best.yaml").write_text(f"base: {ROOT}/{CONFIG}\n")
+    assert "runs/best.yaml: is not uploaded" in refused("runs/best.yaml", [])
+    assert f"{ROOT}/{CONFIG}: is not uploaded" in refused(str(outside), [])
 
 
 def test_relative_locations_mean_what_they_mean_here() -> None:

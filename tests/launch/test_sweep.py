@@ -14,8 +14,17 @@ import yaml
 from gmdist import storage
 from gmdist.cli import main
 from gmdist.config import Config, load
-from gmdist.errors import ClusterLostError, ConfigError, DivergedError, GmdistError, RunFailedError, StorageError
+from gmdist.errors import (
+    ClusterLostError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    GmdistError,
+    RunFailedError,
+    StorageError,
+)
 from gmdist.launch import sweep as launched
+from gmdist.launch.sweep_progress import SweepDisplay
 from gmdist.runs import read_config, train_worker
 from gmdist.sweep.load import load_sweep
 from gmdist.train.hooks import Hooks, Outcome
@@ -126,15 +135,26 @@ def test_asha_pauses_trials_and_writes_what_it_found(
         assert words in page
 
 
-@pytest.mark.parametrize("scheduler", [ASHA, PBT], ids=lambda scheduler: scheduler["name"])
+@pytest.mark.parametrize(
+    ("scheduler", "train_settings"),
+    [
+        (ASHA, {}),
+        (PBT, {}),
+        # The checkpoint that a run went on from is deleted before that run ends.
+        ({"name": "pbt", "interval_steps": 3}, {"evaluate_every": 3, "checkpoint_every": 1}),
+    ],
+    ids=["asha", "pbt", "pbt, many checkpoints"],
+)
 def test_killed_three_times_a_sweep_ends_as_one_left_alone(
     without_ray: list[Config],
     asked: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     scheduler: dict[str, Any],
+    train_settings: dict[str, Any],
 ) -> None:
-    alone = run(asked("alone", scheduler=scheduler, num_trials=3))
+    settings = {"scheduler": scheduler, "train": train_settings, "num_trials": 3}
+    alone = run(asked("alone", **settings))
     source, train = random.Random(scheduler["name"]), launched.train
 
     def killed(config: Config, progress: Any, message: Any, last_step: int, stopper: Any) -> Outcome:
@@ -147,22 +167,27 @@ def test_killed_three_times_a_sweep_ends_as_one_left_alone(
     kills = 0
     while kills < 3:
         try:
-            run(asked(scheduler=scheduler, num_trials=3))
+            run(asked(**settings))
             break
         except Killed:
             kills += 1
     assert kills
     monkeypatch.setattr(launched, "train", train)
     before = len(without_ray)
-    found = run(asked(scheduler=scheduler, num_trials=3))
+    found = run(asked(**settings))
     assert results(found) == results(alone)
     assert found["best"] == alone["best"]
     again = len(without_ray)
-    assert results(run(asked(scheduler=scheduler, num_trials=3))) == results(alone)
+    assert results(run(asked(**settings))) == results(alone)
     assert len(without_ray) == again >= before
     for trial in found["trials"]:
         name = f"trials/{trial['run']}/checkpoints/step-{trial['step']:08d}"
         assert tree_bytes(tmp_path / "sweep" / name) == tree_bytes(tmp_path / "alone" / name)
+        steps = [
+            [line["step"] for line in read_lines(str(tmp_path / folder / "trials" / trial["run"]))]
+            for folder in ("sweep", "alone")
+        ]
+        assert steps[0] == steps[1]
 
 
 def test_pbt_goes_on_from_the_checkpoint_of_a_better_trial(
@@ -247,6 +272,67 @@ def test_what_is_no_trials_own_ends_the_sweep_and_is_gone_on_with(
     assert [trial["state"] for trial in run(path)["trials"]] == ["done"] * 3
 
 
+def test_what_every_trial_would_be_refused_for_is_no_trials_failure(
+    without_ray: list[Config], asked: Callable[..., str], digits: Path, tmp_path: Path
+) -> None:
+    path = asked()
+    with pytest.raises(DataError, match=r"data.train: .*later: no such data set"):
+        run(path, f"data.train={tmp_path}/later")
+    (tmp_path / "later").symlink_to(digits / "train")
+    assert [trial["state"] for trial in run(path, f"data.train={tmp_path}/later")["trials"]] == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "values"), [("family.latent_dim", [4, 8]), ("family.autoencoder.channels", [[8, 8], [8, 16]])]
+)
+def test_pbt_is_of_values_that_leave_checkpoints_what_they_are(
+    without_ray: list[Config], asked: Callable[..., str], key: str, values: list[Any]
+) -> None:
+    with pytest.raises(ConfigError, match="change what a model's tensors are"):
+        run(asked(scheduler=PBT, space={key: {"choice": values}}))
+
+
+def test_the_folder_of_a_run_is_no_sweeps(without_ray: list[Config], asked: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"sweep; holds a run \(config.yaml\)"):
+        run(asked())
+
+
+def test_an_error_that_is_a_timeout_is_no_wait(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Outcome:
+        raise TimeoutError("Ray does not answer")
+
+    monkeypatch.setattr(launched, "train", failing)
+    with pytest.raises(TimeoutError, match="Ray does not answer"):
+        run(asked())
+
+
+def test_texts_of_a_sweep_are_shown_as_they_are(
+    without_ray: list[Config], asked: Callable[..., str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Rich takes for markup, and matplotlib for mathematics.
+    odd = tmp_path / "a$b^$[/x]"  # a folder in another
+    odd.parent.mkdir()
+    odd.symlink_to(digits / "train")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = asked(num_trials=1, space={"data.train": {"choice": [str(odd)]}})
+    with SweepDisplay("name [/b]", METRIC) as display:
+        launched.sweep(load_sweep(path), display.standing, display.message)
+    assert "a$b^$" in (tmp_path / "sweep/report.html").read_text()
+
+
+def test_a_best_run_of_another_sweep_goes_with_it(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    run(asked(num_trials=1))
+    train_worker(load(str(tmp_path / "sweep/best.yaml")), torch.device("cpu"))
+    run(asked(num_trials=1), "sweep.seed=5", "run.overwrite=true")
+    assert not (tmp_path / "sweep/best").exists()
+
+
 def test_all_trials_failing_fails_the_sweep(
     without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +385,10 @@ def test_the_command_prints_the_best_and_complains_in_one_line(
         ({"space": {"family.likelihood.name": {"choice": ["gaussian", "cauchy"]}}}, "'cauchy'; .*likelihood.name"),
         ({"space": {"family.likelihood.name": {"choice": []}}}, "must have at least one value"),
         ({"space": {"cluster.num_workers": {"choice": [1]}}}, "cannot be searched over"),
-        ({"space": {"train.num_steps": {"choice": [1]}}}, "cannot be searched over"),
+        ({"space": {"train.num_steps": {"choice": [4, 6]}}}, "has 2 values of train.num_steps, which all trials share"),
+        ({"space": {"train": {"choice": [{"seed": 0}, {"seed": 1}]}}}, "has 2 values of train.seed"),
+        ({"space": {"train.evaluate_every": {"choice": [1, 2]}}}, "has 2 values of train.evaluate_every"),
+        ({"space": {"data.batch_size": {"choice": [8, 16]}}, "scheduler": PBT}, "does not go with scheduler 'pbt'"),
         ({"mode": "least"}, "sweep.mode: 'least'; must be one of min, max"),
         ({"search": "bayes"}, "sweep.search: 'bayes'"),
         ({"scheduler": {"name": "hyperband"}}, "sweep.scheduler.name: 'hyperband'"),
@@ -322,6 +411,11 @@ def test_the_command_prints_the_best_and_complains_in_one_line(
 def test_what_cannot_be_searched_is_refused(asked: Callable[..., str], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_sweep(asked(**settings))
+
+
+def test_a_sweep_that_evaluates_nothing_is_refused(asked: Callable[..., str]) -> None:
+    with pytest.raises(ConfigError, match=f"sweep.metric: '{METRIC}'; nothing is evaluated: set data.test"):
+        load_sweep(asked(), ["data.test=null"])
 
 
 def test_workers_beyond_the_cluster_are_refused(ray_cluster: Any, asked: Callable[..., str]) -> None:

@@ -31,7 +31,11 @@ def test_a_near_value_is_a_fifth_off_and_within() -> None:
     assert {round(domain.near(0.5, source), 6) for _ in range(50)} == {0.4, 0.6}
     assert {domain.near(0.9, source) for _ in range(50)} == {0.9 * 0.8, 1.0}
     assert {Domain("choice", ("a", "b", "c")).near("b", source) for _ in range(50)} == {"a", "c"}
+    assert {Domain("choice", ("a", "b", "c")).near("c", source) for _ in range(50)} == {"b"}
+    assert Domain("grid", ("a",)).near("a", source) == "a"
     assert {Domain("integer", (1, 20)).near(10, source) for _ in range(50)} == {8, 12}
+    assert {Domain("integer", (1, 20)).near(2, source) for _ in range(50)} == {1, 3}
+    assert {Domain("integer", (-20, 20)).near(0, source) for _ in range(50)} == {-1, 1}
 
 
 def test_nested_keys_are_dotted_ones_and_later_ones_count() -> None:
