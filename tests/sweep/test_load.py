@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gmdist.sweep.load import load_sweep
+from gmdist.sweep.load import load_run, load_sweep
 from gmdist.sweep.search import settings_of
 from gmdist.sweep.trials import History
 
@@ -27,6 +27,12 @@ def test_there_are_the_four_kinds() -> None:
     assert {path.stem for path in SWEEPS} >= {
         *("digits_noise_schedules", "digits_vae_betas", "digits_gan_pbt", "digits_codebooks"),
     }
+
+
+def test_the_config_of_a_run_is_that_of_a_file_with_a_sweep_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_run("configs/digits/vae.yaml").run.dir.endswith("runs/digits/vae")
+    assert load_run("configs/sweeps/digits_vae_betas.yaml").run.dir.endswith("runs/sweeps/digits_vae_betas")
 
 
 def test_a_mapping_as_a_value_leaves_the_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
