@@ -15,6 +15,7 @@ from ray._private import services
 from gmdist.config import ClusterConfig
 from gmdist.errors import ConfigError, RunFailedError
 
+_TOKEN = secrets.token_hex(32)  # of all clusters that this process starts: Ray reads a process's token once
 START_TIMEOUT_S = 30  # that Ray Train waits for the room that workers need
 _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
@@ -64,7 +65,7 @@ def _connect(config: ClusterConfig) -> None:
     if config.address == "local":
         # Ray's servers listen on every interface and run whatever they are sent: only who has the token may ask.
         # Without RAY_AUTH_MODE, Ray turns tokens on for a cluster of its own; this one is never written down.
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
         with _own_address(), _groups_of_their_own(), _no_api_server():
             _start(max(os.cpu_count() or 1, config.worker_range[0] * config.cpus_per_worker))
         return
