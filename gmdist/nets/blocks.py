@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gmdist.nets.linear import Linear
 
 _MAX_WIDTH = 1 << 16
+_FEW_KEYS = 256  # with more, attention is faster in bf16 on processors, too
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
@@ -70,8 +71,8 @@ def attention(
     Returns:
         [N, heads, L, D], of the query's type.
     """
-    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad:
-        # On processors torch's backward takes three times as long in bf16 as in fp32.
+    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad and key.shape[2] <= _FEW_KEYS:
+        # On processors torch's backward of few tokens takes up to three times as long in bf16 as in fp32.
         with torch.autocast("cpu", enabled=False):
             exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
         return exact.to(query.dtype)

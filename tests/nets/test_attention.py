@@ -39,6 +39,20 @@ def test_attention_and_its_gradients(precision: str, masked: bool) -> None:
         assert (part.grad.double() - exact.grad).norm() < 2 * rounding * exact.grad.norm()
 
 
+def test_attention_of_many_tokens_and_its_gradients_in_bf16() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, 300, 8, dtype=torch.bfloat16) for _ in range(3)]
+    found = [part.clone().requires_grad_() for part in parts]
+    wanted = [part.double().requires_grad_() for part in parts]
+    output, expected = attention(*found), defined(*wanted, None)
+    weights = torch.randn(output.shape)
+    (output.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert (output.double() - expected).norm() < 0.01 * expected.norm()
+    for part, exact in zip(found, wanted, strict=True):
+        assert (part.grad.double() - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
 def test_attention_without_gradients_in_bf16() -> None:
     parts = [torch.randn(2, 3, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
     expected = defined(*(part.double() for part in parts), None)
