@@ -111,7 +111,10 @@ def _row(folder: str, trial: Mapping[str, Any], best: int | None) -> dict[str, A
 
 def _curves(folder: str, metric: str, trials: list[dict[str, Any]]) -> str:
     """The metric of every trial by step."""
+    from matplotlib import colormaps
+
     with axes_of(metric, "step", (8, 4)) as (axes, drawn):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined] # twice as many as usual
         for trial in trials:
             lines = read_lines(storage.join(folder, RUNS, trial["run"]))
             points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
