@@ -114,7 +114,7 @@ def _curves(folder: str, metric: str, trials: list[dict[str, Any]]) -> str:
     from matplotlib import colormaps
 
     with axes_of(metric, "step", (8, 4)) as (axes, drawn):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined] # twice as many as usual
+        axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])  # twice as many as usual
         for trial in trials:
             lines = read_lines(storage.join(folder, RUNS, trial["run"]))
             points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
