@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import at_least_fp32, attention
+from gmdist.nets.blocks import at_least_fp32, attention, split_heads
 from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import heads_problem
 
@@ -99,8 +99,7 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Tensor, rotations: Tensor, past: Past | None = None) -> Tensor:
         """Tokens [N, L, C], rotations [2, L, D / 2] -> [N, L, C]; with a past that is not empty, L is 1."""
-        parts = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, L, D]
+        query, key, value = split_heads(self.qkv(x), self.num_heads)
         query, key = rotated(query, rotations), rotated(key, rotations)
         if past is not None:
             key, value = past.extended(key, value)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import attention, group_norm, zero_init
+from gmdist.nets.blocks import attention, group_norm, split_heads, zero_init
 from gmdist.nets.linear import Linear
 
 
@@ -32,9 +32,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]; mask bool [N, L], True for tokens that are attended to."""
-        n, length, c = x.shape
-        qkv = self.qkv(x).view(n, length, 3, self.num_heads, c // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, L, C / heads]
+        query, key, value = split_heads(self.qkv(x), self.num_heads)
         return self.out(attend(self.query_norm(query), self.key_norm(key), value, mask))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.blocks import attention, timestep_embedding
+from gmdist.nets.blocks import attention, split_heads, timestep_embedding
 from gmdist.nets.linear import Linear
 from gmdist.nets.transformer import heads_problem
 
@@ -69,9 +69,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]."""
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, L, D]
-        x = x + self.out(attention(query, key, value).transpose(1, 2).flatten(2))
+        attended = attention(*split_heads(self.qkv(self.norm1(x)), self.num_heads))
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(torch.tanh(self.up(self.norm2(x))))
 
 
@@ -94,7 +93,8 @@ class ViTEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[N, C_image, H, W] -> [N, L, C], row by row."""
-        x = self.patches(image).flatten(2).transpose(1, 2) + self.positions
+        # The sum keeps the layout of its first operand, and so do all that follow: channels have to be last in it.
+        x = self.positions + self.patches(image).flatten(2).transpose(1, 2)
         return self.norm(self.blocks(x))
 
 
