@@ -1,13 +1,12 @@
 """Configs: load, compose, override, check. Every error names the key, the value, and what would be valid."""
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from gmdist.data.config import MAX_IMAGE_SIZE, DataConfig
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import MEASURED, EvaluationConfig
 from gmdist.families import CATALOGUE
+from gmdist.structured import plain, refuse_unknown, structured
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
 
@@ -102,12 +102,12 @@ class Config:
         """The config file that repeats this run."""
         tree = {
             "name": self.name,
-            "family": {"name": self.family_name, **_plain(self.family)},
-            "data": _plain(self.data),
-            "optim": {child: _plain(optim) for child, optim in self.optim.items()},
-            "train": _plain(self.train),
-            "evaluation": _plain(self.evaluation),
-            "cluster": _plain(self.cluster),
+            "family": {"name": self.family_name, **plain(self.family)},
+            "data": plain(self.data),
+            "optim": {child: plain(optim) for child, optim in self.optim.items()},
+            "train": plain(self.train),
+            "evaluation": plain(self.evaluation),
+            "cluster": plain(self.cluster),
             "run": {"dir": self.run.dir},
         }
         return yaml.safe_dump(tree, sort_keys=False)
@@ -120,7 +120,6 @@ _SECTIONS: dict[str, type] = {
     "cluster": ClusterConfig,
     "run": RunConfig,
 }
-_NOUNS = {int: "integers", float: "numbers", str: "texts"}
 _TOP_KEYS = ("base", "name", "family", "optim", *_SECTIONS)
 
 
@@ -162,7 +161,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     tree = {key: value for key, value in tree.items() if key != "base"}
     if "sweep" in tree:
         raise ConfigError("sweep: no key of a run; `gmdist sweep CONFIG` takes it")
-    _refuse_unknown(tree, list(_TOP_KEYS), "")
+    refuse_unknown(tree, list(_TOP_KEYS), "")
     for key in ("family", "optim", *_SECTIONS):
         if not isinstance(tree.get(key) or {}, dict):
             raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
@@ -315,93 +314,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key}: no such key; '{parent}' has no keys below it")
         node = child
     node[last] = value
-
-
-def structured(kind: type, values: Any, prefix: str) -> Any:
-    """An instance of a dataclass from plain values; unknown keys, wrong types and missing values are refused."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{prefix}: {values!r}; must be a mapping of keys to values")
-    _refuse_unknown_fields(kind, values, prefix)
-    try:
-        node = OmegaConf.merge(OmegaConf.structured(kind), values)
-        missing = sorted(OmegaConf.missing_keys(node))
-        if missing:
-            raise ConfigError(f"{prefix}.{missing[0]}: missing")
-        return _tupled(OmegaConf.to_object(node))
-    except OmegaConfBaseException as error:
-        key = f"{prefix}.{error.full_key}" if error.full_key else prefix
-        reason = str(error).splitlines()[0].rstrip(".")
-        if not error.full_key:  # OmegaConf does not say of which key: what it quotes is all there is
-            reason += f" in {values}"
-        raise ConfigError(f"{key}: {reason}") from error
-
-
-def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    _refuse_unknown(values, list(fields), prefix)
-    for key, value in values.items():
-        inner = fields[str(key)].type
-        _refuse_items(kind, inner, value, str(key), prefix)
-        named = {f"{prefix}.{key}": value}
-        if get_origin(inner) is dict and isinstance(value, dict):
-            inner = get_args(inner)[1]
-            named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
-        for place, item in named.items():
-            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of "X | None"
-            if not isinstance(inner, type) or not dataclasses.is_dataclass(inner) or item is None:
-                continue
-            if not isinstance(item, dict):
-                raise ConfigError(f"{place}: {item!r}; must be a mapping of keys to values")
-            _refuse_unknown_fields(inner, item, place)
-
-
-def _refuse_items(kind: type, declared: Any, value: Any, key: str, prefix: str) -> None:
-    """Refuse a list with items of another type than a field's: of those, OmegaConf names neither key nor value."""
-    declared = next((part for part in (declared, *get_args(declared)) if get_origin(part) is tuple), None)
-    if declared is None or not isinstance(value, list):
-        return
-    items = get_args(declared)
-    count = "" if Ellipsis in items else f"{len(items)} "
-    refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {count}{_NOUNS[items[0]]}")
-    if any(isinstance(item, list | dict) for item in value):  # which OmegaConf lets pass
-        raise refusal
-    try:
-        OmegaConf.merge(OmegaConf.structured(kind), {key: value})
-    except OmegaConfBaseException as error:
-        raise refusal from error
-
-
-def _refuse_unknown(values: dict[str, Any], known: list[str], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            dotted = f"{prefix}.{key}" if prefix else str(key)
-            raise ConfigError(f"{dotted}: no such key{_suggest(str(key), known)}")
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    # "lrate" and "lr" are not close by letters in common, but one begins with the other.
-    close = close or [name for name in known if key.startswith(name) or name.startswith(key)][:1]
-    return f"; did you mean '{close[0]}'?" if close else f"; the keys here are {', '.join(known)}"
-
-
-def _tupled(value: Any) -> Any:
-    """OmegaConf turns tuples into lists: turn them back, as the dataclasses say."""
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if dataclasses.is_dataclass(item):
-            _tupled(item)
-        elif isinstance(item, list):
-            object.__setattr__(value, f.name, tuple(item))
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """A dataclass as plain values, for YAML."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value

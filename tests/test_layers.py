@@ -25,10 +25,11 @@ ALLOWED = {
     "families": {"nets", "interchange", "diffusion", "rng"},
     "train": {"families.family", "nets.finite", "storage", "checksum", "rng", "images"},
     "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng"},
-    "config": {"families", "data", "train", "evaluation.config", "storage"},
+    "structured": set(),
+    "config": {"families", "data", "train", "evaluation.config", "structured", "storage"},
     "evaluator": {"config", "data", "evaluation", "families.family", "storage"},
     "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng"},
-    "sweep": {"config", "storage"},
+    "sweep": {"config", "structured", "storage"},
     "report": {"runs", "config", "data", "evaluation", "train", "sweep", "storage", "images"},
     "launch": {
         *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "sweep"),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmdist import storage
-from gmdist.config import Config, compose, from_tree, load, merged, structured
+from gmdist.config import Config, compose, from_tree, load, merged
 from gmdist.errors import ConfigError
+from gmdist.structured import structured
 from gmdist.sweep.config import SweepConfig
 from gmdist.sweep.space import keyed
 from gmdist.sweep.trials import Plan
