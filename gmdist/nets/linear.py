@@ -25,7 +25,8 @@ class Linear(nn.Linear):
             # Not torch.nn.functional.linear: DeepSpeed puts its own there at stage 3.
             product: Tensor = torch.ops.aten.linear(x.to_mkldnn(), self.weight, self.bias)
             return product.to_dense()
-        return super().forward(x)
+        # As rows: of more dimensions DeepSpeed's own, at stage 3, rounds the product and the sum with the bias apart.
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.ndim > 2 else super().forward(x)
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.kmeans import kmeans, nearest, sums_of
+from gmdist.nets.linear import Linear
 
 LEARNED_BY = ("averages", "gradient")
 ESTIMATORS = ("straight_through", "rotation")
@@ -222,9 +223,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         width, out_channels = config.code_channels or channels, out_channels or channels
-        self.project_in = nn.Identity() if config.code_channels is None else nn.Linear(channels, width)
+        self.project_in = nn.Identity() if config.code_channels is None else Linear(channels, width)
         is_whole = config.code_channels is None and out_channels == width
-        self.project_out = nn.Identity() if is_whole else nn.Linear(width, out_channels)
+        self.project_out = nn.Identity() if is_whole else Linear(width, out_channels)
         kind = AveragedCodebook if config.learned_by == "averages" else LearnedCodebook
         self.codebook: Codebook = kind(config, width)
 

@@ -78,6 +78,7 @@ class ZeroUnit(Unit):
                     "steps_per_print": None,
                     "bf16": {"enabled": precision == "bf16"},
                     "data_types": {"grad_accum_dtype": "fp32"},
+                    "communication_data_type": "fp32",  # sums over workers as exact as those over micro-batches
                     "zero_optimization": zero,
                 },
             )
