@@ -45,6 +45,7 @@ _WITH_BETAS = ("linear", "scaled_linear", "sigmoid")
 _WITH_SNR = ("eps", "x0", "v")
 _DIVIDE_BY_ALPHA = ("euler", "euler_ancestral", "heun")
 _DIVIDE_BY_NEXT_ALPHA = ("ddpm", "dpmpp_2m")
+_LEAST_BETA = 1e-8  # of less float64 keeps few digits of 1 - abar, and of 1e-17 none
 _LEAST_ALPHA = 1e-30  # data divided by less are infinite in fp32: it counts as 0
 _PREDICTION_NEEDS = {
     "eps": "is for discrete schedules",
@@ -171,8 +172,8 @@ class DiffusionConfig:
             first, last = self.betas
             if self.schedule not in _WITH_BETAS:
                 return f"betas: {[first, last]}; belong to schedules {', '.join(_WITH_BETAS)}"
-            if not 0.0 < first <= last < 1.0:
-                return f"betas: {[first, last]}; must be [first, last] with 0 < first <= last < 1"
+            if not _LEAST_BETA <= first <= last < 1.0:
+                return f"betas: {[first, last]}; must be [first, last] with {_LEAST_BETA:g} <= first <= last < 1"
         if self.zero_terminal_snr and (not self.is_discrete or self.num_timesteps < 2):
             return "zero_terminal_snr: true; is for discrete schedules of at least 2 timesteps"
         for name, settings in (("flow", self.flow), ("edm", self.edm)):

@@ -11,6 +11,13 @@ from gmdist.interchange.values import AUTOENCODER, DIT, FIXED, PLAIN_UNET, UNET,
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.dit import DiTConfig
 
+# What our settings are called there.
+_THEIRS = {
+    "norm_groups": "norm_num_groups",
+    "num_heads": "attention_head_dim",
+    "head_channels": "attention_head_dim",
+}
+
 
 def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
     """The spec of the network that a config.json of diffusers describes.
@@ -27,7 +34,8 @@ def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
     spec = _READERS[kind](asked)
     asked.finish()
     if problem := spec.config.problem():
-        raise ConfigError(f"a network that cannot be: {problem}")
+        key = _THEIRS.get(problem.partition(":")[0])
+        raise ConfigError(f"a network that cannot be: {problem}" + (f" ({key} in config.json)" if key else ""))
     return spec
 
 

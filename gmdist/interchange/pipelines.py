@@ -122,13 +122,16 @@ def write_pipeline(path: str | Path, pipeline: Pipeline) -> None:
         pipeline: what to write.
 
     Raises:
-        ConfigError: diffusers lacks one of its networks.
+        ConfigError: diffusers lacks one of its networks; begins with its name there.
     """
     folder = Path(path)
     index: dict[str, Any] = {"_class_name": pipeline.kind} | pipeline.values
     index |= {name: [None, None] for name in pipeline.absent}
     for name, network in pipeline.networks.items():
-        write_folder(folder / name, network.spec, network.state)
+        try:
+            write_folder(folder / name, network.spec, network.state)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         index[name] = ["diffusers", config_json(network.spec)["_class_name"]]
     for name, part in pipeline.others.items():
         part.save_pretrained(folder / name)

@@ -75,6 +75,13 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
     if spacing not in valid:
         other = "another start" if spacing == "trailing" else "other timesteps"
         raise _refusal(f"sampler.spacing: '{spacing}'; diffusers' {kind} has {other}: use {' or '.join(valid)}")
+    if sampler.name == "ddim" and spacing == "trailing" and config.num_timesteps % sampler.num_steps:
+        length = config.num_timesteps // sampler.num_steps
+        divisor = next(n for n in range(sampler.num_steps, 0, -1) if config.num_timesteps % n == 0)
+        raise _refusal(
+            f"sampler.num_steps: {sampler.num_steps}; diffusers' {kind} steps by {length} timesteps, not to the next "
+            f"of these: use a divisor of {config.num_timesteps}, such as {divisor}"
+        )
     offset = leading_timesteps(config.num_timesteps, sampler.num_steps)[-1]
     written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": offset}
     if sampler.name == "ddim":

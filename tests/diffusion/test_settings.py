@@ -36,7 +36,8 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (DiffusionConfig(num_timesteps=0), "num_timesteps: 0; must be between 1 and"),
         (DiffusionConfig("flow", 500, "flow"), "num_timesteps: 500; schedule 'flow' has none"),
         (DiffusionConfig("cosine", betas=(0.1, 0.2)), "betas: [0.1, 0.2]; belong to schedules linear, scaled_linear"),
-        (DiffusionConfig(betas=(0.2, 0.1)), "betas: [0.2, 0.1]; must be [first, last] with 0 < first <= last < 1"),
+        (DiffusionConfig(betas=(0.2, 0.1)), "betas: [0.2, 0.1]; must be [first, last] with 1e-08 <= first <= last < 1"),
+        (DiffusionConfig(betas=(1e-17, 1e-17)), "betas: [1e-17, 1e-17]; must be"),
         (DiffusionConfig(betas=(0.0, math.nan)), "betas: "),
         (DiffusionConfig(prediction="x"), "prediction: 'x'; must be one of eps, x0, v, flow, edm"),
         (
@@ -72,8 +73,15 @@ def terminal(prediction: str = "v", **sampler) -> DiffusionConfig:
         (DiffusionConfig(weight="p2", weight_gamma=0.0), "weight_gamma: 0.0; must be a number above 0"),
         (DiffusionConfig(flow=FlowNoise(shift=3.0)), "flow: FlowNoise("),
         (DiffusionConfig("flow", prediction="flow", flow=FlowNoise("normal")), "flow.times: 'normal'; must be one of"),
-        (DiffusionConfig("flow", prediction="flow", flow=FlowNoise(shift=0.0)), "flow.shift: 0.0; must be above 0"),
-        (DiffusionConfig("edm", prediction="edm", edm=EDMNoise(p_mean=math.nan)), "edm.p_mean: nan; must be a number"),
+        (
+            DiffusionConfig("flow", prediction="flow", flow=FlowNoise(shift=0.0)),
+            "flow.shift: 0.0; must be from 0.001",
+        ),
+        (
+            DiffusionConfig("edm", prediction="edm", edm=EDMNoise(p_mean=math.nan)),
+            "edm.p_mean: nan; must be from -10",
+        ),
+        (DiffusionConfig("edm", prediction="edm", edm=EDMNoise(rho=1e-3)), "edm.rho: 0.001; must be from 0.1 to 100"),
         (DiffusionConfig("edm", prediction="edm", edm=EDMNoise(sigma_data=-1.0)), "edm.sigma_data: -1.0; must be"),
         (DiffusionConfig("edm", prediction="edm", edm=EDMNoise(sigma_min=90.0)), "edm.sigma_min: 90.0; must be below"),
         (sampled(name="plms"), "sampler.name: 'plms'; must be one of ddim, ddpm, euler, euler_ancestral, heun"),

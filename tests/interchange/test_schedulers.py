@@ -46,6 +46,7 @@ def test_a_schedule_that_theirs_lack_is_written_beta_by_beta() -> None:
         (DiffusionConfig("flow", prediction="flow", sampler=SamplerConfig("flow_euler")), "schedule: 'flow'; .*cosine"),
         (DiffusionConfig("edm", prediction="edm", edm=EDMNoise()), "schedule: 'edm'"),
         (DiffusionConfig(sampler=SamplerConfig(guidance_interval=(0.1, 5.0))), "sampler.guidance_interval"),
+        (DiffusionConfig(sampler=SamplerConfig("ddim", 30)), "sampler.num_steps: 30; .*a divisor of 1000, such as 25"),
         (DiffusionConfig(sampler=SamplerConfig(spacing="linspace")), "sampler.spacing: 'linspace'; .*trailing or lead"),
         (
             DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", spacing="leading")),
