@@ -13,11 +13,12 @@ hypothesis.settings.register_profile("gmdist", deadline=None)  # a machine may b
 hypothesis.settings.load_profile("gmdist")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests: one has all of Ray, and begins with it; the others go file by file."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
-        group = str(item.path) if item.get_closest_marker("ray") is None else "ray"
+        group = item.nodeid.partition("::")[0] if item.get_closest_marker("ray") is None else "ray"
         item.add_marker(pytest.mark.xdist_group(group))
 
 
