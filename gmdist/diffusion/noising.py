@@ -62,11 +62,11 @@ class DiscreteNoise:
         return 1.0
 
 
-# Wider than any use; within them no level of noise, weight or step leaves fp32.
+# Wider than any use; within them levels of noise and their squares stay in fp32.
 _FLOW_RANGES = {"logit_mean": (-10.0, 10.0), "logit_std": (1e-3, 10.0), "shift": (1e-3, 1e3)}
 _EDM_RANGES = {
     "p_mean": (-10.0, 10.0),
-    "p_std": (1e-3, 5.0),
+    "p_std": (1e-3, 3.0),
     "sigma_data": (1e-3, 1e3),
     "sigma_min": (1e-6, 1e3),
     "sigma_max": (1e-3, 1e6),
