@@ -16,6 +16,7 @@ from gmdist.nets.blocks import (
     norm_groups_problem,
     widths_problem,
 )
+from gmdist.nets.products import Conv2d
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(image_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         width = widths[0]
         for level, out in enumerate(widths):
@@ -84,9 +85,9 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks))
         self.middle = Middle(width, config.norm_groups)
         self.norm_out = group_norm(width, config.norm_groups)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, 2 * config.latent_channels, 3, padding=1)
         width = 2 * config.latent_channels
-        self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
+        self.quant = Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image [N, C, H, W] -> mean and log-variance, each [N, Z, h, w], at least fp32."""
@@ -105,8 +106,8 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
         width = config.latent_channels
-        self.quant = nn.Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.quant = Conv2d(width, width, 1) if config.quant_convs else nn.Identity()
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], config.norm_groups)
         self.levels = nn.ModuleList()
         width = widths[0]
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
                 blocks.append(Upsample(width))
             self.levels.append(nn.Sequential(*blocks))
         self.norm_out = group_norm(width, config.norm_groups)
-        self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded, at least fp32."""

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.nets.linear import Linear
+from gmdist.nets import products
+from gmdist.nets.products import Conv2d, Linear
 
 _MAX_WIDTH = 1 << 16
-_FEW_KEYS = 256  # with more, attention is faster in bf16 on processors, too
+_FEW_KEYS = 256  # with more, attention is faster in bf16 on processors that multiply it, too
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
@@ -71,8 +72,9 @@ def attention(
     Returns:
         [N, heads, L, D], of the query's type.
     """
-    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad and key.shape[2] <= _FEW_KEYS:
-        # On processors torch's backward of few tokens takes up to three times as long in bf16 as in fp32.
+    is_slow = key.shape[2] <= _FEW_KEYS or not products.HAS_BF16
+    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad and is_slow:
+        # Its backward takes up to five times as long as in fp32.
         with torch.autocast("cpu", enabled=False):
             exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
         return exact.to(query.dtype)
@@ -129,12 +131,12 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups, norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = Linear(embedding_channels, out_channels) if embedding_channels else None
         self.norm2 = group_norm(out_channels, norm_groups, norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = zero_init(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """X [N, C_in, H, W], embedding [N, E] or None -> [N, C_out, H, W]."""
@@ -178,7 +180,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool = False) -> None:
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H / 2, W / 2]."""
@@ -190,7 +192,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2 H, 2 W]."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32, attention, split_heads
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Linear
 from gmdist.nets.transformer import heads_problem
 
 _EPS = 1e-5

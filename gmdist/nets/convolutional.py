@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.nets.products import Conv2d
+
 _MAX_WIDTH = 1 << 14
 
 
@@ -37,8 +39,8 @@ class PlainResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 1)
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
@@ -54,10 +56,10 @@ class ConvolutionalEncoder(nn.Sequential):
     def __init__(self, config: ConvolutionalConfig, in_channels: int, out_channels: int) -> None:
         layers: list[nn.Module] = []
         for narrow, wide in pairwise((in_channels, *config.channels)):
-            layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
         width = config.channels[-1]
         layers += [PlainResBlock(width) for _ in range(config.num_res_blocks)]
-        super().__init__(*layers, nn.Conv2d(width, out_channels, 1))
+        super().__init__(*layers, Conv2d(width, out_channels, 1))
 
 
 class ConvolutionalDecoder(nn.Sequential):
@@ -65,7 +67,7 @@ class ConvolutionalDecoder(nn.Sequential):
 
     def __init__(self, config: ConvolutionalConfig, in_channels: int, out_channels: int) -> None:
         widths = config.channels[::-1]
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
+        layers: list[nn.Module] = [Conv2d(in_channels, widths[0], 3, padding=1)]
         layers += [PlainResBlock(widths[0]) for _ in range(config.num_res_blocks)]
         for wide, narrow in pairwise((*widths, out_channels)):
             layers += [nn.ReLU(), nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1)]

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import group_norm
+from gmdist.nets.products import Conv2d
 
 _MAX_MULTIPLIER = 8
 
@@ -17,15 +18,15 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for level in range(1, num_layers + 1):
             out = channels * min(2**level, _MAX_MULTIPLIER)
             stride = 2 if level < num_layers else 1
-            layers.append(nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=False))  # the norm has a bias
+            layers.append(Conv2d(width, out, 4, stride=stride, padding=1, bias=False))  # the norm has a bias
             layers += [group_norm(out), nn.LeakyReLU(0.2)]
             width = out
-        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        layers.append(Conv2d(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):

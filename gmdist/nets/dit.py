@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32, timestep_embedding
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Conv2d, Linear
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
 _FREQUENCIES = 256  # width of the sinusoidal embedding of a timestep
@@ -132,7 +132,7 @@ class DiT(nn.Module):
         assert size % config.patch_size == 0, (size, config.patch_size)
         self.config, self.in_channels, self.size = config, in_channels, size
         width, patch = config.channels, config.patch_size
-        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+        self.patches = Conv2d(in_channels, width, patch, stride=patch)
         self.time = _time_layers(width)  # of all blocks, or of the first, and of the output
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         others = range(1, config.depth) if config.block_embeddings else ()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.causal_transformer import Choose
+from gmdist.nets.products import Conv2d
 
 _MAX_WIDTH = 1 << 16
 _MAX_KERNEL = 31
@@ -52,12 +53,12 @@ class GatedLayer(nn.Module):
     def __init__(self, channels: int, kernel_size: int, dropout: float) -> None:
         super().__init__()
         self.reach = kernel_size // 2
-        self.vertical = nn.Conv2d(channels, 2 * channels, (self.reach + 1, kernel_size))
-        self.horizontal = nn.Conv2d(channels, 2 * channels, (1, self.reach + 1))
-        self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.vertical = Conv2d(channels, 2 * channels, (self.reach + 1, kernel_size))
+        self.horizontal = Conv2d(channels, 2 * channels, (1, self.reach + 1))
+        self.link = Conv2d(2 * channels, 2 * channels, 1)
         self.condition = nn.Linear(channels, 4 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.mix = nn.Conv2d(channels, channels, 1)
+        self.mix = Conv2d(channels, channels, 1)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks' features, each [N, C, H, W], under the condition [N, C] -> the same."""
@@ -123,12 +124,12 @@ class GatedPixelCNN(nn.Module):
         assert channels == 1 or not is_embedded, channels
         width = config.channels
         self.num_codes, self.num_classes, self.is_embedded = num_codes, num_classes, is_embedded
-        self.entry = nn.Embedding(num_codes, width) if is_embedded else nn.Conv2d(channels, width, 1)
+        self.entry = nn.Embedding(num_codes, width) if is_embedded else Conv2d(channels, width, 1)
         self.label = nn.Embedding(num_classes + 1, width)
         layers = (GatedLayer(width, config.kernel_size, config.dropout) for _ in range(config.depth))
         self.layers = nn.ModuleList(layers)
-        self.hidden = nn.ModuleList(nn.Conv2d(width + before, width, 1) for before in range(channels))
-        self.out = nn.ModuleList(nn.Conv2d(width, num_codes, 1) for _ in range(channels))
+        self.hidden = nn.ModuleList(Conv2d(width + before, width, 1) for before in range(channels))
+        self.out = nn.ModuleList(Conv2d(width, num_codes, 1) for _ in range(channels))
         self._reach = config.depth * (config.kernel_size // 2)  # columns to the left that one depends on
 
     def forward(self, codes: Tensor, label: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.kmeans import kmeans, nearest, sums_of
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Linear
 
 LEARNED_BY = ("averages", "gradient")
 ESTIMATORS = ("straight_through", "rotation")

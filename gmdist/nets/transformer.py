@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import attention, group_norm, split_heads, zero_init
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Conv2d, Linear
 
 
 def heads_problem(channels: int, num_heads: int) -> str | None:
@@ -149,10 +149,10 @@ class Transformer2d(nn.Module):
         super().__init__()
         self.linear_projections = linear_projections
         self.norm = group_norm(channels, norm_groups)
-        self.project_in = Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+        self.project_in = Linear(channels, channels) if linear_projections else Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, context_channels) for _ in range(depth))
         self.project_out = zero_init(
-            Linear(channels, channels) if linear_projections else nn.Conv2d(channels, channels, 1)
+            Linear(channels, channels) if linear_projections else Conv2d(channels, channels, 1)
         )
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

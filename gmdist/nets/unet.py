@@ -18,7 +18,7 @@ from gmdist.nets.blocks import (
     widths_problem,
     zero_init,
 )
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Conv2d, Linear
 from gmdist.nets.transformer import Transformer2d, TransformerBlock
 
 # What families list as `blocks`: compiled, and computed again in the backward, as one.
@@ -206,7 +206,7 @@ class UNet(nn.Module):
         self.time = _two_layers(config.channels, embedding)
         self.label = nn.Embedding(num_classes + 1, embedding) if num_classes else None
         self.vector = _two_layers(config.vector_channels, embedding) if config.vector_channels else None
-        self.conv_in = nn.Conv2d(in_channels, config.channels, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, config.channels, 3, padding=1)
 
         widths = [config.channels * m for m in config.multipliers]
         depths = [config.depth(level) if level in config.attention_levels else None for level in range(len(widths))]
@@ -238,7 +238,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
-        self.conv_out = zero_init(nn.Conv2d(width, out_channels or in_channels, 3, padding=1))
+        self.conv_out = zero_init(Conv2d(width, out_channels or in_channels, 3, padding=1))
 
     def forward(
         self,

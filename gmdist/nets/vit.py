@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import attention, split_heads, timestep_embedding
-from gmdist.nets.linear import Linear
+from gmdist.nets.products import Conv2d, Linear
 from gmdist.nets.transformer import heads_problem
 
 _MAX_WIDTH = 1 << 14
@@ -85,7 +85,7 @@ class ViTEncoder(nn.Module):
     def __init__(self, config: ViTConfig, image_channels: int, patch_size: int, num_patches: int) -> None:
         """num_patches: along a side."""
         super().__init__()
-        self.patches = nn.Conv2d(image_channels, config.channels, patch_size, stride=patch_size)
+        self.patches = Conv2d(image_channels, config.channels, patch_size, stride=patch_size)
         self.register_buffer("positions", _positions(num_patches, config.channels), persistent=False)
         self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.depth)))
         self.norm = Norm(config.channels)
