@@ -70,7 +70,7 @@ class Conv2d(nn.Conv2d):
 
 def _is_bf16(x: Tensor, weight: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64  # which it leaves alone
     return x.dtype == weight.dtype == torch.bfloat16
 
 

@@ -138,6 +138,12 @@ def test_attention_without_bf16_stays_bf16_outside(without_bf16: None) -> None:
     attended.sum().backward()
 
 
+def test_float64_is_left_alone(without_bf16: None) -> None:
+    for make, shape in LAYERS.values():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert make().double()(torch.randn(shape, dtype=torch.float64)).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("flags", "has_bf16"),
     [
