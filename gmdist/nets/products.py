@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def _processor() -> frozenset[str]:
@@ -53,14 +53,24 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """torch's layer, of zero padding."""
+    """torch's layer, with zeros around the image, neither dilated nor grouped."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H', W']."""
         if x.is_cpu and not HAS_BF16 and _is_bf16(x, self.weight):
-            assert self.padding_mode == "zeros", self.padding_mode
-            assert self.dilation == (1, 1), self.dilation
-            assert self.groups == 1, self.groups
+            assert x.ndim == 4, x.shape
             convolved: Tensor = _Conv2dInFp32.apply(
                 *_to_bf16(x, self.weight, self.bias), list(self.stride), list(self.padding)
             )
@@ -149,3 +159,15 @@ def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.aten.mkldnn_linear_backward)
 def _flops_of_backward(x: list[int], _: list[int], weight: list[int], wanted: list[bool], **__: Any) -> int:
     return (wanted[0] + wanted[1]) * 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _flops_of_attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _flops_of_attention_backward(
+    grad: list[int], query: list[int], key: list[int], value: list[int], *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))

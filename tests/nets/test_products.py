@@ -144,6 +144,14 @@ def test_float64_is_left_alone(without_bf16: None) -> None:
             assert make().double()(torch.randn(shape, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_attention_is_counted() -> None:
+    query, key, value = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (5, 7, 7))
+    with FlopCounterMode(display=False) as counter:
+        attention(query, key, value).sum().backward()
+    # Scores and sums; in the backward the gradients of both operands of both, and the scores again.
+    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 3 * 5 * 7 * 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "has_bf16"),
     [
