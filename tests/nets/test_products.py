@@ -9,7 +9,7 @@ from gmdist.nets import products
 from gmdist.nets.blocks import attention
 from gmdist.nets.products import Conv2d, Linear
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "IS_ONEDNN_FASTER", True)
 
 
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_derivatives_are_those_of_float64(bias: bool, by_onednn: None) -> None:
     torch.manual_seed(0)
@@ -35,6 +36,7 @@ def test_values_and_derivatives_are_those_of_float64(bias: bool, by_onednn: None
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=1e-4)
 
 
+@needs_onednn
 def test_products_are_counted_as_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Linear(24, 40), torch.randn(64, 24, requires_grad=True)
     counts = []
@@ -46,6 +48,7 @@ def test_products_are_counted_as_those_of_torch(monkeypatch: pytest.MonkeyPatch)
     assert counts == [3 * 2 * 64 * 24 * 40] * 2
 
 
+@needs_onednn
 def test_few_rows_and_other_precisions_are_left_to_torch(by_onednn: None) -> None:
     layer = Linear(24, 40)
     for x in (torch.randn(63, 24), torch.randn(64, 24).double()):
