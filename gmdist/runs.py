@@ -29,7 +29,7 @@ from gmdist.families import CATALOGUE
 from gmdist.families.family import Family, Surroundings
 from gmdist.rng import derive
 from gmdist.train import checkpoint
-from gmdist.train.blocks import check_precision
+from gmdist.train.blocks import check_precision, lay_out
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
 from gmdist.train.config import micro_batch_size
 from gmdist.train.hooks import Hooks, Outcome
@@ -169,6 +169,7 @@ def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Seq
     if reads:  # by now, what encodes in the opened ones has the weights that the checkpoint holds
         own = [] if config.data.image else [identify(run, first, None) for run, first in opened]
         check_latents(replace(config.data, flip=False), reads, own)
+    lay_out(family, trained, config.train)
     return family.eval().requires_grad_(False)
 
 

@@ -118,7 +118,7 @@ def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("family.unet.num_heads=3", "family.unet.num_heads: 3; must divide the attended widths [64, 128]"),
+        ("family.unet.num_heads=3", "family.unet.num_heads: 3; must divide the attended widths [32, 64]"),
         ("family.unet.num_heads=0", "family.unet.num_heads: 0"),
         ("family.unet.dropout=2", "family.unet.dropout: 2.0"),
         ("family.unet.attention_levels=[9]", "family.unet.attention_levels: [9]; the levels are 0 to 1"),

@@ -28,17 +28,23 @@ def check_precision(family: Family, trained: list[str], precision: str) -> None:
 def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
     """Let the trained children compute as the config says; before their units are made."""
     check_precision(family, trained, config.precision)
-    for name in trained:
-        child = getattr(family, name)
-        if config.channels_last:
-            child.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
-        for block in (part for part in child.modules() if isinstance(part, family.blocks)):
-            if config.channels_last:  # features need not come of an image: a generator's begin as a parameter
-                block.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
-            if config.compile:
-                block.forward = _compiled(block, block.forward)
-            if config.activation_checkpointing:  # around what is compiled: telling which pass it is breaks a graph
-                block.forward = functools.partial(_recomputed, block.forward)
+    lay_out(family, trained, config)
+    for block in _blocks(family, trained):
+        if config.compile:
+            block.forward = _compiled(block, block.forward)
+        if config.activation_checkpointing:  # around what is compiled: telling which pass it is breaks a graph
+            block.forward = functools.partial(_recomputed, block.forward)
+
+
+def lay_out(family: Family, trained: list[str], config: TrainConfig) -> None:
+    """Let the trained children compute in the config's layout, which rounds otherwise: in training and after it."""
+    if config.channels_last:  # blocks too: features need not come of an image, a generator's begin as a parameter
+        for module in (*(getattr(family, name) for name in trained), *_blocks(family, trained)):
+            module.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
+
+
+def _blocks(family: Family, trained: list[str]) -> list[nn.Module]:
+    return [part for name in trained for part in getattr(family, name).modules() if isinstance(part, family.blocks)]
 
 
 def _compiled(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ def test_a_pipeline_of_diffusers(dit: str, exported: Path) -> None:
     assert index["_class_name"] == "DiTPipeline"
     assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
-    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     assert index["id2label"] == {str(number): str(number) for number in range(4)}
     _, family = open_run(dit)
     spec, state = read_folder(exported / "transformer")

@@ -43,6 +43,6 @@ def test_a_mapping_as_a_value_leaves_the_other_keys(monkeypatch: pytest.MonkeyPa
     )
     assert config.family.diffusion.schedule == "linear"
     assert config.family.diffusion.betas == (1e-4, 0.01)
-    assert config.family.diffusion.sampler.guidance == 1.3
+    assert config.family.diffusion.sampler.guidance == 1.5
     assert config.optim["denoiser"].lr == 3e-4
     assert config.optim["denoiser"].warmup_steps == 50
