@@ -23,7 +23,7 @@ class TrainConfig:
     # The networks' blocks by torch.compile, in training; stages 0 to 2, not where a loss differentiates a gradient.
     compile: bool = False
     activation_checkpointing: bool = False  # blocks are computed again in the backward instead of kept
-    channels_last: bool = False  # convolutions' preferred layout on GPUs
+    channels_last: bool = False  # convolutions' preferred layout on GPUs; after training too
     micro_batch_size: int | None = (
         None  # most samples that a worker passes through at once; None: its part of the batch
     )

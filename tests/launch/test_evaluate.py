@@ -39,7 +39,8 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps that measured itself twice. Read only, but for its evaluation.json."""
     run = tmp_path_factory.mktemp("runs") / "run"
     best = ["train.best_metric=test/rfid", "train.keep_checkpoints=1", "train.ema_halflife_kimg=0.01"]
-    train_worker(load(CONFIG, overrides(data, run, *best)), torch.device("cpu"))
+    rounded_otherwise = "train.channels_last=true"
+    train_worker(load(CONFIG, overrides(data, run, *best, rounded_otherwise)), torch.device("cpu"))
     return run
 
 

@@ -35,6 +35,7 @@ def conditional_gan() -> Family:
 
 
 PRECISIONS = ("fp32", "autocast")
+STEPS = 4  # after three, the conditional generator's last bias is back where it began
 # A batch statistic of a micro-batch is not one of the batch.
 CASES = [(stylegan2, stage, micro) for stage in (0, 1, 2, 3) for micro in (4, 2)]
 CASES += [(conditional_gan, stage, 4) for stage in (0, 1, 2, 3)]
@@ -49,8 +50,7 @@ def train_all(rank: int, world: int, folder: str) -> None:
         for precision in PRECISIONS:
             name = case_name(make, stage, micro, precision)
             settings = {"zero_stage": stage, "micro_batch_size": micro, "precision": precision}
-            settings["steps"] = parity.STEPS if precision == "fp32" else 1
-            parity.train(rank, folder, name, make, **settings)
+            parity.train(rank, folder, name, make, steps=STEPS if precision == "fp32" else 1, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def expected(make: Callable[[], Family], precision: str) -> dict[str, torch.Tens
     normal = rng.normal
     if precision == "float64":
         with mock.patch.object(rng, "normal", lambda *arguments: normal(*arguments).double()):
-            *_, found = parity.reference(make, SGD)
+            *_, found = parity.reference(make, SGD, steps=STEPS)
     else:
         found = next(parity.reference(make, SGD, precision=precision))
     return found
