@@ -86,6 +86,15 @@ class CodedAutoencoder(Tokenizer):
         with all_finite(self.autoencoder, "codes"):
             return self.quantizer.tokens(self.features(image))
 
+    def latents(self, batch: Batch) -> Tensor:
+        """The encoder's features [N, h w Z], before the nearest codes take their place."""
+        with all_finite(self.autoencoder, "features"):
+            return self.features(batch["image"]).flatten(1)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Decoded from the codes nearest to the features: of an image's own, its reconstruction."""
+        return self.decode(self.quantizer.tokens(latents.unflatten(1, (*self.token_shape, -1))))
+
     def decode(self, tokens: Tensor) -> Tensor:
         return self.decoded(self.quantizer.lookup(tokens)).clamp(-1.0, 1.0)
 
