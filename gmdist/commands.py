@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
     from gmdist.launch.sample import SampleRequest
@@ -195,8 +195,13 @@ def report(options: argparse.Namespace) -> int:
     from gmdist.launch.sample import SampleRequest, draw, draws
     from gmdist.report.page import write
 
-    last = options.runs[-1]
-    print(write(options.runs, draw(last, SampleRequest(_REPORTED_IMAGES)) if draws(last) else None))
+    last, drawn = options.runs[-1], None
+    if draws(last):
+        try:
+            drawn = draw(last, SampleRequest(_REPORTED_IMAGES))
+        except DivergedError as error:  # whose curves are what is looked for
+            print(f"gmdist: a report without samples: {error}", file=sys.stderr)
+    print(write(options.runs, drawn))
     return EXIT_DONE
 
 

@@ -149,14 +149,24 @@ def files_of(path: str) -> list[str]:
 
 
 def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config:
-    """A config from the text of a resolved config.yaml, with `key=value` overrides; `location` is for errors."""
+    """A config from the text of a resolved config.yaml, with `key=value` overrides; `location` is for errors.
+
+    Its workers need not divide its batch: what reads a run, such as `gmdist sample`, has batches of its own.
+    """
     tree = _parse(text, location)
     for override in overrides:
         _apply(tree, override)
-    return from_tree(tree)
+    return _structured(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
+    """A config of a run that is to be trained, from a tree of plain values; checked."""
+    config = _structured(tree)
+    config.cluster.sizes(config.data.batch_size)
+    return config
+
+
+def _structured(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values against the dataclasses."""
     tree = {key: value for key, value in tree.items() if key != "base"}
     if "sweep" in tree:
@@ -227,7 +237,6 @@ def _check(config: Config) -> None:
             raise ConfigError(
                 f"evaluation.metrics: {list(metrics)}; train.best_metric '{best}' needs {metric} among them"
             )
-    config.cluster.sizes(config.data.batch_size)
     if not config.run.dir:
         raise ConfigError("run.dir: ''; must be a folder or an s3:// prefix")
     storage.is_s3(config.run.dir)

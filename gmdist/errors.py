@@ -28,7 +28,7 @@ class StorageError(GmdistError):
 
 
 class DivergedError(GmdistError):
-    """A run whose gradients stay not finite. Exit code 1."""
+    """Gradients that stay not finite, or a model that gives what is not. Exit code 1."""
 
 
 class MemoryExceededError(GmdistError):

@@ -7,11 +7,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gmdist.errors import DivergedError
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] on the CPU."""
     levels = ((images.float() + 1.0) * 127.5).round().clamp(0, 255)
     return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+
+
+def drawn_uint8(images: Tensor) -> Tensor:
+    """The same of what a model has drawn; DivergedError where that is not finite: no pixel could show it."""
+    if not images.isfinite().all():
+        raise DivergedError("the model's images are not finite; check its weights")
+    return to_uint8(images)
 
 
 def png(image: Tensor | np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.data.sources import open_source
+from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.runs import check_start, open_run, train_worker
 from tests.support import tree_bytes
 
@@ -382,6 +383,20 @@ def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
     assert "nearest training image" in page
     assert 'src="http' not in page
     assert "<script" not in page
+    (trained / "report.html").unlink()
+
+
+def test_a_model_that_gives_no_numbers_is_said(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def sample(family, keys, condition=None):
+        return torch.full((len(keys), 1, 32, 32), torch.nan)
+
+    monkeypatch.setattr(AutoencoderKL, "sample", sample)
+    words = "the model's images are not finite; check its weights"
+    assert words in refused(capsys, 1, "sample", str(trained), "--out", str(tmp_path / "grid.png"))
+    assert not (tmp_path / "grid.png").exists()
+    assert main(["report", str(trained)]) == 0  # its curves say when it went wrong
+    assert f"a report without samples: {words}" in capsys.readouterr().err
+    assert "<svg" in (trained / "report.html").read_text()
     (trained / "report.html").unlink()
 
 

@@ -198,5 +198,5 @@ def _check_settings(config: DataConfig, key: str, folder: str, record: Record) -
             # Caches are of centred crops, whatever is asked for.
             again = "" if name == "crop" else ", or encode the data set again"
             raise ConfigError(f"data.{name}: '{own}'; {folder}, of {key}, was encoded with '{theirs}': set that{again}")
-    if config.flip and not record.flip:
+    if config.flip and not record.flip and key.endswith(".train"):  # others are never flipped
         raise ConfigError(f"data.flip: True; {folder} was encoded without mirror images: set false, or encode it again")

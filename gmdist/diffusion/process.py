@@ -80,7 +80,9 @@ class Diffusion:
             weight = {"min_snr": weights.min_snr, "p2": weights.p2}[name]
             of_x0 = weight((alpha / sigma) ** 2, **({} if gamma is None else {"gamma": gamma}))
         # An error of the output is one of the clean data, times what the output counts for there.
-        return (of_x0 * self._prediction(alpha, sigma).x0[1] ** 2).float()
+        found = (of_x0 * self._prediction(alpha, sigma).x0[1] ** 2).float()
+        # Of pure noise, where sampling starts, nothing would be learned with the 0 that an SNR of 0 gives.
+        return torch.where(alpha > 0.0, found, 1.0)
 
     def x0_of(self, output: Tensor, x: Tensor, level: samplers.Level) -> Tensor:
         """The clean data that a network's output [N, ...] at x_t [N, ...] of one noise level stands for."""

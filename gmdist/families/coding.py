@@ -105,7 +105,9 @@ class Tokens(Coding):
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:
-        return self.tokenizer.tokens(images)[:, None]
+        # In autocast features are rounded, and some are then nearest to another code than a cache holds.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.tokenizer.tokens(images)[:, None]
 
     def shown(self, codes: Tensor) -> Tensor:
         return self.tokenizer.decode(codes[:, 0]).float().clamp(-1.0, 1.0)

@@ -22,7 +22,7 @@ _FREE = {
     AUTOENCODER: {"sample_size", "scaling_factor", "shift_factor"},
     DIT: set[str](),
 }
-# What they are called in a run's config.
+# What they are called in a run's config; a DiT's norm_eps below.
 _OURS = {
     "block_out_channels": "channels and multipliers",
     "layers_per_block": "num_res_blocks",
@@ -122,8 +122,9 @@ def _compare(folder: Path, there: NetworkSpec, here: NetworkSpec) -> None:
     kind = ours["_class_name"]
     if theirs["_class_name"] != kind:
         raise ConfigError(f"family.init_from: {folder}; holds a {theirs['_class_name']}, and this run has a {kind}")
+    named = _OURS | ({"norm_eps": "feed_forward_norm_eps"} if kind == DIT else {})
     differences = [
-        f"{key}{f' ({_OURS[key]})' if key in _OURS else ''} {theirs[key]} there, {ours[key]} here"
+        f"{key}{f' ({named[key]})' if key in named else ''} {theirs[key]} there, {ours[key]} here"
         for key in sorted(ours.keys() - _FREE[kind])
         if ours[key] != theirs[key]
     ]

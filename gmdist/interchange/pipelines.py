@@ -111,7 +111,13 @@ def pixel_pipeline(unet: Network, diffusion: DiffusionConfig, clip: float) -> Pi
 
 
 def _call(diffusion: DiffusionConfig) -> dict[str, Any]:
-    return {"num_inference_steps": diffusion.sampler.num_steps, "guidance_scale": diffusion.sampler.guidance}
+    steps, guidance = diffusion.sampler.num_steps, diffusion.sampler.guidance
+    if guidance < 1.0:
+        raise ConfigError(
+            f"family.diffusion.sampler.guidance: {guidance}; diffusers' pipelines guide above 1 alone: 1 or more can "
+            "be exported"
+        )
+    return {"num_inference_steps": steps, "guidance_scale": guidance}
 
 
 def write_pipeline(path: str | Path, pipeline: Pipeline) -> None:

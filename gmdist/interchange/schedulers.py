@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from gmdist.diffusion.config import DISCRETE, DiffusionConfig
-from gmdist.diffusion.spacings import leading_timesteps
+from gmdist.diffusion.spacings import leading_timesteps, trailing_timesteps
 from gmdist.errors import ConfigError
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -82,6 +84,12 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
             f"sampler.num_steps: {sampler.num_steps}; diffusers' {kind} steps by {length} timesteps, not to the next "
             f"of these: use a divisor of {config.num_timesteps}, such as {divisor}"
         )
+    if spacing == "trailing" and not _counts_alike(config.num_timesteps, sampler.num_steps):
+        near = next(n for n in range(sampler.num_steps, 0, -1) if _counts_alike(config.num_timesteps, n))
+        raise _refusal(
+            f"sampler.num_steps: {sampler.num_steps}; diffusers' {kind} rounds these to other timesteps of "
+            f"{config.num_timesteps}: use another number, such as {near}"
+        )
     offset = leading_timesteps(config.num_timesteps, sampler.num_steps)[-1]
     written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": offset}
     if sampler.name == "ddim":
@@ -94,6 +102,12 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
     return written
 
 
+def _counts_alike(num_timesteps: int, num_steps: int) -> bool:
+    """Whether diffusers has our trailing timesteps: it adds up their distance, and may end with one too many, -1."""
+    theirs = np.arange(num_timesteps, 0, -num_timesteps / num_steps).round().astype(int) - 1
+    return bool(theirs.tolist() == trailing_timesteps(num_timesteps, num_steps))
+
+
 def _schedule(config: DiffusionConfig) -> dict[str, Any]:
     """What belongs to the process."""
     written: dict[str, Any] = {
@@ -104,9 +118,19 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
         written["rescale_betas_zero_snr"] = True
     if config.schedule == "cosine":
         return written | {"beta_schedule": "squaredcos_cap_v2"}
+    betas = _betas(config)
+    kept = (1.0 - betas.float()).cumprod(dim=0)
+    if kept[0] == 1.0 or kept[-1] == 0.0:
+        end = "no noise at the first timestep" if kept[0] == 1.0 else "no image left at the last one"
+        shown = None if config.betas is None else list(config.betas)
+        raise _refusal(f"betas: {shown}; in fp32, as diffusers has them, there is {end}")
     if config.schedule == "sigmoid":  # most of theirs lack it, and all take betas one by one
-        abar = DISCRETE["sigmoid"](config.num_timesteps, *(config.betas or ()))
-        kept = torch.cat([abar[:1], abar[1:] / abar[:-1]])
-        return written | {"trained_betas": (1.0 - kept).tolist()}
+        return written | {"trained_betas": betas.tolist()}
     first, last = config.betas or _BETAS[config.schedule]
     return written | {"beta_schedule": config.schedule, "beta_start": first, "beta_end": last}
+
+
+def _betas(config: DiffusionConfig) -> Tensor:
+    """The variance of the noise that each timestep adds, float64 [T]."""
+    abar = DISCRETE[config.schedule](config.num_timesteps, *(config.betas or ()))
+    return 1.0 - torch.cat([abar[:1], abar[1:] / abar[:-1]])

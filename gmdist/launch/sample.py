@@ -81,8 +81,8 @@ class Drawer:
         keys, condition, rows = keys_of(self.request, numbers), self.condition(numbers), self.rows
         with torch.inference_mode():
             if rows is None:
-                return images.to_uint8(self.family.sample(keys, condition)).cpu()
-            return images.to_uint8(_completed(self.family, self.request, rows, keys, condition)).cpu()
+                return images.drawn_uint8(self.family.sample(keys, condition))
+            return images.drawn_uint8(_completed(self.family, self.request, rows, keys, condition))
 
 
 def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tensor:

@@ -12,7 +12,7 @@ from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
-from gmdist.errors import ConfigError, DataError
+from gmdist.errors import ConfigError, DataError, DivergedError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family
 from gmdist.train.config import micro_batch_size
@@ -37,6 +37,7 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
         ConfigError: no such run, a family without scores, no data set.
         DataError, CheckpointError: an unsound data set, tokens of another tokenizer, labels that the run's model has no
             classes for, no sound checkpoint.
+        DivergedError: weights that give no numbers.
     """
     if not storage.is_s3(out) and os.path.isdir(out):
         raise ConfigError(f"--scores: '{out}'; is a folder, and a file is meant, as {storage.join(out, 'scores.csv')}")
@@ -77,6 +78,8 @@ def _score(family: Family, loader: Loader, batch_size: int, device: torch.device
         batch = loaded.batch_on(device)
         scores = family.scores(batch)
         names = list(scores)
+        if any(score.isnan().any() for score in scores.values()):
+            raise DivergedError("the scores are not numbers; check the run's weights")
         numbers = batch["key"].cpu().numpy()
         labels = map(str, batch["label"].tolist()) if "label" in batch else [""] * len(numbers)
         columns = zip(*(score.tolist() for score in scores.values()), strict=True)

@@ -76,18 +76,17 @@ def _here(work: Work[Task, Made], tasks: Sequence[Task]) -> Generator[Made]:
 class Worker:
     """An actor that makes shards, several at once."""
 
-    def __init__(self, stored: "list[ray.ObjectRef[Work[Any, Any]]]", num_threads: int) -> None:
-        """stored: a list, or Ray would keep the work itself, and complain that it cannot start the actor again."""
-        import ray
-
-        self._work, self._lock = ray.get(stored[0]), threading.Lock()
+    def __init__(self, num_threads: int) -> None:
+        self._lock = threading.Lock()
         self._maker: Maker[Any, Any] | None = None
         torch.set_num_threads(num_threads)
 
-    def shard(self, task: Any) -> Any:
-        """Make one shard."""
+    def shard(self, task: Any, stored: "list[ray.ObjectRef[Work[Any, Any]]]") -> Any:
+        """Make one shard of the work that is stored: a list, as Ray would read the work itself for each shard."""
+        import ray
+
         with self._lock:
-            self._maker = self._maker or self._work.maker()  # here, where errors reach the driver as they are
+            self._maker = self._maker or ray.get(stored[0]).maker()
         return self._maker.shard(task)
 
 
@@ -110,10 +109,10 @@ def _on_cluster(work: Work[Task, Made], tasks: Sequence[Task]) -> Generator[Made
             max_task_retries=cluster.max_failures,
         )(Worker)
         stored = [ray.put(work)]
-        workers = [actor.remote(stored, cluster.cpus_per_worker) for _ in range(count)]
+        workers = [actor.remote(cluster.cpus_per_worker) for _ in range(count)]
         waiting = iter(tasks)
         running = {
-            worker.shard.remote(shard): worker
+            worker.shard.remote(shard, stored): worker
             for worker, shard in zip(workers * _SHARDS_AT_ONCE, waiting, strict=False)
         }
         try:
@@ -121,7 +120,7 @@ def _on_cluster(work: Work[Task, Made], tasks: Sequence[Task]) -> Generator[Made
                 (done,), _ = ray.wait(list(running))
                 worker = running.pop(done)
                 for shard in islice(waiting, 1):
-                    running[worker.shard.remote(shard)] = worker
+                    running[worker.shard.remote(shard, stored)] = worker
                 yield ray.get(done)
         except RayTaskError as error:
             if isinstance(error.cause, GmdistError):

@@ -52,7 +52,7 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
             rows = _traversals(family, _first(config, _SPREAD_IMAGES, device, 2), num_rows)
     if rows is None:
         raise ConfigError(f"--show: '{kind}'; family '{config.family_name}' has no latents that this could show")
-    return images.to_uint8(rows)
+    return images.drawn_uint8(rows)
 
 
 def _first(config: Config, count: int, device: torch.device, least: int) -> Batch:
@@ -75,7 +75,7 @@ def _interpolations(family: Family, batch: Batch) -> Tensor | None:
     if latents is None:
         return None
     shares = torch.linspace(0.0, 1.0, _COLUMNS).tolist()
-    decoded = [family.from_latents(family.between(latents[:-1], latents[1:], share)) for share in shares]
+    decoded = [family.from_latents(torch.lerp(latents[:-1], latents[1:], share)) for share in shares]
     return torch.cat([batch["image"][:-1], *decoded, batch["image"][1:]], dim=3)
 
 

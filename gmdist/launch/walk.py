@@ -34,9 +34,8 @@ def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Se
         ends = starts.roll(-1, 0)
         shares = [i / num_frames for i in range(num_frames)]
         places = torch.stack([family.between(starts, ends, share) for share in shares], dim=1)
-        frames = torch.cat(
-            [images.to_uint8(family.from_latents(part)) for part in places.flatten(0, 1).split(_AT_ONCE)]
-        )
+        parts = places.flatten(0, 1).split(_AT_ONCE)
+        frames = torch.cat([images.drawn_uint8(family.from_latents(part)) for part in parts])
     return frames.unflatten(0, (len(starts), num_frames))
 
 
@@ -54,7 +53,7 @@ def mix(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tens
         for style in coarse.split(1):
             made = [family.mixed(style.expand(len(part), -1), part) for part in fine.split(_AT_ONCE)]
             rows.append(torch.cat([family.from_latents(style), *made]))
-    return images.to_uint8(torch.cat(rows))
+    return images.drawn_uint8(torch.cat(rows))
 
 
 def _opened(run: str, request: SampleRequest, overrides: Sequence[str]) -> tuple[Config, Family]:

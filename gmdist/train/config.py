@@ -91,8 +91,12 @@ class TrainConfig:
 
 
 def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
-    """Samples that a worker passes through at once: the most that divide its part of the batch, within the config's."""
+    """Samples that a worker passes through at once: the most that divide its part of the batch, within the config's.
+
+    ConfigError for workers that do not divide the batch.
+    """
     part, rest = divmod(batch_size, num_workers)
-    assert rest == 0, (batch_size, num_workers)
+    if rest:
+        raise ConfigError(f"data.batch_size: {batch_size}; must be a multiple of the {num_workers} workers of the run")
     most = min(part, config.micro_batch_size or part)
     return next(size for size in range(most, 0, -1) if part % size == 0)

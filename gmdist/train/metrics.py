@@ -26,7 +26,7 @@ class Averages:
         self._sums: dict[str, Tensor] = {}  # [2, ...]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
-        """Add one observation of some metrics. What is infinite does not count."""
+        """Add one observation of some metrics, that counts as much as its weight. What is infinite does not count."""
         for name, value in metrics.items():
             value = value.detach().to(self._device, torch.float64)
             counts = (value.isfinite() if self._hides_nan else ~value.isinf()) * weight

@@ -117,6 +117,7 @@ class Trainer:
         batch = loaded.batch_on(self.device)
         before = {name: buffer.clone() for name, buffer in self.family.named_buffers()}
         micro_batches = split(batch, self.micro_batch_size)
+        share = 1.0 / world_size()  # of a step: those before a resume count as much, on however many workers
         norms = []
         for number, phase in enumerate(self.phases):
             if self.step % phase.every:
@@ -127,11 +128,11 @@ class Trainer:
                 torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
                 with self._flops.counting(phase, len(micro_batch["key"])):
                     metrics = unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches))
-                self._averages.add(metrics)
+                self._averages.add(metrics, share / len(micro_batches))
             norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
-            self._averages.add({f"{phase.name}/grad_norm": norm})
+            self._averages.add({f"{phase.name}/grad_norm": norm}, share)
             norms.append(norm)
-        self._averages.add(self.family.after_step(self.seen))
+        self._averages.add(self.family.after_step(self.seen), share)
         self.ema.update(self.batch_size, self.seen)
         is_bad = self._skips.note(norms, self._cursor)
         for name, buffer in self.family.named_buffers():  # what made the gradients NaN is in statistics too

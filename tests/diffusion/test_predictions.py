@@ -109,7 +109,10 @@ def test_a_weighted_loss_does_not_depend_on_the_prediction(weight: str) -> None:
     torch.testing.assert_close(losses[0], losses[2], rtol=1e-5, atol=0.0)
 
 
-def test_min_snr_at_pure_noise() -> None:
-    for prediction in ("x0", "v"):
-        config = DiffusionConfig("scaled_linear", prediction=prediction, weight="min_snr", zero_terminal_snr=True)
-        assert Diffusion(config).weights(torch.tensor([999])).item() == 0.0
+@pytest.mark.parametrize("weight", ["min_snr", "p2"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_pure_noise_is_learned_from(weight: str, prediction: str) -> None:
+    config = DiffusionConfig("scaled_linear", prediction=prediction, weight=weight, zero_terminal_snr=True)
+    before, pure = Diffusion(config).weights(torch.tensor([998, 999])).tolist()
+    assert 0.0 < before < 1e-6
+    assert pure == 1.0

@@ -53,6 +53,13 @@ def test_loss_score_and_evaluation_are_one_likelihood(name: str) -> None:
     assert ("bits_per_dim" in found) == (name == "pixelcnn")
 
 
+def test_tokens_are_those_of_a_cache_in_autocast_too() -> None:
+    coding, image = prior("transformer_prior").coding, batch_of(48)["image"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = coding.of_images(image)
+    assert torch.equal(found, coding.of_images(image))
+
+
 def test_bits_per_dimension_by_hand() -> None:
     # A network that says nothing takes 8 bits for each of 256 levels; one that knows a bit of each, 7.
     family = small_family("pixelcnn")

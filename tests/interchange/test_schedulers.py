@@ -47,6 +47,10 @@ def test_a_schedule_that_theirs_lack_is_written_beta_by_beta() -> None:
         (DiffusionConfig("edm", prediction="edm", edm=EDMNoise()), "schedule: 'edm'"),
         (DiffusionConfig(sampler=SamplerConfig(guidance_interval=(0.1, 5.0))), "sampler.guidance_interval"),
         (DiffusionConfig(sampler=SamplerConfig("ddim", 30)), "sampler.num_steps: 30; .*a divisor of 1000, such as 25"),
+        (DiffusionConfig(sampler=SamplerConfig("ddpm", 61)), "sampler.num_steps: 61; .*of 1000: .*, such as 60"),
+        (DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", 48)), "sampler.num_steps: 48; .*of 1000: .*, such as 47"),
+        (DiffusionConfig("linear", betas=(1e-8, 0.02)), "betas: .1e-08, 0.02.; .*no noise at the first timestep"),
+        (DiffusionConfig("linear", betas=(0.001, 0.2)), "betas: .0.001, 0.2.; .*no image left at the last"),
         (DiffusionConfig(sampler=SamplerConfig(spacing="linspace")), "sampler.spacing: 'linspace'; .*trailing or lead"),
         (
             DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", spacing="leading")),

@@ -175,6 +175,8 @@ def test_another_sampler_may_be_asked_for(dit: str, tmp_path: Path) -> None:
     sampler = "family.diffusion.sampler="
     with pytest.raises(ConfigError, match="sampler.name: 'euler'; this pipeline starts from unit noise"):
         export(dit, str(tmp_path), "diffusers", [sampler + "{name: euler}"])
+    with pytest.raises(ConfigError, match="sampler.guidance: 0.5; .* 1 or more can be exported"):
+        export(dit, str(tmp_path), "diffusers", [sampler + "{name: dpmpp_2m, num_steps: 20, guidance: 0.5}"])
     line = export(dit, str(tmp_path), "diffusers", [sampler + "{name: dpmpp_2m, num_steps: 20, guidance: 3.0}"])
     assert line.endswith("DiTPipeline, which samples as the run with num_inference_steps=20, guidance_scale=3.0")
     assert "DPMSolverMultistepScheduler" in (tmp_path / "model_index.json").read_text()
@@ -223,6 +225,13 @@ def test_embeddings_of_each_block_are_asked_for(exported: Path, start: list[str]
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ConfigError, match="holds another network: block_embeddings true there, false here"):
         check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
+
+    changed = json.loads((folder / "config.json").read_text()) | {"norm_eps": 1e-5}
+    (folder / "other").mkdir()
+    (folder / "other/config.json").write_text(json.dumps(changed))
+    (folder / "other" / WEIGHTS).symlink_to(folder / WEIGHTS)
+    with pytest.raises(ConfigError, match=r"norm_eps \(feed_forward_norm_eps\) 1e-05 there, 1e-06 here"):
+        check_start(load(start[0], [*start[1:], own, f"family.init_from={folder}/other"]))
 
     for source in (folder, exported):  # and where all are equal, each block begins with that one
         config = load(start[0], [*start[1:], own, f"family.init_from={source}"])

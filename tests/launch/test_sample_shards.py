@@ -14,6 +14,7 @@ from gmdist.errors import ConfigError, DataError
 from gmdist.launch import sample_shards as shards
 from gmdist.launch.sample import SampleRequest, draw
 from gmdist.launch.sample_shards import sample_shards
+from gmdist.runs import read_config
 from tests.exporting import UNET, train
 from tests.support import tree_bytes
 
@@ -46,6 +47,11 @@ def test_the_shards_hold_what_a_grid_would_show(run: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
+def test_as_many_workers_as_are_asked_for_whatever_the_run_s_batch(run: str) -> None:
+    assert read_config(run).data.batch_size % 3
+    assert read_config(run, ["cluster.num_workers=3"]).cluster.num_workers == 3
+
+
 def test_two_workers_draw_the_same_bytes(ray_cluster: Any, run: str, tmp_path: Path) -> None:
     sample_shards(run, REQUEST, str(tmp_path / "one"), ALONE)
     sample_shards(run, REQUEST, str(tmp_path / "two"), ["cluster.num_workers=2"])

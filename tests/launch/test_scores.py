@@ -15,6 +15,7 @@ from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.families.posterior import kl_of_dimensions
+from gmdist.families.vae import VAE
 from gmdist.images import png
 from gmdist.runs import open_run, train_worker
 from tests.support import tree_bytes
@@ -121,6 +122,13 @@ def test_scores_in_object_storage(trained: Path, digits: Path, bucket) -> None:
     assert main(["evaluate", str(trained), "--scores", out, f"data.test={digits}/test"]) == 0
     text = bucket.get_object(Bucket="pictures", Key="some/scores.csv")["Body"].read().decode()
     assert len(scored(text)) == len(images_of(digits / "test"))
+
+
+def test_scores_that_are_not_numbers_are_said(trained: Path, digits: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(VAE, "scores", lambda family, batch: {"elbo": batch["image"].sum(dim=(1, 2, 3)) * torch.nan})
+    command = ["evaluate", str(trained), "--scores", str(tmp_path / "scores.csv"), f"data.test={digits}/test"]
+    assert "the scores are not numbers; check the run's weights" in refused(capsys, 1, *command)
+    assert not (tmp_path / "scores.csv").exists()
 
 
 def test_what_has_no_scores_is_refused(trained: Path, digits: Path, tmp_path: Path, capsys) -> None:

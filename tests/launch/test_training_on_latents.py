@@ -214,6 +214,14 @@ def test_mirror_images_that_are_not_there_are_refused(stage: str, images: str, t
     check_start(config)
 
 
+def test_held_out_latents_need_no_mirror_images(stage: str, images: str, cache: str, tmp_path: Path) -> None:
+    encode(stage, images, str(tmp_path / "test"), ALONE, flip=False)
+    more = ["data.flip=true", f"data.test={tmp_path}/test", "train.num_steps=2", "train.evaluate_every=2"]
+    config = second_stage(stage, cache, tmp_path, *CACHED, *more)
+    check_start(config)
+    train_worker(config, torch.device("cpu"))
+
+
 def test_latents_of_nobody_knows_what_are_refused(stage: str, images: str, cache: str, tmp_path: Path) -> None:
     shutil.copytree(cache, tmp_path / "cache")
     (tmp_path / "cache/encoded.json").unlink()

@@ -101,6 +101,16 @@ def test_metrics_after_the_checkpoint_are_made_again_once(tmp_path: Path) -> Non
     assert without_speed(tmp_path / "killed") == without_speed(tmp_path / "whole")
 
 
+def test_a_line_is_the_mean_of_its_steps_wherever_a_resume_cut_its_interval(tmp_path: Path) -> None:
+    settings = {"log_every": 4, "checkpoint_every": 1}
+    fit(Linear(), tmp_path / "whole", num_steps=4, **settings)
+    fit(Linear(), tmp_path / "parts", num_steps=1, **settings)
+    fit(Linear(), tmp_path / "parts", num_steps=4, micro_batch_size=2, **settings)
+    (expected,), found = lines(tmp_path / "whole"), lines(tmp_path / "parts")[-1]
+    for name in ("net/loss", "net/grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
 def evaluate_few(rank: int, world: int, folder: str) -> None:
     class Telling(Linear):
         def evaluate(self, batch):
