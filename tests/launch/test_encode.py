@@ -132,12 +132,14 @@ def test_two_workers_make_the_same_bytes(ray_cluster, stage: str, images: str, c
 class Mortal(shard_workers.Worker):
     """Is killed once."""
 
-    def shard(self, shard):
-        grave = Path(self._work.destination).parent / "grave"
+    def shard(self, task, stored):
+        import ray
+
+        grave = Path(ray.get(stored[0]).destination).parent / "grave"
         if not grave.exists():
             grave.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().shard(shard)
+        return super().shard(task, stored)
 
 
 @pytest.mark.ray
