@@ -18,6 +18,7 @@ from gmdist import rng
 from gmdist.config import load
 from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.diffusion.process import Diffusion
+from gmdist.errors import ConfigError
 from gmdist.families.family import Condition
 from gmdist.interchange.schedulers import scheduler_config
 from gmdist.launch.export import export
@@ -233,3 +234,22 @@ def test_schedulers_draw_the_same(
 def test_schedulers_of_few_timesteps_draw_the_same(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # From 51 steps on leading counts from 0; and the last of these timesteps holds much of the data.
     check_scheduler(DiffusionConfig("linear", 100, "v", SamplerConfig(name, steps, spacing="leading")), monkeypatch)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_every_number_of_steps_is_counted_alike_or_refused(name: str, spacing: str) -> None:
+    exported = 0
+    for num_steps in range(1, 201):
+        config = DiffusionConfig("linear", 200, sampler=SamplerConfig(name, num_steps, spacing=spacing))
+        try:
+            written = scheduler_config(config)
+        except ConfigError:
+            continue
+        scheduler = getattr(diffusers, written["_class_name"]).from_config(written)
+        scheduler.set_timesteps(num_steps)
+        assert scheduler.timesteps.tolist() == Diffusion(config).sampling_times().tolist()
+        exported += 1
+    # Of 200 timesteps, 12 divisors; DPM-Solver++ is exported with trailing alone.
+    least = 0 if (name, spacing) == ("dpmpp_2m", "leading") else 12 if name == "ddim" and spacing == "trailing" else 170
+    assert exported >= least
