@@ -156,17 +156,17 @@ def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config
     tree = _parse(text, location)
     for override in overrides:
         _apply(tree, override)
-    return _structured(tree)
+    return _built(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
     """A config of a run that is to be trained, from a tree of plain values; checked."""
-    config = _structured(tree)
+    config = _built(tree)
     config.cluster.sizes(config.data.batch_size)
     return config
 
 
-def _structured(tree: dict[str, Any]) -> Config:
+def _built(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values against the dataclasses."""
     tree = {key: value for key, value in tree.items() if key != "base"}
     if "sweep" in tree:
