@@ -36,6 +36,7 @@ class Synthetic:
     """A data set of a few batches, again and again."""
 
     num_samples = 1 << 30
+    max_bad = 0
 
     def __init__(self, batch_size: int, make: Callable[[int], dict[str, Tensor]]) -> None:
         """`make` draws so many samples."""

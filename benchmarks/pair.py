@@ -39,6 +39,8 @@ def run(function: Callable[..., Any], *arguments: Any) -> Any:
         port = probe.getsockname()[1]
     queue = mp.get_context("spawn").Queue()
     context = mp.spawn(_enter, (port, queue, function, arguments), nprocs=WORLD, join=False)
+    while queue.empty() and not context.join(timeout=0.1):  # which raises what a worker raises
+        pass
     found = queue.get()
     context.join()
     return found

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -197,6 +198,7 @@ def report(options: argparse.Namespace) -> int:
 
     last, drawn = options.runs[-1], None
     if draws(last):
+        print(f"gmdist: drawing {_REPORTED_IMAGES} images of {last}", file=sys.stderr)
         try:
             drawn = draw(last, SampleRequest(_REPORTED_IMAGES))
         except DivergedError as error:  # whose curves are what is looked for
@@ -222,6 +224,7 @@ def data_pack(options: argparse.Namespace) -> int:
     from gmdist.data.pack import pack
     from gmdist.data.parallel import num_cores
     from gmdist.data.progress import Meter
+    from gmdist.launch.lease import held
 
     encoding = Encoding(options.image_size, options.format, options.quality)
     encoding.validate()
@@ -232,7 +235,16 @@ def data_pack(options: argparse.Namespace) -> int:
         raise ConfigError(f"--processes: {processes}; must be at least 1")
     if not 0 <= options.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable: {options.max_unreadable}; must be from 0 to 1")
-    with Meter(options.destination) as meter:
+    lost = threading.Event()
+
+    with Meter(options.destination) as meter, held(options.destination, meter.message, lost.set) as lease:
+
+        def on_progress(done: int, total: int) -> None:
+            if lost.is_set():
+                raise ConfigError(f"{options.destination}: another command packs into it now")
+            meter.update(done, total)
+
+        lease.confirm()
         packed = pack(
             options.source,
             options.destination,
@@ -240,7 +252,7 @@ def data_pack(options: argparse.Namespace) -> int:
             shard_mib=options.shard_mib,
             processes=processes,
             max_unreadable=options.max_unreadable,
-            on_progress=meter.update,
+            on_progress=on_progress,
             on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
         )
     manifest = packed.manifest

@@ -154,6 +154,8 @@ def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config
     Its workers need not divide its batch: what reads a run, such as `gmdist sample`, has batches of its own.
     """
     tree = _parse(text, location)
+    if not tree:
+        raise ConfigError(f"{location}: empty; it should hold a run's settings")
     for override in overrides:
         _apply(tree, override)
     return _built(tree)

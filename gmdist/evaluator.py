@@ -96,7 +96,7 @@ def _images(loader: Loader | Unpaired, count: int, device: torch.device) -> Imag
     def batches(batch_size: int) -> Iterator[Batch]:
         return (loaded.batch_on(device) for loaded in loader.sweep(batch_size, count))
 
-    return Images(count, batches)
+    return Images(count, batches, lambda: loader.first(1).batch_on(device))
 
 
 def _captions(config: Config, device: torch.device) -> Captions:

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -39,9 +39,12 @@ from gmdist.train.trainer import Trainer
 from gmdist.train.workers import rank, world_size
 
 CONFIG_NAME = "config.yaml"
+_FIRST_STAGE_NAME = "first_stage.yaml"  # the config of the run that the family opens: its weights are in checkpoints
 # All that a run writes into its folder.
-_WRITTEN = ("checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json")
-_WRITTEN_TOO = ("report.html", "error.txt")
+_WRITTEN = frozenset(
+    {"checkpoints", "samples", CONFIG_NAME, "metrics.jsonl", "quarantine.jsonl", "evaluation.json"}
+    | {_FIRST_STAGE_NAME, "report.html", "error.txt", "trace.json"}
+)
 
 # What gives a batch what a family needs.
 _SECOND_DOMAIN = {"image_b": "data.unpaired", "label_b": "data.unpaired and data.num_classes"}
@@ -57,21 +60,39 @@ def use_storage(config: Config) -> None:
     s3.configure(config.data.s3)
 
 
-def build_family(config: Config, on_open: Callable[[str, Family, int], None] | None = None) -> Family:
+@dataclass(frozen=True)
+class Opened:
+    """A run that another's family is built on."""
+
+    run: str  # as that family's config names it
+    config: Config
+    family: Family
+    step: int | None  # None: only its config was read
+
+
+def build_family(
+    config: Config, on_open: Callable[[Opened], None] | None = None, first_stage: Config | None = None
+) -> Family:
     """The family of a config with freshly drawn weights: the same on every worker.
 
     Args:
         config: of its run.
-        on_open: called with each run that the family opens, that run's family, and its step.
+        on_open: called with each run that the family opens.
+        first_stage: the config of the run that the family opens, where its weights will come from elsewhere; None: both
+            are read where that run is.
     """
     kind, _ = CATALOGUE[config.family_name]
 
     def open_first(run: str) -> Family:
         with torch.device("cpu"):  # `check_start` builds on the meta device, which holds no weights
-            meta, first = open_run(run)
+            if first_stage is not None:
+                opened = Opened(run, first_stage, _frozen(build_family(first_stage), first_stage), None)
+            else:
+                meta, first = open_run(run)
+                opened = Opened(run, read_config(split_run(run)[0]), first, meta["step"])
         if on_open is not None:
-            on_open(run, first, meta["step"])
-        return first
+            on_open(opened)
+        return opened.family
 
     surroundings = Surroundings(
         image_size=config.data.image_size,
@@ -155,8 +176,8 @@ def open_run(
 
 
 def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]) -> Family:
-    opened: list[tuple[str, Family]] = []
-    family = build_family(config, lambda run, first, step: opened.append((run, first)))
+    opened: list[Opened] = []
+    family = build_family(config, opened.append, _first_stage_of(split_run(location)[0]))
     checkpoint.check_shapes(location, meta, shapes_of(family))
     trained = trained_children(family, config.optim)
     with Reader(location, meta) as reader, torch.no_grad():
@@ -167,10 +188,21 @@ def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Seq
         for name, buffer in family.named_buffers():
             load_tensor(reader, BUFFER, name, buffer)
     if reads:  # by now, what encodes in the opened ones has the weights that the checkpoint holds
-        own = [] if config.data.image else [identify(run, first, None) for run, first in opened]
+        own = [] if config.data.image else [identify(one.run, one.family, None, one.config) for one in opened]
         check_latents(replace(config.data, flip=False), reads, own)
-    lay_out(family, trained, config.train)
+    return _frozen(family, config)
+
+
+def _frozen(family: Family, config: Config) -> Family:
+    """A family that computes as in its run, in eval mode."""
+    lay_out(family, trained_children(family, config.optim), config.train)
     return family.eval().requires_grad_(False)
+
+
+def _first_stage_of(run_dir: str) -> Config | None:
+    """The config of the run that a run was begun on; None where it was begun on none, or did not keep it."""
+    location = storage.join(run_dir, _FIRST_STAGE_NAME)
+    return from_yaml(storage.read(location).decode(), location) if storage.exists(location) else None
 
 
 def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
@@ -191,9 +223,13 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
-    opened: list[tuple[str, Family, int]] = []
+    opened: list[Opened] = []
     with torch.device("meta"):
-        family = build_family(config, lambda *first: opened.append(first))
+        family = build_family(config, opened.append)
+    run_dir = storage.absolute(config.run.dir)
+    for one in opened:
+        if storage.absolute(split_run(one.run)[0]) == run_dir:
+            raise ConfigError(f"run.dir: {config.run.dir}; is the folder of family.first_stage: choose another")
     check_precision(family, trained_children(family, config.optim), config.train.precision)
     for num_workers in config.cluster.sizes(config.data.batch_size):
         size = micro_batch_size(config.train, config.data.batch_size, num_workers)
@@ -213,12 +249,16 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         open_features(config)
     found, warnings = None, list[str]()
     if not config.run.overwrite:
-        found, warnings = checkpoint.find_newest(storage.absolute(config.run.dir))
+        found, warnings = checkpoint.find_newest(run_dir)
     if found is None:
         family.check_files()
-    first_stages = [] if config.data.image or found is not None else [identify(*one) for one in opened]
+    first_stages = []
+    if found is None and not config.data.image:
+        first_stages = [identify(one.run, one.family, one.step, one.config) for one in opened]
     check_latents(config.data, config.data.folders, first_stages)
     if found is not None:
+        for one in opened:
+            _check_unchanged(one, run_dir)
         data = open_training(config.data)
         check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
@@ -244,13 +284,26 @@ def _without_effect(config: Config) -> list[str]:
 
 def _changes(config: Config) -> list[str]:
     """What the config says of the model and the run was not begun with: of losses and samplers that may be meant."""
-    own = flat(family_tree(config))
-    theirs = flat(family_tree(read_config(config.run.dir)))
     return [
-        f"family.{key}: {own[key]!r}; the run was begun with {theirs[key]!r}"
-        for key in sorted(own.keys() & theirs.keys())
-        if own[key] != theirs[key]
+        f"family.{key}: {own!r}; the run was begun with {theirs!r}"
+        for key, own, theirs in _differences(config, read_config(config.run.dir))
     ]
+
+
+def _check_unchanged(first: Opened, run_dir: str) -> None:
+    """ConfigError if a run's first stage has other settings than when the run was begun."""
+    kept = _first_stage_of(run_dir)
+    for key, own, theirs in [] if kept is None else _differences(first.config, kept):
+        raise ConfigError(
+            f"family.first_stage: {first.run}; its family.{key} is {own!r} now, and was {theirs!r} when {run_dir} was "
+            "begun: put the old one back, or begin anew in another run.dir"
+        )
+
+
+def _differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+    """The keys of the family's settings that two configs do not agree on, with both values."""
+    ones, others = flat(family_tree(one)), flat(family_tree(other))
+    return [(key, ones[key], others[key]) for key in sorted(ones.keys() & others.keys()) if ones[key] != others[key]]
 
 
 def family_tree(config: Config) -> dict[str, Any]:
@@ -258,10 +311,11 @@ def family_tree(config: Config) -> dict[str, Any]:
     return yaml.safe_load(config.to_yaml())["family"]
 
 
-def identify(run: str, family: Family, step: int | None) -> FirstStage:
+def identify(run: str, family: Family, step: int | None, config: Config | None = None) -> FirstStage:
     """What tells an opened run's family, at a step, from any other that would encode otherwise.
 
-    Other networks than `Family.encode` needs do not count: a second stage does without them.
+    Other networks than `Family.encode` needs do not count: a second stage does without them. Its `config` is read where
+    it is not given.
     """
     run_dir, _ = split_run(run)
     state = hashlib.sha256()
@@ -271,7 +325,7 @@ def identify(run: str, family: Family, step: int | None) -> FirstStage:
             continue
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         state.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return FirstStage(run_dir, step, family_tree(read_config(run_dir)), state.hexdigest())
+    return FirstStage(run_dir, step, family_tree(config or read_config(run_dir)), state.hexdigest())
 
 
 def _measures(config: Config) -> bool:
@@ -285,7 +339,7 @@ def clear(run_dir: str) -> None:
         location = storage.join(run_dir, name)
         if name in ("checkpoints", "samples"):
             storage.delete_tree(location)
-        elif name in _WRITTEN or name in _WRITTEN_TOO or name.startswith("events.out.tfevents"):
+        elif name in _WRITTEN or name.startswith("events.out.tfevents"):
             storage.delete(location)
 
 
@@ -324,8 +378,9 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         if read is not None:
             _check_agreement(split, read)
     measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
+    opened: list[Opened] = []
     trainer = Trainer(
-        build_family(config),
+        build_family(config, opened.append),
         config.train,
         config.optim,
         _identity(config, data),
@@ -340,6 +395,8 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     try:
         if rank() == 0:
             storage.write(storage.join(run_dir, CONFIG_NAME), config.to_yaml().encode())
+            for one in opened:
+                storage.write(storage.join(run_dir, _FIRST_STAGE_NAME), one.config.to_yaml().encode())
         return trainer.fit()
     finally:
         trainer.close()

@@ -114,7 +114,11 @@ def _new_client(retries: bool) -> Any:
         session = boto3.session.Session(profile_name=_config.profile, region_name=_config.region)
         return session.client("s3", endpoint_url=_config.endpoint_url, config=config)
     except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"data.s3: {error}") from error
+        if "endpoint" in str(error):  # which may hold a password, in a place where no pattern would find it
+            raise ConfigError(
+                "data.s3.endpoint_url, or AWS_ENDPOINT_URL: not an address as https://HOST:PORT"
+            ) from None
+        raise ConfigError(f"data.s3: {_words(error)}") from error
 
 
 def split(location: str) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def is_s3(location: str) -> bool:
     """Whether the location is in object storage. Raises ConfigError for any other scheme than s3://."""
     if location.startswith("s3://"):
         return True
-    if "://" in location or location.startswith("pipe:"):
+    if "://" in location or location.startswith(("pipe:", "s3:")):
         raise ConfigError(f"{location}: not a location that gmdist reads; use s3://bucket/prefix or a local path")
     return False
 
@@ -293,10 +293,13 @@ def list_stats(folder: str) -> dict[str, Stat]:
             return dict(sorted((name, version) for name, version in _list_s3(folder) if version is not None))
         stats = {}
         for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-            if entry.is_file() and not entry.name.endswith(".tmp"):
-                with suppress(FileNotFoundError):  # it vanished
-                    status = entry.stat()
-                    stats[entry.name] = Stat(status.st_size, f"mtime-{status.st_mtime_ns}")
+            if entry.name.endswith(".tmp") or not os.path.isfile(
+                entry.path
+            ):  # links to nowhere and in circles are none
+                continue
+            with suppress(FileNotFoundError):  # it vanished
+                status = entry.stat()
+                stats[entry.name] = Stat(status.st_size, f"mtime-{status.st_mtime_ns}")
         return dict(sorted(stats.items()))
 
 

@@ -173,6 +173,7 @@ class MemorySource:
 
     def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.num_samples, self.batch_size, self.rank, self.world_size = num_samples, batch_size, rank, world_size
+        self.max_bad = 1
         shards = [num_samples // 2, num_samples - num_samples // 2]
         self.tape = Tape(shards, seed=0, lanes=2, block=8, manifest="memory")
         coarse = rng.normal(5, "images", torch.arange(num_samples), (CHANNELS, 4, 4))

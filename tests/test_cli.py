@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from gmdist import s3
 from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.data.sources import open_source
 from gmdist.families.autoencoder_kl import AutoencoderKL
+from gmdist.launch.lease import held
 from gmdist.runs import check_start, open_run, train_worker
 from tests.support import tree_bytes
 
@@ -102,6 +104,27 @@ def test_images_of_mixed_size(tmp_path: Path, capsys) -> None:
     assert main(remedy) == 0
     config.data.train = str(tmp_path / "mended")
     assert train_worker(config, torch.device("cpu")).finished
+
+
+def test_two_packs_into_one_folder(tmp_path: Path, capsys) -> None:
+    write_images(tmp_path / "images", [32] * 3)
+    command = ["data", "pack", str(tmp_path / "images"), str(tmp_path / "packed")]
+    with held(str(tmp_path / "packed"), print, print):
+        assert "packed: in use by another command" in refused(capsys, 2, *command, "--image-size", "16")
+    assert main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir() if path.suffix != ".tar") == [
+        *("manifest.json", "pack.json", "shard-000000.index.safetensors")
+    ]
+
+
+def test_an_endpoint_that_is_no_address_is_not_repeated(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for endpoint in ("http://user:secret@ho_st^:9", "htp//user:sec/ret@host"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        s3.renew_credentials()
+        line = refused(capsys, 2, "data", "check", "s3://bucket/x")
+        assert "AWS_ENDPOINT_URL: not an address as https://HOST:PORT" in line
+        assert "sec" not in line
 
 
 @pytest.mark.parametrize(

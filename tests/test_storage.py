@@ -144,7 +144,8 @@ def test_copies_of_local_files(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["pipe:cat /etc/passwd", "http://host/x.tar", "gs://bucket/x", "file:///etc/passwd", "S3://bucket/x"]
+    "location",
+    ["pipe:cat /etc/passwd", "http://host/x.tar", "gs://bucket/x", "file:///etc/passwd", "S3://bucket/x", "s3:/b/x"],
 )
 def test_other_schemes_are_refused(location: str) -> None:
     for call in (

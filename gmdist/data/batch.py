@@ -86,6 +86,8 @@ class BatchMaker:
         self.config, self.datasets = config, datasets
         self.layouts = common_layouts(config, datasets)
         self._num_samples = sum(dataset.tape.num_samples for dataset in datasets)
+        # One in a small data set; 0.0 means none.
+        self.max_bad = math.ceil(config.max_bad_fraction * self._num_samples)
         self._bad: set[tuple[int, int, int]] = set()
         self._spare: deque[Tensor] = deque()  # memory of batches that are gone
         self._lock = threading.Lock()
@@ -118,13 +120,12 @@ class BatchMaker:
         raise DataError(f"{name}: {REPLACEMENT_ATTEMPTS} samples in a row cannot be decoded; this one: {reason}")
 
     def _note_bad(self, sample: tuple[int, int, int], problem: str) -> None:
-        allowed = math.ceil(self.config.max_bad_fraction * self._num_samples)  # one in a small data set; 0.0 means none
         with self._lock:
             self._bad.add(sample)
             count = len(self._bad)
-        if count > allowed:
+        if count > self.max_bad:
             raise DataError(
-                f"{count} samples cannot be decoded, more than data.max_bad_fraction allows ({allowed} of "
+                f"{count} samples cannot be decoded, more than data.max_bad_fraction allows ({self.max_bad} of "
                 f"{self._num_samples}); the last one: {problem}"
             )
 

@@ -1,5 +1,6 @@
 """Where samples come from and what is read of them: the `data` section of a config."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -99,8 +100,8 @@ class DataConfig:
         ):
             if (getattr(self, key) or 0) > most:
                 raise ConfigError(f"data.{key}: {getattr(self, key)}; must be at most {most}")
-        if not self.cache_gib > 0:
-            raise ConfigError(f"data.cache_gib: {self.cache_gib}; must be above 0")
+        if not 0 < self.cache_gib < math.inf:
+            raise ConfigError(f"data.cache_gib: {self.cache_gib}; must be a number above 0")
         self.s3.validate()
         check_int64("data.seed", self.seed)
         if self.channels not in (1, 3):

@@ -86,8 +86,8 @@ class Shards:
         """The bytes [start, stop) of a shard as it was when it was indexed.
 
         Raises:
-            DataError: the shard is gone, was cut, or is another object.
-            StorageError: the storage does not answer, or `stopped` was set.
+            DataError: the shard is gone, or is another object.
+            StorageError: it was cut, the storage does not answer, or `stopped` was set.
         """
         opened = self._open(shard)
         if opened.file is None:
@@ -158,8 +158,8 @@ class Shards:
             content: the bytes of the sample's span, where they were fetched before.
 
         Raises:
-            DataError: the shard is gone, was cut, or holds other bytes than when it was indexed.
-            StorageError: the storage did not answer.
+            DataError: the shard is gone, or holds other bytes than when it was indexed.
+            StorageError: it was cut, or the storage did not answer.
         """
         shard_index = self._open(shard).index
         start, stop = shard_index.spans[index].tolist()

@@ -66,6 +66,7 @@ class Loader:
         self._notes = self._note_shared()
         self._has_told = False  # that the cache keeps nothing more
         self._maker = BatchMaker(config, self.datasets)
+        self.max_bad = self._maker.max_bad
 
     def _open_cache(self, shared: Cache | None) -> Cache | None:
         if self.config.cache_dir is None or not self._remote:

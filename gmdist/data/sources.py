@@ -4,6 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -249,16 +250,22 @@ def _images_in(
     path = os.path.join(root, folder)
     with storage.naming(path):
         status = os.stat(path)
-        inside = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+        inside = [name for name in names if os.path.isdir(os.path.join(path, name))]
     if (status.st_dev, status.st_ino) in above:  # a link that leads back to where it came from
         return
     for name in inside:
         yield from _images_in(root, posixpath.join(folder, name), (*above, (status.st_dev, status.st_ino)))
     stats = storage.list_stats(path) | _broken_links(path)
+    written = defaultdict(list)  # extensions by stem, in lower or upper case
+    for name in stats:
+        stem, _, extension = name.rpartition(".")
+        written[stem].append(extension)
     for name, version in stats.items():
         if _is_visible(name, (*IMAGE_EXTENSIONS, *OTHER_IMAGES)):
             stem, _, extension = name.rpartition(".")
-            texts = [other for text in TEXT_EXTENSIONS for other in (text, text.upper()) if f"{stem}.{other}" in stats]
+            texts = [other for other in written[stem] if other.lower() in TEXT_EXTENSIONS]
+            texts.sort(key=lambda other: (TEXT_EXTENSIONS.index(other.lower()), other.swapcase()))  # lower case first
             versions = tuple((text, stats[f"{stem}.{text}"]) for text in texts)
             yield posixpath.join(folder, name), ((extension, version), *versions)
 

@@ -97,6 +97,7 @@ class Unpaired:
         self.second_domain = Loader(other, second, rank, world_size, beside=self.first_domain)
         self.fingerprint = Fingerprint(self.first_domain.fingerprint, self.second_domain.fingerprint)
         self.num_samples = max(self.first_domain.num_samples, self.second_domain.num_samples)
+        self.max_bad = self.first_domain.max_bad + self.second_domain.max_bad
 
     def batches(self, start: int) -> Iterator[Loaded]:
         """This worker's part of one global batch after another, without end, from sample number `start` on."""

@@ -29,6 +29,7 @@ class Images:
 
     num_images: int  # over all workers
     batches: Callable[[int], Iterator[Batch]]  # this worker's, so many at once, on its device
+    first: Callable[[], Batch]  # of one, the same for every worker
 
 
 # For the numbers [N] of images, batch by batch: batches with a caption, and perhaps a label, for each of them.
@@ -199,7 +200,8 @@ class Evaluator:
     def _reconstruct(self, family: Family, images: Images, beat: Beat) -> Iterator[tuple[Tensor, Tensor]]:
         batch_size, (_, size) = self.config.batch_size, place()
         most = -(-images.num_images // size)  # that a worker has
-        for batch, is_own in _in_step(images.batches(batch_size), -(-most // batch_size)):
+        spare = images.first() if images.num_images < size else None
+        for batch, is_own in _in_step(images.batches(batch_size), -(-most // batch_size), spare):
             remade = family.reconstruct(batch)
             beat()
             if remade is None:

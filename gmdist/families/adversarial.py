@@ -122,9 +122,10 @@ class JudgedAutoencoder(Family):
         """The autoencoder, then the discriminator where there is one."""
         if self._judge is None:
             return [Phase("autoencoder", "autoencoder", self.loss)]
+        start = self._judge.start_images
         return [
-            Phase("autoencoder", "autoencoder", self.loss, higher_order=self._judge.adaptive),
-            Phase("discriminator", "discriminator", self.discriminator_loss),
+            Phase("autoencoder", "autoencoder", self.loss, higher_order=self._judge.adaptive, changes_at=start),
+            Phase("discriminator", "discriminator", self.discriminator_loss, changes_at=start),
         ]
 
     def discriminator_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:

@@ -54,6 +54,7 @@ class ClipText(nn.Module):
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, list[bool]]:
         """Token numbers int64 [N, L] on the host, and whether each text was cut because it is too long."""
+        texts = [text.encode(errors="replace").decode() for text in texts]  # lone surrogates have no UTF-8
         rows = self._tokenizer(texts, padding="max_length", max_length=self.max_length, truncation=False)["input_ids"]
         cut = [len(row) > self.max_length for row in rows]
         # A text that is cut keeps its end token, whose place CLIP looks for.

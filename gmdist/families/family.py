@@ -17,7 +17,7 @@ from gmdist.interchange.pipelines import Network, Pipeline
 Batch = dict[str, Tensor]
 DIRECTIONS = ("a2b", "b2a")  # of translations between the two
 INITIALIZE_SAMPLES = 256  # that a family sees before its first step, where the data set has as many
-Metrics = dict[str, Tensor]  # detached scalars; they stay on the device until they are logged
+Metrics = dict[str, Tensor]  # detached, scalars but in `evaluate`; they stay on the device until they are logged
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Phase:
     loss: Callable[[Batch, int], tuple[Tensor, Metrics]]  # (micro-batch, images seen) -> mean loss
     every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
     higher_order: bool = False  # the loss differentiates a gradient, or goes through its graph more than once
+    changes_at: int = 0  # images seen, from which on the loss is another, that costs more
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class GAN(Family):
         """The signs; and `spread`, how far generated images are apart, beside real ones."""
         found = super().summarize(means)
         distance, real = found.pop("distance"), found.pop("real_distance")
-        return found | ({"spread": distance / real} if real > 0.0 else {})
+        return found | {"spread": distance / real if real > 0.0 else math.nan}  # of one image alone, or equal ones
 
     def concerns(self, found: dict[str, float]) -> list[str]:
         concerns = []

@@ -26,6 +26,14 @@ class LatentDiffusionConfig(DenoiserConfig):
         default_factory=lambda: DiffusionConfig(schedule="scaled_linear", sampler=SamplerConfig(guidance=2.0))
     )
 
+    def problem(self, image_size: int) -> str | None:
+        if self.diffusion.schedule == "edm" and self.diffusion.edm.sigma_data != 1.0:
+            return (
+                f"diffusion.edm.sigma_data: {self.diffusion.edm.sigma_data}; must be 1, the standard deviation that "
+                "latents are scaled to"
+            )
+        return super().problem(image_size)
+
 
 class LatentDiffusion(DenoiserFamily):
     """A denoiser of latents, and the frozen first stage that makes and shows them."""

@@ -7,7 +7,7 @@ from typing import Any
 from gmdist.errors import ConfigError
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.interchange.unets import read_plain_unet, read_unet, write_plain_unet, write_unet
-from gmdist.interchange.values import AUTOENCODER, DIT, FIXED, PLAIN_UNET, UNET, Values, check_blocks
+from gmdist.interchange.values import AUTOENCODER, DIT, FIXED, MOST_LAYERS, PLAIN_UNET, UNET, Values, check_blocks
 from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.dit import DiTConfig
 
@@ -73,7 +73,7 @@ def _read_autoencoder(values: Values) -> NetworkSpec:
     config = AutoencoderConfig(
         channels=width,
         multipliers=tuple(w // width for w in widths),
-        num_res_blocks=values.number("layers_per_block", 1),
+        num_res_blocks=values.number("layers_per_block", 1, most=MOST_LAYERS),
         latent_channels=values.number("latent_channels", 4),
         quant_convs=quant,
         norm_groups=values.number("norm_num_groups", 32),
@@ -116,7 +116,7 @@ def _read_dit(values: Values) -> NetworkSpec:
         )
     config = DiTConfig(
         channels=heads * head_width,
-        depth=values.number("num_layers", 28),
+        depth=values.number("num_layers", 28, most=MOST_LAYERS),
         num_heads=heads,
         patch_size=values.number("patch_size", 2),
         learned_sigma=out_channels != channels,

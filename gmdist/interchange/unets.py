@@ -4,7 +4,7 @@ from typing import Any
 
 from gmdist.errors import ConfigError
 from gmdist.interchange.spec import NetworkSpec
-from gmdist.interchange.values import PLAIN_UNET, UNET, Values, check_blocks
+from gmdist.interchange.values import MOST_LAYERS, PLAIN_UNET, UNET, Values, check_blocks
 from gmdist.nets.unet import SIZE_CHANNELS, UNetConfig
 
 
@@ -20,7 +20,7 @@ def read_unet(values: Values) -> NetworkSpec:
         common["head_channels"] = int(head_width)
     else:
         raise ConfigError(f"attention_head_dim: {heads}; all levels must have equal numbers or equal widths of heads")
-    depths = values.numbers("transformer_layers_per_block", [1] * len(widths), len(widths))
+    depths = values.numbers("transformer_layers_per_block", [1] * len(widths), len(widths), most=MOST_LAYERS)
     contexts = values.numbers("cross_attention_dim", [1280] * len(widths), len(widths))
     if len(set(contexts)) > 1:
         raise ConfigError(f"cross_attention_dim: {contexts}; gmdist's UNet has one context for all levels")
@@ -70,7 +70,7 @@ def _read_levels(values: Values, attention: str) -> tuple[dict[str, Any], list[i
     fields = {
         "channels": widths[0],
         "multipliers": tuple(width // widths[0] for width in widths),
-        "num_res_blocks": values.number("layers_per_block", 2),
+        "num_res_blocks": values.number("layers_per_block", 2, most=MOST_LAYERS),
         "attention_levels": with_attention,
         "dropout": float(values.number("dropout", 0.0, float)),
         "norm_groups": values.number("norm_num_groups", 32),

@@ -50,6 +50,7 @@ _WITHOUT_EFFECT = {
     DIT: {"upcast_attention", "norm_num_groups"},
 }
 _MOST = 1 << 20  # of any number; what is larger is a mistake
+MOST_LAYERS = 1 << 8  # in a row: the outline of a million would take hours
 
 
 class Values:
@@ -62,15 +63,15 @@ class Values:
         self.asked.add(key)
         return self.values.get(key, default)
 
-    def number(self, key: str, default: Any, kind: type = int, least: int = 1) -> Any:
+    def number(self, key: str, default: Any, kind: type = int, least: int = 1, most: int = _MOST) -> Any:
         """A finite number, an integer of at least `least`, or None where that is the default."""
         value = self.raw(key, default)
         if value is None and default is None:
             return None
         least = least if kind is int else -_MOST
-        if type(value) not in (int, kind) or not least <= value <= _MOST:
+        if type(value) not in (int, kind) or not least <= value <= most:
             name = "an integer" if kind is int else "a number"
-            raise ConfigError(f"{key}: {value!r}; must be {name} from {least} to {_MOST}")
+            raise ConfigError(f"{key}: {value!r}; must be {name} from {least} to {most}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -87,14 +88,14 @@ class Values:
             return None
         return self.number("sample_size", None)
 
-    def numbers(self, key: str, default: list[int], count: int | None = None) -> list[int]:
+    def numbers(self, key: str, default: list[int], count: int | None = None, most: int = _MOST) -> list[int]:
         """Integers of at least 1; one stands for `count` equal ones."""
         value = self.raw(key, default)
         if type(value) is int and count is not None:
             value = [value] * count
         is_list = isinstance(value, list | tuple) and len(value) > 0
-        if not is_list or not all(type(item) is int and 1 <= item <= _MOST for item in value):
-            raise ConfigError(f"{key}: {value!r}; must be a list of numbers of at least 1")
+        if not is_list or not all(type(item) is int and 1 <= item <= most for item in value):
+            raise ConfigError(f"{key}: {value!r}; must be a list of numbers of at least 1, and at most {most}")
         if count is not None and len(value) != count:
             raise ConfigError(f"{key}: {value!r}; must have one number for each of the {count} levels")
         return list(value)

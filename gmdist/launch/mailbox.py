@@ -13,9 +13,17 @@ from gmdist.train.hooks import Progress
 class Failure:
     """Why a worker failed."""
 
-    kind: str  # the error's class
+    kind: str  # the error's class: one of gmdist.errors for one that a user can mend
     message: str
     trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, trace: str) -> "Failure":
+        """An error with its traceback: of a user's all of the message, of another the first line."""
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if isinstance(error, errors.GmdistError):
+            return cls(next(name for name in kinds if hasattr(errors, name)), str(error), trace)
+        return cls(kinds[0], (str(error).splitlines() or [""])[0], trace)
 
     def for_user(self) -> errors.GmdistError | None:
         """The error again, if it is one that a user can mend."""

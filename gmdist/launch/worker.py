@@ -6,18 +6,18 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from gmdist import runs, storage
 from gmdist.config import Config, from_yaml
-from gmdist.errors import ConfigError, GmdistError
+from gmdist.errors import ConfigError
 from gmdist.launch.lease import LEASE_NAME
 from gmdist.launch.mailbox import Failure, News, Wishes
 from gmdist.launch.watchdog import Watchdog
@@ -46,9 +46,8 @@ def work(settings: dict[str, Any]) -> Outcome:
                 config, device, replace(hooks, beat=watchdog.beat, last_step=settings["last_step"])
             )
     except BaseException as error:
-        message = str(error) if isinstance(error, GmdistError) else (str(error).splitlines() or [""])[0]
-        failure = Failure(type(error).__name__, message, traceback.format_exc())
-        ray.get(mailbox.fail.remote(failure))
+        with suppress(RayActorError):  # the driver is gone
+            ray.get(mailbox.fail.remote(Failure.of(error, traceback.format_exc())))
         raise
     finally:
         watchdog.close()
@@ -82,9 +81,12 @@ def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
     def exchange() -> None:
         nonlocal num_saves
         with lock:
-            progress, messages = news.progress, news.messages
-            news.progress, news.messages = None, []
+            progress, messages = news.progress, list(news.messages)
         wishes: Wishes = ray.get(mailbox.exchange.remote(progress, messages))
+        with lock:  # told, and only now: what fails is told again
+            del news.messages[: len(messages)]
+            if news.progress is progress:
+                news.progress = None
         if wishes.stop:
             stop.set()
         if wishes.num_saves > num_saves:
@@ -98,11 +100,14 @@ def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
         return True
 
     def run() -> None:
-        try:
-            while not done.wait(_POLL_S):
+        while not done.wait(_POLL_S):
+            try:
                 exchange()
-        except RayActorError:
-            stop.set()  # the driver is gone: save and return
+            except RayActorError:
+                stop.set()  # the driver is gone: save and return
+                return
+            except RayError:
+                continue  # a fault of Ray's that may pass; what the driver wants must still reach the run
 
     thread = threading.Thread(target=run, name="mailbox", daemon=True)
     thread.start()
@@ -111,7 +116,8 @@ def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
     finally:
         done.set()
         thread.join()
-        exchange()
+        with suppress(RayActorError):  # or the work's own end would be lost
+            exchange()
 
 
 def check_reach(config: Config) -> None:

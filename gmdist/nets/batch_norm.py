@@ -46,7 +46,8 @@ class BatchNorm(nn.Module):
         """Features of the same shape, at least fp32."""
         x = at_least_fp32(x)
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = _over_workers(x.mean(dims))

@@ -77,13 +77,16 @@ def _exact(vectors: Tensor, codes: Tensor) -> Tensor:
 def _nearest_of_all(vectors: Tensor, codes: Tensor, found: Tensor, chunk_elements: int) -> Tensor:
     """The same int64 [n], in float64, of all codes that rounding leaves; `found` where distances are not finite."""
     parts, start, size = [], 0, len(codes)
+    # Of equal ones the first stands for all: where many are, as dead ones may be, each vector would have as many pairs.
+    codes, which = codes.unique(dim=0, return_inverse=True)
+    first_of = which.new_full((len(codes),), size).scatter_reduce(0, which, torch.arange(size).to(which), "amin")
     for chunk, distances, errors in _distances(vectors.double(), codes.double(), chunk_elements // 2):
         is_near = distances <= (distances.amin(dim=1) + 2.0 * errors)[:, None]
         rows, places = is_near.nonzero().unbind(dim=1)  # one place a row, more only where codes are as good as equal
         pairs = zip(*(part.split(max(1, chunk_elements // codes.shape[1])) for part in (rows, places)), strict=True)
         exact = torch.cat([_exact(chunk[row], codes[place]) for row, place in pairs])
         least = exact.new_full((len(chunk),), math.inf).scatter_reduce(0, rows, exact, "amin")
-        first = torch.where(exact == least[rows], places, size)
+        first = torch.where(exact == least[rows], first_of[places], size)
         best = torch.full_like(found[: len(chunk)], size).scatter_reduce(0, rows, first, "amin")
         parts.append(torch.where(best < size, best, found[start : (start := start + len(chunk))]))
     return torch.cat(parts)

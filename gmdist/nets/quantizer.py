@@ -17,6 +17,7 @@ LEARNED_BY = ("averages", "gradient")
 ESTIMATORS = ("straight_through", "rotation")
 _MAX_CODES, _MAX_CHANNELS = 1 << 20, 1 << 16
 _SMOOTHING = 1e-5  # of Laplace, in uses: as in the published code of van den Oord 2017
+_SHORTEST = 1e-30  # a sum of vectors that is shorter has no direction
 _SHORT = 1e-3  # ratio of two vectors' lengths below which the shorter one is taken for zero
 _REVIVED_A_STEP = 64  # the most: each of them is sent to all workers
 
@@ -200,6 +201,11 @@ class AveragedCodebook(Codebook):
     def _average(self, observed: Tensor) -> None:
         super()._average(observed)
         self.sums.lerp_(observed[:, :-1], 1.0 - self.config.decay)
+        if (
+            self.config.normalize
+        ):  # what is not used keeps its direction, of which ever shorter sums would leave nothing
+            lengths = self.sums.norm(dim=1, keepdim=True)
+            self.sums.mul_(torch.where(lengths < _SMOOTHING, _SMOOTHING / lengths.clamp(min=_SHORTEST), 1.0))
 
     def _revive(self, dead: Tensor, gathered: Reduce) -> None:
         """The first takes the place of the first candidate, and so on; each as if it were used an equal share."""

@@ -121,7 +121,7 @@ def write(run_dirs: Sequence[str], generated: Tensor | None) -> str:
 
 
 def _section(folder: str, config: Config) -> dict[str, Any]:
-    lines = read_lines(folder)
+    lines = [_measured(line) for line in read_lines(folder)]
     grids = storage.list_names(storage.join(folder, "samples"))
     steps = sorted(step for name in grids if (step := step_of(name.removesuffix(".png"))) is not None)
     chosen = [steps[round(i * (len(steps) - 1) / (_MAX_GRIDS - 1))] for i in range(_MAX_GRIDS)] if steps else []
@@ -143,6 +143,11 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
         ],
         "config": config.to_yaml(),
     }
+
+
+def _measured(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without those that were not finite: a report is for runs that diverged, too."""
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:

@@ -77,7 +77,7 @@ class Record:
                     "state": state,
                     "run": last.stretch.run,
                     "settings": last.stretch.settings,
-                    "step": last.stretch.last_step,
+                    "step": last.stretch.first_step if last.result.error else last.stretch.last_step,
                     "metric": last.result.metric,
                     "error": last.result.error,
                     "images_per_s": last.result.images_per_s,
@@ -94,7 +94,7 @@ class Record:
         self._content |= {
             "trials": trials,
             "best": best[0].stretch.trial if best else None,
-            "steps": sum(one.stretch.num_steps for one in finished),
+            "steps": sum(one.stretch.num_steps for one in finished if one.result.error is None),
             "steps_of_all": len(trials) * plan.stops[-1],
         }
         self._write()

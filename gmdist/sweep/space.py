@@ -10,7 +10,7 @@ from gmdist.errors import ConfigError
 
 _RANGES = ("uniform", "log_uniform", "integer")
 _LISTS = ("choice", "grid")
-_FACTORS = (0.8, 1.2)  # by which PBT changes a number (Jaderberg 2017, Appendix A)
+_FIFTH = 0.2  # of itself, by which PBT changes a number (Jaderberg 2017, Appendix A)
 
 
 def keyed(*purpose: object) -> random.Random:
@@ -42,19 +42,21 @@ class Domain:
         return source.uniform(low, high)
 
     def near(self, value: Any, source: random.Random) -> Any:
-        """Another value near one: a number a fifth larger or smaller, or the next in the list, up or down."""
+        """Another value near one: a number a fifth larger or smaller, or the next in the list, up or down.
+
+        At an end of the range it is the one within; from zero a fifth of the range is gone, as zero has no fifth.
+        """
         if self.is_list:
             place = self.values.index(value)
             return source.choice(
                 self.values[max(place - 1, 0) : place] + self.values[place + 1 : place + 2] or (value,)
             )
         low, high = self.values
-        factor = source.choice(_FACTORS)
-        changed = value * factor
+        is_up = value <= low or (value < high and source.choice((True, False)))
+        amount = _FIFTH * (abs(value) or high - low)
         if self.kind == "integer":
-            least = value + (1 if factor > 1.0 else -1)  # a fifth of a small one is nothing
-            changed = max(round(changed), least) if factor > 1.0 else min(round(changed), least)
-        return min(max(changed, low), high)
+            amount = max(round(_FIFTH * abs(value)), 1)  # a fifth of a small one is nothing
+        return min(max(value + amount if is_up else value - amount, low), high)
 
 
 def parse_space(space: Mapping[str, Any]) -> dict[str, Domain]:

@@ -61,11 +61,12 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "rollback_after",
+            "num_preview_images",
         ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1")
-        for key in ("sample_every", "evaluate_every", "num_preview_images", "profile_steps"):
+        for key in ("sample_every", "evaluate_every", "profile_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"train.{key}: {value}; must be at least 1, or null for never")

@@ -36,10 +36,10 @@ class Clock:
         self._lap_step, self._lap_start, self._paused_s = step, now, 0.0
         return steps, seconds
 
-    def rewind(self, step: int) -> None:
-        """Go on from an earlier step."""
-        self._first_step -= self._lap_step - step
-        self._lap_step = step
+    def rewind(self, steps: int) -> None:
+        """Go back by so many steps, which will be made again: they took their time all the same."""
+        self._first_step -= steps
+        self._lap_step -= steps
 
     def seconds_a_step(self, step: int) -> float:
         """The mean since the start, pauses included: what the time left is estimated from."""

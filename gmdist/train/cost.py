@@ -20,36 +20,42 @@ from gmdist.train import blocks
 from gmdist.train.config import PROFILE_AFTER
 from gmdist.train.workers import rank, world_size
 
-# FLOP/s of dense products, in bf16 and in fp32: the makers' data sheets.
+# FLOP/s of dense products, in bf16 and in fp32, by words of a device's name: the makers' data sheets.
 _PEAKS = {
     "B200": (2250e12, 75e12),
     "H200": (989e12, 67e12),
-    "H100": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H100 HBM3": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
     "A100": (312e12, 19.5e12),
     "L40S": (362e12, 91.6e12),
     "L4": (121e12, 30.3e12),
     "A10": (125e12, 31.2e12),
-    "V100": (125e12, 15.7e12),
 }
 
 
 class FlopCount:
-    """The FLOPs of the model for a sample, counted on the first micro-batch of each phase."""
+    """The FLOPs of the model for a sample, counted on the first micro-batch of each phase and of its changed loss."""
 
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}  # of a sample and a phase, over the steps between two of the phase
 
     @contextmanager
-    def counting(self, phase: Phase, num_samples: int) -> Iterator[None]:
-        """Count what is computed meanwhile for a micro-batch, the first time that a phase comes."""
-        if phase.name in self._counts:
+    def counting(self, phase: Phase, num_samples: int, seen: int) -> Iterator[None]:
+        """Count what is computed meanwhile for a micro-batch, if the phase's loss was not counted as it is now."""
+        has_changed = 0 < phase.changes_at <= seen
+        name = f"{phase.name}, changed" if has_changed else phase.name
+        if name in self._counts:
             yield
             return
         # Compiled blocks hide their products, and round otherwise than plain ones: a run that goes on must not count
         # again, or it would end with other bits. So checkpoints hold the counts.
         with _Counter() as counter, torch.compiler.set_stance("force_eager"):
             yield
-        self._counts[phase.name] = counter.flops / phase.every / num_samples
+        self._counts[name] = counter.flops / phase.every / num_samples
+        if has_changed:
+            self._counts.pop(phase.name, None)
 
     def a_sample(self) -> float:
         """In the mean over the steps."""
@@ -85,8 +91,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s of a device at its best; None for one that is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks[precision == "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    known = [key for key in _PEAKS if words.issuperset(key.split())]
+    return _PEAKS[max(known, key=len)][precision == "fp32"] if known else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

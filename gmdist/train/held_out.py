@@ -27,15 +27,16 @@ def held_out_means(
         device: that the family is on.
         beat: called after each of them.
     """
-    averages = Averages(device, hides_nan=False)  # or weights that give NaN for most samples might look best
+    averages = Averages(device, finite_only=False)  # or weights that give NaN for most samples might look best
     most = -(-data.num_samples // world_size())  # that a worker has
     parts, batch = data.sweep(batch_size), None
     for _ in range(-(-most // batch_size)):
         part = next(parts, None)
-        batch = batch if part is None else part.batch_on(device)
-        if batch is not None:
-            # A worker that runs out repeats its last: networks whose weights are shared out run on all together.
-            weight = 0.0 if part is None else float(len(batch["key"]))
-            averages.add(family.evaluate(batch), weight)
+        # A worker that runs out repeats its last: networks whose weights are shared out run on all together.
+        if part is not None:
+            batch = part.batch_on(device)
+        elif batch is None:  # fewer samples than workers
+            batch = data.first(1).batch_on(device)
+        averages.add(family.evaluate(batch), 0.0 if part is None else float(len(batch["key"])))
         beat()
     return family.summarize(averages.means())

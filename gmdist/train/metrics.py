@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gmdist import storage
+from gmdist.errors import DataError
 from gmdist.families.family import Metrics
 from gmdist.train.workers import rank, world_size
 
@@ -20,17 +21,19 @@ FILE_NAME = "metrics.jsonl"
 class Averages:
     """Means of tensors over steps, samples and workers, without a host synchronisation until they are asked for."""
 
-    def __init__(self, device: torch.device, *, hides_nan: bool = True) -> None:
-        """hides_nan: what is NaN does not count, as one step must not hide all others; else it is the mean."""
-        self._device, self._hides_nan = device, hides_nan
+    def __init__(self, device: torch.device, *, finite_only: bool = True) -> None:
+        """finite_only: what is NaN or infinite does not count, as one step must not hide all others."""
+        self._device, self._finite_only = device, finite_only
         self._sums: dict[str, Tensor] = {}  # [2, ...]: of the values, of their weights
 
     def add(self, metrics: Metrics, weight: float = 1.0) -> None:
-        """Add one observation of some metrics, that counts as much as its weight. What is infinite does not count."""
+        """Add one observation of some metrics, that counts as much as its weight."""
         for name, value in metrics.items():
             value = value.detach().to(self._device, torch.float64)
-            counts = (value.isfinite() if self._hides_nan else ~value.isinf()) * weight
-            sums = torch.stack([torch.where(counts > 0, value, 0.0) * weight, counts])
+            weights = torch.full_like(value, weight)
+            if self._finite_only:
+                weights = torch.where(value.isfinite(), weights, 0.0)
+            sums = torch.stack([torch.where(weights > 0, value * weights, 0.0), weights])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def gather(self) -> list[dict[str, list[Any]]]:
@@ -110,7 +113,11 @@ class MetricsLog:
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it has "step", numbers, and the order digest as text."""
         with storage.naming(self._location):
-            finite = {name: None if value != value else value for name, value in line.items()}  # JSON has no NaN
+            # JSON has neither NaN nor infinity.
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in line.items()
+            }
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
             for name, value in line.items():
@@ -118,7 +125,7 @@ class MetricsLog:
                     self._events.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
-        """Make what was written durable."""
+        """Hand what was written to the system, or to object storage."""
         with storage.naming(self._location):
             self._file.flush()
             self._events.flush()
@@ -139,8 +146,10 @@ class MetricsLog:
 class Quarantine:
     """The samples that were replaced because they could not be decoded, in a run's quarantine.jsonl."""
 
-    def __init__(self, run_dir: str) -> None:
-        self._location = storage.join(run_dir, "quarantine.jsonl")
+    def __init__(self, run_dir: str, most: int) -> None:
+        """`most`: samples that may be replaced in the whole run, its earlier starts included."""
+        self._location, self._most = storage.join(run_dir, "quarantine.jsonl"), most
+        self._bad = {_sample(json.loads(line)) for line in self._written()}
         self.clear()
 
     def clear(self) -> None:
@@ -153,24 +162,40 @@ class Quarantine:
 
     def gather(self) -> list[dict[str, Any]]:
         """The lines of all workers since the last call, by sample number. Every worker calls it."""
-        lines, self._lines = self._lines, []
-        if world_size() == 1:
-            return lines
-        parts: list[list[dict[str, Any]]] = [[] for _ in range(world_size())]
-        dist.all_gather_object(parts, lines)
-        return sorted((line for part in parts for line in part), key=lambda line: line["number"])
+        parts = [self._lines] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, self._lines)
+        self._lines = []
+        lines = sorted((line for part in parts for line in part), key=lambda line: line["number"])
+        self._bad.update(map(_sample, lines))
+        return lines
+
+    def check(self) -> None:
+        """DataError on every worker if all have met too many: each for itself has seen its own share only."""
+        if len(self._bad) > self._most:
+            raise DataError(
+                f"{len(self._bad)} samples cannot be decoded, more than the {self._most} that data.max_bad_fraction "
+                f"allows; they are listed in {self._location}"
+            )
 
     def write(self, lines: list[dict[str, Any]]) -> str:
         """Add lines to the file, and say so in one."""
-        before = storage.read(self._location).decode().splitlines() if storage.exists(self._location) else []
         # Steps that are made again after a resume meet the same samples again.
-        texts = dict.fromkeys([*before, *(json.dumps(line) for line in lines)])
+        texts = dict.fromkeys([*self._written(), *(json.dumps(line) for line in lines)])
         storage.write(self._location, "".join(text + "\n" for text in texts).encode())
         first = lines[0]
         return (
             f"replaced {len(lines)} undecodable samples ({first['shard']}: {first['sample']}: {first['reason']}); "
             f"they are listed in {self._location}"
         )
+
+    def _written(self) -> list[str]:
+        return storage.read(self._location).decode().splitlines() if storage.exists(self._location) else []
+
+
+def _sample(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Which sample a line of the quarantine is about."""
+    return line.get("domain"), line["shard"], line["sample"]
 
 
 def read_lines(run_dir: str) -> list[dict[str, Any]]:

@@ -41,7 +41,9 @@ class OptimConfig:
             raise ConfigError(f"{key}.schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}")
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"{key}.lr: {self.lr}; must be a number above 0")
-        for name in ("eps", "weight_decay", "final_lr", "warmup_steps"):
+        if not 0.0 < self.eps < math.inf:  # moments begin as zeros, and are divided by each other
+            raise ConfigError(f"{key}.eps: {self.eps}; must be a number above 0")
+        for name in ("weight_decay", "final_lr", "warmup_steps"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{key}.{name}: {getattr(self, name)}; must be a number of at least 0")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):

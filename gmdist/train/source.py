@@ -28,6 +28,7 @@ class Source(Protocol):
     """A data set as one worker reads it."""
 
     num_samples: int
+    max_bad: int  # samples that cannot be decoded and may be replaced, in the whole run
 
     def batches(self, start: int) -> Iterator[Loaded]:
         """This worker's part of one global batch after another, from a sample number on."""

@@ -105,7 +105,7 @@ class Trainer:
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
-        self._quarantine = Quarantine(run_dir)
+        self._quarantine = Quarantine(run_dir, data.max_bad)
         self._waited_s = 0.0
         self._counted = data.counters()
         self._log = MetricsLog(run_dir, self.step) if rank() == 0 else None
@@ -126,7 +126,7 @@ class Trainer:
             for i, micro_batch in enumerate(micro_batches):
                 # Dropout is the one user of torch's generator: begun anew, it does not depend on where a run resumed.
                 torch.manual_seed(derive(self.config.seed, f"dropout/{number}/{i}/{rank()}", self.step))
-                with self._flops.counting(phase, len(micro_batch["key"])):
+                with self._flops.counting(phase, len(micro_batch["key"]), self.seen):
                     metrics = unit.accumulate(phase, micro_batch, self.seen, 1.0 / len(micro_batches))
                 self._averages.add(metrics, share / len(micro_batches))
             norm = unit.step(learning_rate(self.optim[phase.trains], self.step, self.config.num_steps))
@@ -162,7 +162,7 @@ class Trainer:
         profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
         batches = moved_ahead(self._batches(), self.device)
         stopping = self.step == self.hooks.last_step
-        saved_step = self.step
+        saved_step, saving = self.step, False
         with profile:
             while self.step < config.num_steps and not stopping:
                 asked_s = time.monotonic()
@@ -174,10 +174,11 @@ class Trainer:
                 profile.step()
                 last = self.step == config.num_steps
                 if self._skips.in_a_row >= config.rollback_after:
+                    before = self.step
                     with clock.paused():
                         self._go_back(loaded)
                         batches = moved_ahead(self._batches(), self.device)
-                    clock.rewind(self.step)
+                    clock.rewind(before - self.step)
                     continue
                 if self.step % config.log_every == 0 or last:
                     self._write_metrics(clock)
@@ -192,12 +193,13 @@ class Trainer:
                 stopping = (stop or self.step == self.hooks.last_step) and not last
                 if failed:
                     self._saver.wait()
-                is_due = self.step % config.checkpoint_every == 0 or save
+                saving = saving or save
+                is_due = self.step % config.checkpoint_every == 0 or saving
                 # While updates are left out, the weights may be what is wrong: such a checkpoint would not help.
                 if (is_due and not self._skips.look()) or last or stopping:
                     with clock.paused():
                         self._save()
-                    saved_step = self.step
+                    saved_step, saving = self.step, False
         assert saved_step == self.step
         self._saver.wait()
         return Outcome(self.step, self.seen, self._total_digest(), finished=self.step >= config.num_steps)
@@ -308,6 +310,7 @@ class Trainer:
         replaced = self._quarantine.gather()
         if replaced and rank() == 0:
             self.hooks.on_message(self._quarantine.write(replaced))
+        self._quarantine.check()
 
     def _data_metrics(self) -> Metrics:
         """What a worker waited for data, and what reading cost it, since the last line."""

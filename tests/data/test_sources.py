@@ -252,21 +252,27 @@ def test_unsound_shards_are_not_packed(tmp_path: Path, bucket) -> None:
 
 
 def test_extensions_are_of_any_case(tmp_path: Path) -> None:
-    source = fill(tmp_path / "in", ["0.JPG", "1.png"])
+    source = fill(tmp_path / "in", ["0.JPG", "1.png", "2.PnG"])
     (source / "0.TXT").write_text("a caption")
     (source / "1.json").write_text("{}")
+    (source / "2.Txt").write_text("another")
     pack(str(source), str(tmp_path / "out"))
     found = samples(tmp_path / "out")
     assert found["0"]["txt"] == b"a caption"
     assert sorted(found["1"]) == ["json", "png"]
+    assert found["2"]["txt"] == b"another"
 
 
 def test_links_that_lead_nowhere_are_not_passed_over(tmp_path: Path) -> None:
     source = fill(tmp_path / "in", [f"cats/{i}.png" for i in range(9)])
     (source / "cats/gone.png").symlink_to("nowhere.png")
     (source / "cats/3.txt").symlink_to("nowhere.txt")
+    (source / "cats/loop.png").symlink_to("loop.png")
     packed = pack(str(source), str(tmp_path / "out"), max_unreadable=0.5)
-    assert sorted(packed.unreadable) == [f"cats/{name}: No such file or directory" for name in ("3.png", "gone.png")]
+    assert sorted(packed.unreadable) == [
+        *(f"cats/{name}: No such file or directory" for name in ("3.png", "gone.png")),
+        "cats/loop.png: Too many levels of symbolic links",
+    ]
     (source / "dogs").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"in/dogs: leads to nowhere, which is missing; restore or delete it"):
         pack(str(source), str(tmp_path / "other"))

@@ -32,7 +32,14 @@ def real(count: int, rank: int = 0, world_size: int = 1) -> Images:
             if len(keys):
                 yield {"key": keys, "image": drawn(keys, keys % CLASSES, seed=1)}
 
-    return Images(count, batches)
+    return Images(
+        count,
+        batches,
+        lambda: {
+            "key": torch.zeros(1, dtype=torch.int64),
+            "image": drawn(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), seed=1),
+        },
+    )
 
 
 def evaluator(

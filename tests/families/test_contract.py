@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_preview_and_evaluate(name: str, device: torch.device) -> None:
     assert preview.abs().max() <= 1.0
     assert metrics
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_trains_and_shows_in_bf16(name: str, device: torch.device, tmp_path: Path) -> None:
+    settings = {"num_steps": 1, "evaluate_every": 1, "sample_every": 1, "num_preview_images": 4}
+    trainer = make_trainer(small_family(name), tmp_path, device=device, precision="bf16", **settings)
+    trainer.test_data = MemorySource(8, 8)
+    trainer.fit()
+    trainer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines if "images" in line] == [0]
+    assert any(key.startswith("test/") for key in lines[-1])
 
 
 def test_what_is_encoded_is_of_each_image_alone(name: str, device: torch.device) -> None:

@@ -187,9 +187,37 @@ def test_a_run_goes_on_when_its_first_stage_has_trained_on(images: str, tmp_path
     assert train_worker(config, CPU).finished
 
 
+def test_a_run_draws_the_same_whatever_becomes_of_its_first_stage(images: str, tmp_path: Path) -> None:
+    stage = train_first_stage(tmp_path / "stage", images, *SOME_BAD)
+    config = second_stage(stage, images, tmp_path / "run", "train.num_steps=2")
+    check_start(config)
+    train_worker(config, CPU)
+    before = draw(config.run.dir, SampleRequest(3))
+    shutil.rmtree(stage)
+    assert torch.equal(draw(config.run.dir, SampleRequest(3)), before)
+    # Weights of the same shapes, which compute otherwise.
+    train_first_stage(tmp_path / "stage", images, *SOME_BAD, "family.autoencoder.norm_groups=2")
+    assert torch.equal(draw(config.run.dir, SampleRequest(3)), before)
+    config.train.num_steps = 3
+    words = (
+        r"family.first_stage: .*stage; its family.autoencoder.norm_groups is 2 now, and was None when .*run was begun"
+    )
+    with pytest.raises(ConfigError, match=words):
+        check_start(config)
+
+
+def test_a_run_does_not_take_the_folder_of_its_first_stage(images: str, tmp_path: Path) -> None:
+    stage = train_first_stage(tmp_path / "stage", images, *SOME_BAD)
+    for overwrite in ("false", "true"):
+        config = second_stage(f"{stage}/", images, tmp_path / "stage", f"run.overwrite={overwrite}")
+        with pytest.raises(ConfigError, match=r"^run\.dir: .*; is the folder of family\.first_stage: choose another"):
+            check_start(config)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("family.diffusion={schedule: edm, prediction: edm}", r"edm\.sigma_data: 0\.5; must be 1, the standard"),
         ("data.resize=area", "data.resize: 'area'; .*cache.*, of data.train, was encoded with 'none'"),
         (
             "data.image=true",

@@ -38,6 +38,14 @@ def test_of_equal_codes_it_is_the_first() -> None:
         assert found.max() < 64
 
 
+def test_however_many_codes_are_equal_a_vector_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.cat([numbers(8, 9), torch.zeros(500, 9), numbers(8, 9)])
+    vectors, pairs, exact = 0.1 * numbers(300, 9, seed=1), [], kmeans_module._exact
+    monkeypatch.setattr(kmeans_module, "_exact", lambda *pair: pairs.append((found := exact(*pair)).numel()) or found)
+    assert torch.equal(nearest(vectors, codes), dense(vectors, codes))
+    assert sum(pairs) <= 4 * len(vectors)
+
+
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 130, 192, 256, 1000, 8192, 20_000])
 @pytest.mark.parametrize("levels", [3, 50, 10**6])
 def test_the_two_least_of_a_row_are_the_first_in_order(size: int, levels: int) -> None:

@@ -182,6 +182,17 @@ def test_without_revival_they_stay() -> None:
     assert "priority" not in dict(made.codebook.named_buffers())
 
 
+def test_normalized_codes_that_nothing_uses_keep_their_direction() -> None:
+    """Shorter ones would be nearest to every vector that is far from all codes."""
+    made = quantizer(decay=0.5, normalize=True)
+    made.codebook.float()
+    start = made.codebook().clone()
+    for _ in range(300):  # to 0.5^300 of the start, which fp32 has no number for
+        observe(made, start[:1].repeat(9, 1))
+        made.codebook.update(*ALONE)
+    torch.testing.assert_close(made.codebook(), start)
+
+
 def test_the_search_is_fp32_under_autocast_and_with_bf16_features() -> None:
     torch.manual_seed(0)
     made = Quantizer(QuantizerConfig(64), 16)

@@ -44,6 +44,11 @@ def test_a_caption_that_is_too_long_is_cut_before_its_end_token(folder: Path) ->
     assert cut == [True, False]
 
 
+def test_a_text_without_utf8_is_read_as_a_question_mark_there(folder: Path) -> None:
+    clip = ClipText(str(folder))
+    assert torch.equal(clip.tokenize(["a \udcff cat"])[0], clip.tokenize(["a ? cat"])[0])
+
+
 def test_it_loads_its_own_weights_where_a_family_is_built_without_any(folder: Path) -> None:
     with torch.device("meta"):
         encoder = ClipText(str(folder))

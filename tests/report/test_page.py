@@ -1,6 +1,25 @@
 """The report draws what a run has logged."""
 
-from gmdist.report.page import _curves
+import math
+from pathlib import Path
+
+from gmdist.config import load
+from gmdist.report.page import _curves, _section
+from gmdist.train.metrics import MetricsLog
+
+CONFIG = str(Path(__file__).parent.parent.parent / "configs/digits/autoencoder_kl.yaml")
+
+
+def test_a_run_that_diverged_has_a_report(tmp_path: Path) -> None:
+    log = MetricsLog(str(tmp_path), 0)
+    for step, loss in enumerate((2.0, 1.0, math.nan, math.inf), start=1):
+        log.write({"step": step, "images": 8 * step, "net/loss": loss, "order_digest": "0" * 16})
+    log.write({"step": 4, "test/l1": math.nan, **{f"test/loss_noise_{i}": math.nan for i in range(8)}})
+    log.close()
+    section = _section(str(tmp_path), load(CONFIG, [f"run.dir={tmp_path}"]))
+    assert "4 steps, 32 images" in section["summary"]
+    assert "test/l1" not in section["summary"]
+    assert len(section["curves"]) == 1
 
 
 def test_the_validation_loss_is_drawn_by_noise_level_and_not_bin_by_bin() -> None:

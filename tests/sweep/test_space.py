@@ -29,7 +29,10 @@ def test_a_near_value_is_a_fifth_off_and_within() -> None:
     source = random.Random(0)
     domain = Domain("uniform", (0.0, 1.0))
     assert {round(domain.near(0.5, source), 6) for _ in range(50)} == {0.4, 0.6}
-    assert {domain.near(0.9, source) for _ in range(50)} == {0.9 * 0.8, 1.0}
+    assert {round(domain.near(0.9, source), 6) for _ in range(50)} == {0.72, 1.0}
+    assert {domain.near(1.0, source) for _ in range(50)} == {0.8}  # another, at an end too
+    assert {domain.near(0.0, source) for _ in range(50)} == {0.2}
+    assert {Domain("uniform", (-1.0, 1.0)).near(0.0, source) for _ in range(50)} == {-0.4, 0.4}
     assert {Domain("choice", ("a", "b", "c")).near("b", source) for _ in range(50)} == {"a", "c"}
     assert {Domain("choice", ("a", "b", "c")).near("c", source) for _ in range(50)} == {"b"}
     assert Domain("grid", ("a",)).near("a", source) == "a"

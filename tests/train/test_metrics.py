@@ -1,10 +1,15 @@
-"""Averages: means over observations and workers, of scalars and of more."""
+"""Averages over observations and workers, the lines that are written, and the bad samples of all workers."""
 
+import json
 import math
+from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 
-from gmdist.train.metrics import Averages
+from gmdist.errors import DataError
+from gmdist.train.metrics import Averages, MetricsLog, Quarantine
 from tests.support import run_workers
 
 CPU = torch.device("cpu")
@@ -19,6 +24,50 @@ def test_means_are_weighted_and_leave_out_what_is_not_finite() -> None:
     assert means["v"][:2].tolist() == [2.0, 7.0]
     assert means["v"][2].isnan()
     assert averages.means() == {}
+
+
+def test_of_an_evaluation_what_is_not_finite_counts() -> None:
+    averages = Averages(CPU, finite_only=False)
+    averages.add({"a": torch.tensor(math.inf), "b": torch.tensor(math.nan)}, weight=50.0)
+    averages.add({"a": torch.tensor(0.1), "b": torch.tensor(0.1), "c": torch.tensor(2.0)})
+    averages.add({"c": torch.tensor(math.nan)}, weight=0.0)  # a sample that is there for others' sake
+    means = averages.means()
+    assert means["a"] == math.inf
+    assert means["b"].isnan()
+    assert means["c"] == 2.0
+
+
+def test_a_line_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    log = MetricsLog(str(tmp_path), 0)
+    log.write({"step": 1, "a": math.nan, "b": -math.inf, "c": 0.5, "order_digest": "00"})
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "a": None, "b": None, "c": 0.5, "order_digest": "00"}
+
+
+def _quarantined(folder: str, rank: int, sample: str) -> None:
+    quarantine = Quarantine(folder, 2)
+    quarantine.add([{"number": rank, "shard": "s.tar", "sample": sample, "reason": "cut"}])
+    gathered = quarantine.gather()
+    if rank == 0:
+        quarantine.write(gathered)
+    quarantine.check()
+
+
+def _each_has_a_bad_sample(rank: int, world_size: int, folder: str) -> None:
+    _quarantined(folder, rank, f"sample {rank}")
+    dist.barrier()  # workers start anew when the others have ended
+    with pytest.raises(DataError, match=r"3 samples cannot be decoded, more than the 2 that data\.max_bad_fraction"):
+        _quarantined(folder, rank, f"another {rank}" if rank == 0 else f"sample {rank}")
+
+
+def test_bad_samples_are_counted_over_workers_and_starts(tmp_path: Path) -> None:
+    run_workers(_each_has_a_bad_sample, 2, str(tmp_path))
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3
 
 
 def _each_adds(rank: int, world_size: int) -> None:

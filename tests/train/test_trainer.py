@@ -112,8 +112,11 @@ def test_a_line_is_the_mean_of_its_steps_wherever_a_resume_cut_its_interval(tmp_
 
 
 def evaluate_few(rank: int, world: int, folder: str) -> None:
+    calls = []
+
     class Telling(Linear):
         def evaluate(self, batch):
+            calls.append(1)
             return {"number": batch["key"].float().mean()}
 
     trainer = make_trainer(
@@ -122,6 +125,7 @@ def evaluate_few(rank: int, world: int, folder: str) -> None:
     trainer.test_data = MemorySource(2, 2, rank, world)  # one worker has nothing to evaluate
     trainer.fit()
     trainer.close()
+    assert len(calls) == 1  # there too: shared-out weights are gathered by all workers together
 
 
 def test_fewer_test_samples_than_workers(tmp_path: Path) -> None:
@@ -246,6 +250,7 @@ def test_micro_batch_sizes() -> None:
         ({"num_steps": 0}, "train.num_steps: 0"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints: 0"),
         ({"sample_every": 0}, "train.sample_every: 0"),
+        ({"num_preview_images": 0}, "train.num_preview_images: 0; must be at least 1$"),
         ({"ema_halflife_kimg": 0.0}, "train.ema_halflife_kimg: 0.0"),
     ],
 )
