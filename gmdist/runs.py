@@ -31,7 +31,7 @@ from gmdist.rng import derive
 from gmdist.train import checkpoint
 from gmdist.train.blocks import check_precision, lay_out
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, Reader
-from gmdist.train.config import micro_batch_size
+from gmdist.train.config import LARGER_IS_BETTER, micro_batch_size
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
@@ -264,8 +264,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
-        return None, _changes(config) + _without_effect(config)
-    return None, _without_effect(config)
+        return None, _changes(config) + _doubts(config)
+    return None, _doubts(config)
 
 
 def shapes(config: Config) -> dict[str, list[int]]:
@@ -274,12 +274,17 @@ def shapes(config: Config) -> dict[str, list[int]]:
         return shapes_of(build_family(config))
 
 
-def _without_effect(config: Config) -> list[str]:
-    """Settings that ask for what cannot be, without harm."""
-    if config.train.evaluate_every is None or config.data.test is not None or config.evaluation.metrics:
-        return []
-    every = config.train.evaluate_every
-    return [f"train.evaluate_every: {every}; nothing is evaluated without data.test or evaluation.metrics"]
+def _doubts(config: Config) -> list[str]:
+    """Settings that are hardly meant so."""
+    found, train = [], config.train
+    if train.evaluate_every is not None and config.data.test is None and not config.evaluation.metrics:
+        found.append(
+            f"train.evaluate_every: {train.evaluate_every}; nothing is evaluated without data.test or "
+            "evaluation.metrics"
+        )
+    if train.best_order == "min" and (train.best_metric or "").removeprefix("test/") in LARGER_IS_BETTER:
+        found.append(f"train.best_order: min; keeps the checkpoint of the least {train.best_metric}: set it to max")
+    return found
 
 
 def _changes(config: Config) -> list[str]:

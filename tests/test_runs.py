@@ -30,12 +30,20 @@ def write(folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def test_an_evaluation_of_nothing_is_warned_of(tmp_path: Path) -> None:
+def test_evaluations_that_are_hardly_meant_are_warned_of(tmp_path: Path) -> None:
     assert main(["data", "make", "digits", str(tmp_path / "data")]) == 0
     settings = [f"data.train={tmp_path}/data/train", "data.test=null", f"run.dir={tmp_path}/run"]
     _, warnings = check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=20"]))
     assert warnings == ["train.evaluate_every: 20; nothing is evaluated without data.test or evaluation.metrics"]
     assert check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, "train.evaluate_every=null"]))[1] == []
+    best = ["train.evaluate_every=20", "train.checkpoint_every=20", "train.best_metric=test/elbo_nats"]
+    for order, words in (
+        ("min", ["train.best_order: min; keeps the checkpoint of the least test/elbo_nats"]),
+        ("max", []),
+    ):
+        more = [f"data.test={tmp_path}/data/test", f"train.best_order={order}"]
+        _, warnings = check_start(load(str(Path(CONFIG).parent / "vae.yaml"), [*settings, *best, *more]))
+        assert [warning.removesuffix(": set it to max") for warning in warnings] == words
 
 
 def train_on_own_folder(rank: int, world_size: int, folder: str) -> None:

@@ -189,7 +189,7 @@ class VAE(Family):
     def concerns(self, found: dict[str, float]) -> list[str]:
         """A posterior that is the prior, whatever the image."""
         active, dim = found.get("active_units", math.inf), self.config.latent_dim
-        if active >= _COLLAPSED * dim:
+        if active >= _COLLAPSED * dim or found["kl_nats"] >= dim:  # that tells much: the images are few, or all alike
             return []
         return [
             f"the posterior has collapsed: {active:.0f} of {dim} latent dimensions are active, and the KL term is "

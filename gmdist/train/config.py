@@ -10,6 +10,13 @@ STAGES = (0, 1, 2, 3)
 PROFILE_AFTER = 5  # steps: the first ones allocate and compile
 
 
+# Of what evaluations find; of all else less is better, or neither.
+LARGER_IS_BETTER = frozenset(
+    {"precision", "recall", "class_coverage", "label_agreement", "psnr_db", "ssim", "elbo_nats", "iwae_nats"}
+    | {"active_units", "used_codes"}
+)
+
+
 @dataclass
 class TrainConfig:
     """How long, how precise, how often."""

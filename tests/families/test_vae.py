@@ -177,6 +177,7 @@ def test_a_posterior_that_collapses_is_warned_of(tmp_path: Path) -> None:
         warnings = [line for line in told if "step 40: the posterior has collapsed" in line]
         assert len(warnings) == expected, told
     assert "0 of 8 latent dimensions are active" in family.concerns({"active_units": 0.0, "kl_nats": 0.01})[0]
+    assert family.concerns({"active_units": 0.0, "kl_nats": 30.0}) == []  # of a single image
     assert family.concerns({"active_units": 1.0, "kl_nats": 1.0}) == family.concerns({}) == []
 
 
