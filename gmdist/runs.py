@@ -36,7 +36,7 @@ from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, load_tensor, shapes_of
 from gmdist.train.trainer import Trainer
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 CONFIG_NAME = "config.yaml"
 _FIRST_STAGE_NAME = "first_stage.yaml"  # the config of the run that the family opens: its weights are in checkpoints
@@ -53,6 +53,11 @@ _ONE_DOMAIN = "data.image, data.num_classes, data.caption or data.arrays"
 _OPEN_ATTEMPTS = 3
 
 _log = logging.getLogger(__name__)
+
+
+def device() -> torch.device:
+    """Where a command computes that is not a job of several workers."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def use_storage(config: Config) -> None:

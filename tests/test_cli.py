@@ -280,7 +280,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(trained: Path, monkeypatc
 
     sound, warnings = checkpoint.find_newest(str(trained))
     assert sound is not None
-    gone = checkpoint.Found(sound.location + "0", sound.meta, [])
+    gone = checkpoint.Found(sound.location + "0", sound.meta)
     looks = iter([(gone, warnings), (sound, warnings)])
     monkeypatch.setattr(checkpoint, "find_newest", lambda run_dir: next(looks))
     meta, _ = open_run(str(trained))

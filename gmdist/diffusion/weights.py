@@ -11,12 +11,12 @@ def min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
     return snr.clamp(max=gamma)
 
 
-def p2(snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """Less weight for what is nearly clean: on the noise's error, 1 / (k + SNR)^gamma (Choi 2022).
+def p2(snr: Tensor, gamma: float = 1.0) -> Tensor:
+    """Less weight for what is nearly clean: on the noise's error, 1 / (k + SNR)^gamma with k = 1 (Choi 2022).
 
     snr [N] -> [N].
     """
-    return snr / (k + snr) ** gamma
+    return snr / (1.0 + snr) ** gamma
 
 
 def edm(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gmdist.evaluation.gather import summed
+from gmdist.workers import all_sum
 
 
 class Moments:
@@ -34,11 +34,11 @@ class Moments:
     def merged(self) -> "Moments":
         """The moments of what all workers took in; every worker calls it, also with nothing taken in."""
         total = Moments(len(self.mean), self.mean.device)
-        sums = summed(torch.cat([self.mean.new_tensor([self.count]), self.count * self.mean]))
+        sums = all_sum(torch.cat([self.mean.new_tensor([self.count]), self.count * self.mean]))
         total.count = int(sums[0].item())
         total.mean = sums[1:] / max(total.count, 1)
         shift = self.mean - total.mean
-        total.scatter = summed(self.scatter + self.count * torch.outer(shift, shift))
+        total.scatter = all_sum(self.scatter + self.count * torch.outer(shift, shift))
         return total
 
     @property

@@ -1,21 +1,10 @@
-"""Sums and rows over the workers that measure together."""
+"""Rows over the workers that measure together."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def place() -> tuple[int, int]:
-    """This worker's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def summed(value: Tensor) -> Tensor:
-    """The sum of a tensor over all workers, which all call this."""
-    if place()[1] > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
+from gmdist.workers import all_sum, rank, world_size
 
 
 def gathered(keys: Tensor, rows: Tensor) -> Tensor:
@@ -28,11 +17,10 @@ def gathered(keys: Tensor, rows: Tensor) -> Tensor:
     Returns:
         [N, D] on every worker.
     """
-    rank, size = place()
-    if size > 1:
-        counts = torch.zeros(size, dtype=torch.int64, device=keys.device)
-        counts[rank] = len(keys)
-        counts = summed(counts)
+    if world_size() > 1:
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=keys.device)
+        counts[rank()] = len(keys)
+        counts = all_sum(counts)
         keys, rows = (_cat(value, counts.tolist()) for value in (keys, rows))
     return rows[keys.argsort()]
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gmdist.evaluation.gather import place, summed
+from gmdist.workers import all_sum, rank, world_size
 
 _PAIRS_AT_ONCE = 1 << 22
 
@@ -33,8 +33,7 @@ def _kernel(products: Tensor, width: int) -> Tensor:
 
 def _kernel_sum(one: Tensor, other: Tensor) -> Tensor:
     """The kernel summed over all pairs, float64 []."""
-    rank, size = place()
     total = one.new_zeros(())
-    for rows in one[rank::size].split(max(1, _PAIRS_AT_ONCE // len(other))):
+    for rows in one[rank() :: world_size()].split(max(1, _PAIRS_AT_ONCE // len(other))):
         total += _kernel(rows @ other.T, one.shape[1]).sum()
-    return summed(total)
+    return all_sum(total)

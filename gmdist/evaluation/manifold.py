@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gmdist.evaluation.gather import place, summed
+from gmdist.workers import all_sum, rank, world_size
 
 _PAIRS_AT_ONCE = 1 << 22
 _ROUNDING = 1e-12  # of squared distances, relative to the squared lengths they are made of
@@ -33,13 +33,12 @@ def precision_recall(generated: Tensor, real: Tensor, num_neighbors: int = 3) ->
 def _radii(points: Tensor, num_neighbors: int) -> Tensor:
     """Squared distance of each point to its k-th nearest neighbour, float64 [N]."""
     assert len(points) > num_neighbors, (len(points), num_neighbors)
-    rank, size = place()
     radii = points.new_zeros(len(points))
     # The nearest is the point itself.
     nearest = [rows.kthvalue(num_neighbors + 1, dim=1).values for rows in _squared_distances(points, points)]
     if nearest:
-        radii[rank::size] = torch.cat(nearest)
-    return summed(radii)
+        radii[rank() :: world_size()] = torch.cat(nearest)
+    return all_sum(radii)
 
 
 def _share_inside(points: Tensor, centers: Tensor, radii: Tensor) -> float:
@@ -47,14 +46,13 @@ def _share_inside(points: Tensor, centers: Tensor, radii: Tensor) -> float:
     count = points.new_zeros(())
     for rows in _squared_distances(points, centers):
         count += (rows <= radii).any(dim=1).sum()
-    return float(summed(count)) / len(points)
+    return float(all_sum(count)) / len(points)
 
 
 def _squared_distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
     """Squared distances of this worker's points to all others, some rows [R, M] at a time."""
-    rank, size = place()
     lengths = others.square().sum(dim=1)
-    for rows in points[rank::size].split(max(1, _PAIRS_AT_ONCE // len(others))):
+    for rows in points[rank() :: world_size()].split(max(1, _PAIRS_AT_ONCE // len(others))):
         sums = rows.square().sum(dim=1, keepdim=True) + lengths
         squared = torch.addmm(sums, rows, others.T, alpha=-2.0)
         yield torch.where(squared > _ROUNDING * sums, squared, 0.0)

@@ -12,10 +12,11 @@ from gmdist.errors import DataError
 from gmdist.evaluation.config import NUM_NEIGHBORS, EvaluationConfig
 from gmdist.evaluation.features import Features
 from gmdist.evaluation.frechet import Moments, frechet_distance
-from gmdist.evaluation.gather import gathered, place, summed
+from gmdist.evaluation.gather import gathered
 from gmdist.evaluation.kernel import kernel_distance
 from gmdist.evaluation.manifold import precision_recall
 from gmdist.families.family import Batch, Condition, Family, captions
+from gmdist.workers import all_sum, rank, world_size
 
 _FEW = 0.1  # of what a class would have if all had as many images: it is covered by so many
 
@@ -139,8 +140,7 @@ class Evaluator:
         follows_labels = is_judged and self._follows_labels(family)
         agreeing = torch.zeros((), dtype=torch.float64, device=self.device)
         shown = torch.zeros(max(self.num_classes, 1), dtype=torch.float64, device=self.device)  # images of each class
-        rank, size = place()
-        rounds, own = -(-len(numbers) // size), numbers[rank::size]
+        rounds, own = -(-len(numbers) // world_size()), numbers[rank() :: world_size()]
         asked = zip(own, self._asked(list(own)), strict=True)
         for (number, condition), is_own in _in_step(asked, rounds, (numbers[0], Condition())):
             features = self.features.of(family.sample(number, condition))
@@ -154,10 +154,10 @@ class Evaluator:
                     agreeing += classes.eq(condition.label).sum()
             yield number, features
         if follows_labels:
-            found["label_agreement"] = float(summed(agreeing)) / self.config.num_images
+            found["label_agreement"] = float(all_sum(agreeing)) / self.config.num_images
         few = _FEW * self.config.num_images / max(self.num_classes, 1)
         if is_judged and few >= 1.0:  # or a class may be missing by chance
-            found["class_coverage"] = float((summed(shown) >= few).double().mean())
+            found["class_coverage"] = float((all_sum(shown) >= few).double().mean())
 
     def _asked(self, numbers: list[Tensor]) -> Iterator[Condition]:
         """What the images of these numbers [N] are to show, batch by batch."""
@@ -198,9 +198,9 @@ class Evaluator:
         return {"rfid": frechet_distance(remade.moments, self._originals.moments)}
 
     def _reconstruct(self, family: Family, images: Images, beat: Beat) -> Iterator[tuple[Tensor, Tensor]]:
-        batch_size, (_, size) = self.config.batch_size, place()
-        most = -(-images.num_images // size)  # that a worker has
-        spare = images.first() if images.num_images < size else None
+        batch_size = self.config.batch_size
+        most = -(-images.num_images // world_size())  # that a worker has
+        spare = images.first() if images.num_images < world_size() else None
         for batch, is_own in _in_step(images.batches(batch_size), -(-most // batch_size), spare):
             remade = family.reconstruct(batch)
             beat()

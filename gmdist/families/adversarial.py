@@ -4,17 +4,18 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings, all_mean
+from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings
+from gmdist.families.gan_losses import discriminator_loss
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
 from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
 from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
+from gmdist.workers import all_mean
 
 NAMES = ("patch", "stylegan2")
-LOSSES = ("hinge", "vanilla")
+LOSSES = {"hinge": "hinge", "vanilla": "non_saturating"}  # what VQGAN calls them: what GANs do
 _MAX_CHANNELS = 1 << 12
 _MAX_WEIGHT = 1e4
 
@@ -141,7 +142,7 @@ class JudgedAutoencoder(Family):
             reconstruction = self.reconstruction(batch)
         # Apart: where it compares samples with each other, neither may be told from the other by its company.
         real, fake = (at_least_fp32(self.discriminator(judged)) for judged in (image, reconstruction))
-        loss = discriminator_loss(real, fake, self._judge.loss)
+        loss = 0.5 * discriminator_loss(LOSSES[self._judge.loss], real, fake)  # as in VQGAN (Esser 2021)
         metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
         return loss, metrics
 
@@ -169,19 +170,6 @@ class JudgedAutoencoder(Family):
     def _judges(self, seen: int) -> bool:
         """Whether the discriminator takes part."""
         return self._judge is not None and seen >= self._judge.start_images
-
-
-def discriminator_loss(real: Tensor, fake: Tensor, name: str) -> Tensor:
-    """What the discriminator minimises: a mean over samples and patches, a scalar.
-
-    Args:
-        real, fake: logits [N, ...] of images and of reconstructions.
-        name: hinge (Lim 2017, Eq. 4) or vanilla (Goodfellow 2014, Eq. 1).
-    """
-    if name == "hinge":
-        return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
-    assert name == "vanilla", name
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

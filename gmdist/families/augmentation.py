@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gmdist.families import ada, diffaugment
-from gmdist.families.family import Metrics, all_sum
+from gmdist.families.family import Metrics
+from gmdist.workers import all_sum
 
 KINDS = ("none", "diffaugment", "ada")
 

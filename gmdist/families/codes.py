@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from gmdist import rng
 from gmdist.errors import DataError
-from gmdist.families.family import INITIALIZE_SAMPLES, Batch, Condition, Family, Metrics, all_gathered, all_sum
+from gmdist.families.family import INITIALIZE_SAMPLES, Batch, Condition, Family, Metrics
 from gmdist.families.tokenizer import Tokenizer
 from gmdist.nets.finite import all_finite
 from gmdist.nets.image_quality import psnr, ssim
 from gmdist.nets.quantizer import AveragedCodebook, Codebook, Quantized, Quantizer, QuantizerConfig, perplexity
+from gmdist.workers import all_gathered, all_sum
 
 _COLLAPSED = 0.1  # perplexity by number of codes
 

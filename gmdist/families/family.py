@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gmdist.errors import ConfigError
@@ -173,33 +172,6 @@ class Family(nn.Module):
 
     def load_worker_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `worker_state` gave."""
-
-
-def all_mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over all workers; the tensor itself where there is one."""
-    return all_sum(value) / dist.get_world_size() if _are_several() else value
-
-
-def all_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over all workers; the tensor itself where there is one."""
-    if not _are_several():
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def all_gathered(value: Tensor) -> Tensor:
-    """The tensors [N, ...] of all workers, one after the other; the tensor itself where there is one worker."""
-    if not _are_several():
-        return value
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, value.contiguous())
-    return torch.cat(parts)
-
-
-def _are_several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def between_gaussians(one: Tensor, other: Tensor, share: float) -> Tensor:

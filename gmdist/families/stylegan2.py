@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmdist import rng
 from gmdist.errors import ConfigError
-from gmdist.families.family import Batch, Condition, Metrics, Phase, Surroundings, all_sum, conditioned_labels
+from gmdist.families.family import Batch, Condition, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.families.gan import GAN, GANConfig, ObjectiveConfig
 from gmdist.families.stylegan2_presets import preset_settings
 from gmdist.interchange.stylegan2 import initial_problem, initial_states
@@ -17,6 +17,7 @@ from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.equalized import whole_precision
 from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 from gmdist.nets.stylegan2_generator import StyleGAN2Generator, StyleGAN2GeneratorConfig
+from gmdist.workers import all_sum
 
 _STYLE_DECAY = 0.995  # of the mean style, at each step
 

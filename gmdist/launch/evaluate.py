@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.unpaired import open_held_out
@@ -48,7 +46,7 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
     """
     config = _asked(runs.read_config(run, overrides), request)
     runs.use_storage(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runs.device()
     test = open_held_out(config.data)
     evaluator = open_evaluator(config, test, device)
     meta, family = runs.open_run(run, config, [] if config.data.test is None else [("data.test", config.data.test)])

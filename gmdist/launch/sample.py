@@ -90,7 +90,7 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
 
     The same request gives the same images.
     """
-    drawer = Drawer(run, request, overrides).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    drawer = Drawer(run, request, overrides).to(runs.device())
     return torch.cat([drawer.pixels(numbers) for numbers in torch.arange(request.num_images).split(AT_ONCE)])
 
 

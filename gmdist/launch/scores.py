@@ -59,7 +59,7 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
         loader = _open(config, scored, family)
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runs.device()
     family = family.to(device)
     size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
     names, rows = _score(family, loader, size, device)

@@ -41,7 +41,7 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
         raise ConfigError(f"--num-images: {num_rows}; must be at least 1")
     config = runs.read_config(run, overrides)
     _, family = runs.open_run(run, config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runs.device()
     family = family.to(device)
     with torch.inference_mode():
         if kind == "reconstructions":

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets.blocks import at_least_fp32
+from gmdist.workers import all_mean, world_size
 
 
 class _MeanOverWorkers(torch.autograd.Function):
@@ -15,9 +15,7 @@ class _MeanOverWorkers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
+        return all_mean(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ class BatchNorm(nn.Module):
         variance = _over_workers(centered.square().mean(dims))
         if torch.is_grad_enabled() and self.weight.requires_grad:
             # In another network's phase, such as a generator in the discriminator's, no trace is left.
-            count = x.numel() // x.shape[1] * _num_workers()
+            count = x.numel() // x.shape[1] * world_size()
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)
         factor = self.weight * (variance + self.eps).rsqrt()
@@ -63,8 +61,4 @@ class BatchNorm(nn.Module):
 
 
 def _over_workers(value: Tensor) -> Tensor:
-    return _MeanOverWorkers.apply(value) if _num_workers() > 1 else value
-
-
-def _num_workers() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _MeanOverWorkers.apply(value) if world_size() > 1 else value

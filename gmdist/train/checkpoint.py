@@ -23,7 +23,7 @@ from torch import Tensor
 from gmdist import storage
 from gmdist.errors import CheckpointError
 from gmdist.train.meta import problem_with
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 META_NAME = "meta.json"
 
@@ -32,7 +32,7 @@ _MOST_HEAD_BYTES = 100_000_000  # safetensors' own limit
 _KEY = re.compile(r"([^|]+)\|(.+)\|(0|[1-9][0-9]*)", re.DOTALL)  # of `tensor_key`
 # What reading a shard that is none comes to.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-_DTYPES = {  # by safetensors' names for them
+DTYPES = {  # by safetensors' names for them
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -69,11 +69,10 @@ def tensor_key(kind: str, name: str, start: int) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """A sound checkpoint, and what was wrong with newer ones."""
+    """A sound checkpoint."""
 
     location: str
     meta: dict[str, Any]
-    warnings: list[str]
 
 
 def find_newest(
@@ -101,7 +100,7 @@ def find_newest(
             if not is_good(meta):
                 continue
             verify(location, meta)
-            return Found(location, meta, warnings), warnings
+            return Found(location, meta), warnings
         except CheckpointError as error:
             warnings.append(f"skipped an unusable checkpoint: {error}")
     # What has the name counts, whatever it is: an interrupted save leaves nothing of it.
@@ -218,7 +217,7 @@ def _piece(shard: str, key: str, description: dict[str, Any], start: int, stop: 
     place, (count,) = _KEY.fullmatch(key), description["shape"]
     if place is None or type(count) is not int or count < 0:
         raise ValueError(f"'{key}' {description['shape']} is not a piece of a tensor")
-    dtype, (low, high) = _DTYPES[description["dtype"]], description["data_offsets"]
+    dtype, (low, high) = DTYPES[description["dtype"]], description["data_offsets"]
     if not 0 <= low <= high <= stop - start or high - low != count * dtype.itemsize:
         raise ValueError(f"'{key}' {description['shape']} is not in bytes {low} to {high}")
     return _Piece(shard, place[1], place[2], int(place[3]), count, dtype, start + low)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmdist.train.workers import world_size
+from gmdist.workers import world_size
 
 
 class Clock:

@@ -18,7 +18,7 @@ from gmdist.errors import MemoryExceededError
 from gmdist.families.family import Phase
 from gmdist.train import blocks
 from gmdist.train.config import PROFILE_AFTER
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 # FLOP/s of dense products, in bf16 and in fp32, by words of a device's name: the makers' data sheets.
 _PEAKS = {

@@ -7,7 +7,7 @@ import torch
 from gmdist.families.family import Family
 from gmdist.train.metrics import Averages
 from gmdist.train.source import Source
-from gmdist.train.workers import world_size
+from gmdist.workers import world_size
 
 # What else is measured of a family with its averaged weights, in eval mode; every worker calls it, and tells the second
 # argument now and then that it is not stuck.

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmdist import storage
 from gmdist.errors import DataError
 from gmdist.families.family import Metrics
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 FILE_NAME = "metrics.jsonl"
 

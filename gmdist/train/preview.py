@@ -6,7 +6,7 @@ import torch.distributed as dist
 from gmdist import images
 from gmdist.families.family import Family
 from gmdist.train.source import Source
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from gmdist.train import optim
 from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import FlatParameters, Fragment, elementwise_state
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 
 class ReplicatedUnit(Unit):

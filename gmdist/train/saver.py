@@ -14,23 +14,12 @@ from torch import Tensor
 from gmdist import storage
 from gmdist.checksum import crc32
 from gmdist.errors import CheckpointError, GmdistError, StorageError
-from gmdist.train.checkpoint import META_NAME, folder_name, read_meta, step_of
+from gmdist.train.checkpoint import DTYPES, META_NAME, folder_name, read_meta, step_of
 from gmdist.train.meta import FORMAT_VERSION, shard_name
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 # The names of safetensors (its format is described at https://huggingface.co/docs/safetensors).
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNED_BYTES = 8
 
 
@@ -48,7 +37,7 @@ class Staging:
         for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
             tensor = tensors[key]
             stop = size + tensor.numel() * tensor.element_size()
-            head[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, stop]}
+            head[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, stop]}
             size = stop
         text = json.dumps(head, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNED_BYTES)

@@ -1,6 +1,6 @@
 """The fp32 fragments that a worker owns: the one shape in which weights are averaged, saved and loaded."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,11 +94,6 @@ def elementwise_state(state: dict[str, Tensor], parameter: Tensor) -> dict[str, 
     return {
         key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
     }
-
-
-def num_elements(fragments: Iterable[Fragment]) -> int:
-    """Elements of all the fragments."""
-    return sum(fragment.values.numel() for fragment in fragments)
 
 
 def _round_up(number: int, multiple: int) -> int:

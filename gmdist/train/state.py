@@ -13,7 +13,7 @@ from gmdist.train import checkpoint
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, tensor_key
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 
 class Fingerprint(Protocol):

@@ -30,7 +30,7 @@ from gmdist.train.preview import preview
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
-from gmdist.train.workers import rank, total, world_size
+from gmdist.workers import rank, total, world_size
 
 
 class Trainer:

@@ -18,7 +18,7 @@ from gmdist.train import optim
 from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import Fragment, elementwise_state
-from gmdist.train.workers import rank, world_size
+from gmdist.workers import rank, world_size
 
 _BUCKET_ELEMENTS = 20_000_000  # each engine has its own buckets; DeepSpeed's default of 5e8 is 2 GB in fp32
 _WHOLE_ELEMENTS = (

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from gmdist import rng
-from gmdist.families.family import Batch, Family, Phase, all_mean
+from gmdist.families.family import Batch, Family, Phase
+from gmdist.workers import all_mean
 
 BATCH = 8  # samples a step, over all workers
 

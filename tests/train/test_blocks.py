@@ -201,7 +201,7 @@ def test_recomputation_is_not_counted() -> None:
         image = torch.zeros(2, 1, SIZE, SIZE)
         batch = {"image": image, "label": torch.tensor([0, 1]), "key": torch.tensor([0, 1])}
         phase: Phase = family.phases()[0]
-        with count.counting(phase, num_samples=2):
+        with count.counting(phase, num_samples=2, seen=0):
             phase.loss(batch, 0)[0].backward()
         counts.append(count.a_sample())
     assert counts[0] == counts[1] > 0

@@ -1,0 +1,50 @@
+"""The workers of a job, as torch.distributed knows them, and what they sum and gather; each of them calls it."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def world_size() -> int:
+    """How many there are; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(number: int, device: torch.device) -> int:
+    """The sum of all workers' numbers, modulo 2^64."""
+    number &= _MASK64
+    if world_size() > 1:
+        signed = torch.tensor([number - (1 << 64) if number >> 63 else number], device=device)
+        dist.all_reduce(signed)
+        number = int(signed.item()) & _MASK64
+    return number
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over all workers; the tensor itself where there is one."""
+    if world_size() == 1:
+        return value
+    summed = value.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all workers; the tensor itself where there is one."""
+    return all_sum(value) / world_size() if world_size() > 1 else value
+
+
+def all_gathered(value: Tensor) -> Tensor:
+    """The tensors [N, ...] of all workers, one after the other; the tensor itself where there is one worker."""
+    if world_size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
