@@ -283,6 +283,7 @@ _ADVICE = {
 _ENDPOINT_ADVICE = "; check data.s3.endpoint_url or AWS_ENDPOINT_URL, and the network"
 _MORE_ADVICE = {
     **dict.fromkeys(("EndpointConnectionError", "ConnectTimeoutError", "SSLError"), _ENDPOINT_ADVICE),
+    "ProxyConnectionError": "; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY",
     "ParamValidationError": "; locations look like s3://bucket/prefix",
 }
 

@@ -389,6 +389,8 @@ def naming(location: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if _is_boto3s(error):  # some are the system's errors too
+            raise s3.explain(location, error) from error
         if isinstance(error, FileNotFoundError) and not (is_s3(location) and error.filename != location):
             raise
         advice = {
@@ -401,6 +403,10 @@ def naming(location: str) -> Iterator[None]:
         kind = NotAFileError if error.errno in _OTHERWISE else StorageError
         raise kind(f"{location}: {error.strerror or error}; {advice}") from error
     except Exception as error:
-        if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+        if not _is_boto3s(error):
             raise
         raise s3.explain(location, error) from error
+
+
+def _is_boto3s(error: Exception) -> bool:
+    return type(error).__module__.startswith(("botocore", "boto3", "s3transfer"))

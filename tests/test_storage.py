@@ -395,3 +395,16 @@ def test_an_object_of_json_is_what_was_written_or_an_error(folder, monkeypatch: 
     answers = [sound.replace(b"2.5", b"3.5"), sound[:20], sound]  # damaged on their way, twice
     monkeypatch.setattr(storage, "read", lambda _: answers.pop(0))
     assert storage.read_json(location) == content
+
+
+def test_a_proxy_that_does_not_answer_is_no_fault_of_a_path() -> None:
+    from botocore.exceptions import ProxyConnectionError
+
+    with (
+        pytest.raises(
+            StorageError, match=r"^s3://bucket/x: .*proxy.*; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY$"
+        ) as caught,
+        storage.naming("s3://bucket/x"),
+    ):
+        raise ProxyConnectionError(proxy_url="http://user:secret@host:1")
+    assert "secret" not in str(caught.value)
