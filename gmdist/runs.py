@@ -262,13 +262,13 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         first_stages = [identify(one.run, one.family, one.step, one.config) for one in opened]
     check_latents(config.data, config.data.folders, first_stages)
     if found is not None:
-        for one in opened:
-            _check_unchanged(one, run_dir)
         data = open_training(config.data)
         check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
         checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
+        for one in opened:
+            _check_unchanged(one, run_dir)
         return None, _changes(config) + _doubts(config)
     return None, _doubts(config)
 
@@ -388,9 +388,9 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         if read is not None:
             _check_agreement(split, read)
     measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
-    opened: list[Opened] = []
+    first_stages: list[Config] = []
     trainer = Trainer(
-        build_family(config, opened.append),
+        build_family(config, lambda opened: first_stages.append(opened.config)),
         config.train,
         config.optim,
         _identity(config, data),
@@ -405,8 +405,8 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     try:
         if rank() == 0:
             storage.write(storage.join(run_dir, CONFIG_NAME), config.to_yaml().encode())
-            for one in opened:
-                storage.write(storage.join(run_dir, _FIRST_STAGE_NAME), one.config.to_yaml().encode())
+            for first_stage in first_stages:
+                storage.write(storage.join(run_dir, _FIRST_STAGE_NAME), first_stage.to_yaml().encode())
         return trainer.fit()
     finally:
         trainer.close()
