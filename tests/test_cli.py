@@ -331,6 +331,8 @@ def test_overwrite_deletes_the_run_and_nothing_else(trained: Path, tmp_path: Pat
 
     run = tmp_path / "run"
     shutil.copytree(trained, run)
+    (run / "trace.json").write_text("{}")  # of train.profile_steps
+    (run / "first_stage.yaml").write_text("")
     (run / "notes.txt").write_text("mine")
     (run / "checkpoints-of-mine").mkdir()
     clear(str(run))

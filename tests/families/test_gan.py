@@ -1,5 +1,6 @@
 """What GANs share: their phases, penalties in and beside the main loss, monitors, and a first sign of learning."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,9 @@ def test_what_is_measured_of_held_out_images() -> None:
     assert set(found) == {"real_sign", "fake_sign", "spread", "repeated"}
     assert all(-1.0 <= found[name] <= 1.0 for name in ("real_sign", "fake_sign"))
     assert found["spread"] == pytest.approx((means["distance"] / means["real_distance"]).item())
+    alone = family.summarize(family.evaluate({name: value[:1] for name, value in batch().items()}))
+    assert alone.keys() == found.keys()  # by which train.best_metric is looked for
+    assert math.isnan(alone["spread"])
 
 
 def test_few_images_again_and_again_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,7 @@ def test_state_made_ahead_changes_no_update(name: str) -> None:
         ({"name": "adamx"}, "optim.net.name: 'adamx'"),
         ({"schedule": "step"}, "optim.net.schedule: 'step'"),
         ({"lr": 0.0}, "optim.net.lr: 0.0"),
+        ({"eps": 0.0}, "optim.net.eps: 0.0; must be a number above 0"),
         ({"clip_norm": -1.0}, "optim.net.clip_norm: -1.0"),
     ],
 )
