@@ -236,7 +236,6 @@ def data_pack(options: argparse.Namespace) -> int:
     if not 0 <= options.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable: {options.max_unreadable}; must be from 0 to 1")
     lost = threading.Event()
-
     with Meter(options.destination) as meter, held(options.destination, meter.message, lost.set) as lease:
 
         def on_progress(done: int, total: int) -> None:

@@ -293,9 +293,8 @@ def list_stats(folder: str) -> dict[str, Stat]:
             return dict(sorted((name, version) for name, version in _list_s3(folder) if version is not None))
         stats = {}
         for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-            if entry.name.endswith(".tmp") or not os.path.isfile(
-                entry.path
-            ):  # links to nowhere and in circles are none
+            # Links to nowhere and in circles are no files.
+            if entry.name.endswith(".tmp") or not os.path.isfile(entry.path):
                 continue
             with suppress(FileNotFoundError):  # it vanished
                 status = entry.stat()

@@ -201,9 +201,8 @@ class AveragedCodebook(Codebook):
     def _average(self, observed: Tensor) -> None:
         super()._average(observed)
         self.sums.lerp_(observed[:, :-1], 1.0 - self.config.decay)
-        if (
-            self.config.normalize
-        ):  # what is not used keeps its direction, of which ever shorter sums would leave nothing
+        if self.config.normalize:
+            # What is not used keeps its direction, of which ever shorter sums would leave nothing.
             lengths = self.sums.norm(dim=1, keepdim=True)
             self.sums.mul_(torch.where(lengths < _SMOOTHING, _SMOOTHING / lengths.clamp(min=_SHORTEST), 1.0))
 
