@@ -8,7 +8,8 @@ is diffusers as its training scripts run it: the C library's allocator, contiguo
 AdamW as they make it, which on a processor updates one tensor after another; the clipping that they do is left out.
 "As it comes" is that with fused AdamW, or its pipeline. "Tuned" is the faster of its two layouts with fused AdamW under
 the allocator's settings that our workers have, and ours is the faster of our two; nhwc marks channels last. Neither
-side is compiled.
+side is compiled. "unjudged" and "judged" are the autoencoder trained as train_autoencoderkl.py does, before and after
+its discriminator takes part, by `first_stages.py`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from first_stages import family_of, our_step, their_step
 from torch import Tensor, nn
 from turns import Peer, difference, ratio, serve, start, take_turns
 
@@ -69,7 +71,8 @@ SIDES = {
     "tuned": Side("theirs"),
     "tuned, channels last": Side("theirs", channels_last=True),
 }
-TASKS = [(network, precision) for network in SPECS for precision in ("fp32", "bf16")]
+STARTS = {"unjudged autoencoder": False, "judged autoencoder": True}  # whether the discriminator takes part
+TASKS = [(task, precision) for task in (*SPECS, *STARTS) for precision in ("fp32", "bf16")]
 TASKS += [("sample unet", "fp32"), ("sample dit", "fp32")]
 AT_MOST = {"its scripts": 0.8, "tuned": 1.0}  # ours / theirs; memory: 1, of as it comes
 AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # of losses and images, relative
@@ -163,6 +166,27 @@ def training(name: str, precision: str, side: Side, layout: torch.memory_format,
     return step
 
 
+def training_first_stage(
+    task: str, precision: str, side: Side, layout: torch.memory_format, folder: Path
+) -> Callable[[], float]:
+    """An update of an autoencoder, and of its discriminator once that takes part; returns the autoencoder's loss."""
+    batch = {"image": batch_of("autoencoder", layout)["image"], "key": torch.arange(BATCH["autoencoder"])}
+    spec, state = read_folder(folder / "autoencoder")
+    starts = STARTS[task]
+    family = family_of(spec.config, state, starts).to(memory_format=layout)
+
+    def adamw(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(network.parameters(), lr=1e-5, fused=side.fused or None)
+
+    if side.whose == "ours":
+        return our_step(family, batch, adamw, precision)
+    network = their_network(folder / "autoencoder").train().to(memory_format=layout)
+    judge = family.discriminator
+    assert judge is not None
+    tuned = side.our_allocator
+    return their_step(network, judge, batch, adamw, precision, starts=starts, tuned=tuned)
+
+
 def sampling(name: str, whose: str, layout: torch.memory_format, folder: Path) -> Callable[[], float]:
     """Draw a batch of images; returns a weighted sum of the pixels, which says whether two are equal."""
     make = our_network if whose == "ours" else their_network
@@ -233,6 +257,8 @@ def work(side: str, task: str, precision: str, folder: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         if task.startswith("sample "):
             step = sampling(task.removeprefix("sample "), how.whose, layout, folder)
+        elif task in STARTS:
+            step = training_first_stage(task, precision, how, layout, folder)
         else:
             step = training(task, precision, how, layout, folder)
     serve(step)
@@ -270,8 +296,9 @@ def row(task: str, precision: str, found: dict[str, Peer]) -> str:
     columns += ["-"] * (3 - len(theirs)) + [f"{ratio(found[ours], found[side]):.2f}" for side in theirs]
     plain = found["as it comes"]
     columns.append(f"{found[ours].gib / plain.gib:.2f}")
-    # Each block of diffusers' DiT trains its own copy of the embeddings, so that later losses differ.
-    apart = difference(found[ours], plain, 1 if task == "dit" else None)
+    # Each block of diffusers' DiT trains its own copy of the embeddings, and the script's autoencoder keeps gradients
+    # of its discriminator's step, so that later losses differ.
+    apart = difference(found[ours], plain, 1 if task in ("dit", *STARTS) else None)
     columns.append(f"{apart:.0e}" + ("" if apart < AGREE[precision] else " (not equal)"))
     return "| " + " | ".join(columns) + " |"
 

@@ -8,7 +8,7 @@ import torch
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.images import png
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 
 CONFIGS = Path(__file__).parent.parent / "configs/digits"
 SIZE, CHANNELS, CLASSES, COUNT = 16, 3, 4, 16

@@ -15,7 +15,8 @@ from gmdist.data.pack import write_shards
 from gmdist.data.sources import open_source
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.launch.lease import held
-from gmdist.runs import check_start, open_run, train_worker
+from gmdist.runs import open_run
+from gmdist.start import check_start, train_worker
 from tests.support import tree_bytes
 
 CONFIG = str(Path(__file__).parent.parent / "configs/digits/autoencoder_kl.yaml")
@@ -327,7 +328,7 @@ def test_an_unexpected_error_is_one_line_too(trained: Path, capsys, monkeypatch)
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(trained: Path, tmp_path: Path) -> None:
-    from gmdist.runs import clear
+    from gmdist.start import clear
 
     run = tmp_path / "run"
     shutil.copytree(trained, run)

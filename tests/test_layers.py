@@ -29,11 +29,12 @@ ALLOWED = {
     "structured": set(),
     "config": {"families", "data", "train", "evaluation.config", "structured", "storage"},
     "evaluator": {"config", "data", "evaluation", "families.family", "storage"},
-    "runs": {"config", "evaluator", "families", "data", "train", "storage", "s3", "rng", "workers"},
+    "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
+    "start": {"runs", "config", "evaluator", "families.family", "data", "train", "storage", "workers"},
     "sweep": {"config", "structured", "storage"},
     "report": {"runs", "config", "data", "evaluation", "train", "sweep", "storage", "images"},
     "launch": {
-        *("runs", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "sweep"),
+        *("runs", "start", "config", "evaluator", "families", "interchange", "data", "train", "evaluation", "sweep"),
         "report",
         *("storage", "s3", "images"),
     },
@@ -111,7 +112,18 @@ def import_problem(modules: list[str], without: list[str]) -> str:
 
 
 def test_training_packages_import_without_ray_and_deepspeed() -> None:
-    rooms = {"train", "families", "nets", "interchange", "diffusion", "data", "evaluation", "evaluator", "runs"}
+    rooms = {
+        "train",
+        "families",
+        "nets",
+        "interchange",
+        "diffusion",
+        "data",
+        "evaluation",
+        "evaluator",
+        "runs",
+        "start",
+    }
     modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES]
     chosen = [module for module in modules if room_of(module) in rooms and not module.endswith("__init__")]
     assert len(chosen) > 40

@@ -15,7 +15,7 @@ from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.images import png
-from gmdist.runs import check_start, train_worker
+from gmdist.start import check_start, train_worker
 from tests import two_domains
 from tests.support import run_workers, tree_bytes
 from tests.two_domains import Recolour, RecolourConfig

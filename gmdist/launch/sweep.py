@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from gmdist import runs, storage
+from gmdist import runs, start, storage
 from gmdist.config import Config
 from gmdist.errors import ClusterLostError, ConfigError, GmdistError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected, room
@@ -94,10 +94,10 @@ def _check_start(asked: Sweep) -> None:
     """Refuse what every trial would be refused for, and what the scheduler cannot do, before any trial starts.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as `runs.check_start`; values of pbt that checkpoints do not outlive;
+        ConfigError, DataError, CheckpointError: as `start.check_start`; values of pbt that checkpoints do not outlive;
             a folder that holds something else.
     """
-    runs.check_start(asked.base)
+    start.check_start(asked.base)
     names = storage.list_names(asked.folder)
     if FILE_NAME not in names and (others := sorted({runs.CONFIG_NAME, "checkpoints"} & set(names))):
         raise ConfigError(f"run.dir: {asked.folder}; holds a run ({others[0]}); choose another folder for the sweep")

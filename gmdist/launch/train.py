@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from gmdist import runs, storage
+from gmdist import start, storage
 from gmdist.config import Config
 from gmdist.errors import RunFailedError, StorageError
 from gmdist.launch.cluster import connected
@@ -45,7 +45,7 @@ def train(
         ClusterLostError: Ray does not answer any more.
         RunFailedError: anything else, after cluster.max_failures restarts.
     """
-    finished, warnings_ = runs.check_start(config)
+    finished, warnings_ = start.check_start(config)
     for warning in warnings_:
         on_message(warning)
     if finished is not None:
@@ -64,7 +64,7 @@ def train(
         lease.confirm()  # after Ray's start: another command has had the time to write its own
         stopper.check()
         if config.run.overwrite:  # all that can be refused before the start has been
-            runs.clear(storage.absolute(config.run.dir))
+            start.clear(storage.absolute(config.run.dir))
         return _with_restarts(config, on_progress, on_message, last_step, stopper)
 
 

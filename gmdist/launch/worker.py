@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError, RayError
 
-from gmdist import runs, storage
+from gmdist import runs, start, storage
 from gmdist.config import Config, from_yaml
 from gmdist.errors import ConfigError
 from gmdist.launch.lease import LEASE_NAME
@@ -42,7 +42,7 @@ def work(settings: dict[str, Any]) -> Outcome:
     try:
         check_reach(config)
         with _correspondence(mailbox if rank == 0 else None) as hooks:
-            return runs.train_worker(
+            return start.train_worker(
                 config, device, replace(hooks, beat=watchdog.beat, last_step=settings["last_step"])
             )
     except BaseException as error:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gmdist.config import load
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 from tests.faults.nodes import Nodes, environment, processes
 from tests.support import tree_bytes
 

@@ -16,7 +16,7 @@ from gmdist.data.batch import Loaded
 from gmdist.launch import attempt
 from gmdist.launch.train import train
 from gmdist.launch.worker import work
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 from gmdist.train.trainer import Trainer
 from tests.faults.nodes import processes
 from tests.support import run_workers, tree_bytes

@@ -8,7 +8,7 @@ import torch
 from gmdist.config import Config, load
 from gmdist.data.pack import write_shards
 from gmdist.images import png
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parent.parent.parent / "configs/digits"

@@ -19,7 +19,8 @@ from gmdist.errors import ConfigError, DataError, RunFailedError
 from gmdist.images import png
 from gmdist.launch import encoders, shard_workers
 from gmdist.launch.encode import encode
-from gmdist.runs import check_start, open_run, train_worker
+from gmdist.runs import open_run
+from gmdist.start import check_start, train_worker
 from tests.launch.latents import ALONE, CACHED, CPU, SHARDS, picture, second_stage, write
 from tests.support import tree_bytes
 

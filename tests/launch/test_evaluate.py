@@ -11,7 +11,7 @@ from gmdist.cli import main
 from gmdist.config import load
 from gmdist.evaluation.features import save_classifier
 from gmdist.nets.classifier import Classifier, ClassifierSizes
-from gmdist.runs import check_start, train_worker
+from gmdist.start import check_start, train_worker
 from tests.support import tree_bytes
 from tests.test_cli import CONFIG, TINY, refused
 

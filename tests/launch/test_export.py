@@ -13,7 +13,8 @@ from gmdist.config import load
 from gmdist.errors import ConfigError
 from gmdist.interchange.diffusers import read_folder
 from gmdist.launch.export import export
-from gmdist.runs import build_family, check_start, open_run, read_config, train_worker
+from gmdist.runs import build_family, open_run, read_config
+from gmdist.start import check_start, train_worker
 from tests.exporting import DIT, UNET, settings, train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,8 @@ from torch import Tensor
 from gmdist.cli import main
 from gmdist.config import Config, from_tree, load
 from gmdist.launch.export import export
-from gmdist.runs import build_family, check_start, open_run, train_worker
+from gmdist.runs import build_family, open_run
+from gmdist.start import check_start, train_worker
 from tests.exporting import CHANNELS, CLASSES, SIZE
 from tests.interchange.stylegan2_ada import Sizes, discriminator_shapes, generator_shapes, random_state
 

@@ -23,7 +23,8 @@ from gmdist.images import png
 from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, with_sampler
 from gmdist.nets.classifier import Classifier, ClassifierSizes
-from gmdist.runs import check_start, open_run, train_worker
+from gmdist.runs import open_run
+from gmdist.start import check_start, train_worker
 from tests.launch.latents import ALONE, CLASSES, CONFIGS, COUNT, CPU, DATA, SIZE, SOME_BAD, TRAIN, picture
 from tests.patch_means import PatchMeans, PatchMeansConfig
 from tests.support import tree_bytes

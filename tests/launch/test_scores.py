@@ -17,7 +17,8 @@ from gmdist.data.pack import write_shards
 from gmdist.families.posterior import kl_of_dimensions
 from gmdist.families.vae import VAE
 from gmdist.images import png
-from gmdist.runs import open_run, train_worker
+from gmdist.runs import open_run
+from gmdist.start import train_worker
 from tests.support import tree_bytes
 from tests.test_cli import CONFIG as WITHOUT_LIKELIHOOD
 from tests.test_cli import TINY, refused

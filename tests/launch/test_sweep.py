@@ -25,7 +25,8 @@ from gmdist.errors import (
 )
 from gmdist.launch import sweep as launched
 from gmdist.launch.sweep_progress import SweepDisplay
-from gmdist.runs import read_config, train_worker
+from gmdist.runs import read_config
+from gmdist.start import train_worker
 from gmdist.sweep.load import load_sweep
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.metrics import read_lines

@@ -15,7 +15,7 @@ from gmdist.errors import ConfigError, DataError, MemoryExceededError, RunFailed
 from gmdist.launch import attempt
 from gmdist.launch.train import train
 from gmdist.launch.worker import work
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 from gmdist.train.trainer import Trainer
 
 pytestmark = pytest.mark.ray

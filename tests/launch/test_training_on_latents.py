@@ -19,7 +19,8 @@ from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, draw
 from gmdist.nets.classifier import Classifier, ClassifierSizes
 from gmdist.report.page import write as write_report
-from gmdist.runs import build_family, check_start, identify, open_run, read_config, train_worker
+from gmdist.runs import build_family, identify, open_run, read_config
+from gmdist.start import check_start, train_worker
 from tests.launch.latents import (
     ALONE,
     CACHED,

@@ -13,7 +13,8 @@ from gmdist.cli import main
 from gmdist.data.pack import write_shards
 from gmdist.families import CATALOGUE
 from gmdist.images import png
-from gmdist.runs import open_run, train_worker
+from gmdist.runs import open_run
+from gmdist.start import train_worker
 from tests import two_domains
 from tests.test_cli import refused
 from tests.two_domains import SIZE, Recolour, RecolourConfig, picture

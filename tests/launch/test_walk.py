@@ -8,7 +8,7 @@ from PIL import Image
 
 from gmdist.cli import main
 from gmdist.config import load
-from gmdist.runs import train_worker
+from gmdist.start import train_worker
 from tests.launch.latents import CONFIGS, CPU
 from tests.test_cli import refused
 

@@ -22,7 +22,8 @@ from gmdist.errors import ConfigError
 from gmdist.families.family import Condition
 from gmdist.interchange.schedulers import scheduler_config
 from gmdist.launch.export import export
-from gmdist.runs import build_family, check_start, open_run
+from gmdist.runs import build_family, open_run
+from gmdist.start import check_start
 from tests.exporting import DIT, SIZE, UNET, settings, train
 from tests.parity.clip import write_clip
 
