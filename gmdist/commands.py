@@ -170,7 +170,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from gmdist.launch.evaluate import EvaluationRequest, evaluate, table
     from gmdist.launch.scores import write_scores
 
-    metrics = None if options.metrics is None else tuple(options.metrics.split(","))
+    metrics = None if options.metrics is None else tuple(name.strip() for name in options.metrics.split(","))
     if options.scores is not None:
         for key in ("metrics", "num_images", "features"):
             if getattr(options, key) is not None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from gmdist import storage
 from gmdist.data.ledger import Ledger, is_unchanged
-from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, PACK_NAME, SAMPLED_NAME, Manifest, ShardEntry
+from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry, unfinished
 from gmdist.data.parallel import num_cores, spread
 from gmdist.data.shard import index_name, load_index, scan
 from gmdist.data.sound import read_sound
@@ -47,15 +47,9 @@ def index_folder(
         if not name.isprintable():
             raise DataError(f"{folder}: {name!r}: a shard's name has to be printable UTF-8; rename it")
     classes = known_classes(folder)
-    if PACK_NAME in stats and MANIFEST_NAME not in stats:
-        raise DataError(
-            f"{folder}: its packing was not finished; run the same `gmdist data pack` again, or delete its {PACK_NAME} "
-            "to index what there is"
-        )
-    if ENCODED_NAME in stats and MANIFEST_NAME not in stats:
-        raise DataError(f"{folder}: its encoding was not finished; run the same `gmdist data encode` again")
-    if SAMPLED_NAME in stats and MANIFEST_NAME not in stats:
-        raise DataError(f"{folder}: its sampling was not finished; run the same `gmdist sample` again")
+    if problem := unfinished(stats):
+        otherwise = f", or delete its {PACK_NAME} to index what there is" if PACK_NAME in stats else ""
+        raise DataError(f"{folder}: {problem}{otherwise}")
     storage.delete_leftovers(folder)
     ledger = Ledger(folder)
     with suppress(DataError):  # there is none, or it is why the folder is indexed again

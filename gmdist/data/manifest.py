@@ -19,6 +19,11 @@ MANIFEST_NAME = "manifest.json"
 PACK_NAME = "pack.json"  # what a data set was packed from, there from the first shard on
 ENCODED_NAME = "encoded.json"  # the same of a latent cache
 SAMPLED_NAME = "sampled.json"  # the same of generated images
+_MAKINGS = (  # what is there while a data set is made, and what makes it
+    (PACK_NAME, "packing", "gmdist data pack"),
+    (ENCODED_NAME, "encoding", "gmdist data encode"),
+    (SAMPLED_NAME, "sampling", "gmdist sample"),
+)
 FORMAT_VERSION = 2
 PACKED_NAMES = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")  # what is written here, not by others
 _ROWS_A_LINE = 4096
@@ -201,14 +206,20 @@ def _lines(location: str) -> Iterator[bytes]:
         yield rest
 
 
+def unfinished(names: Iterable[str]) -> str | None:
+    """Why there is no manifest among the files of a folder, where its making was broken off, and what to do."""
+    if MANIFEST_NAME in names:
+        return None
+    for name, making, command in _MAKINGS:
+        if name in names:
+            return f"its {making} was not finished; run the same `{command}` again"
+    return None
+
+
 def _remedy(folder: str) -> str:
     names = storage.list_names(folder)
-    if PACK_NAME in names:
-        return "its packing was not finished; run the same `gmdist data pack` again"
-    if ENCODED_NAME in names:
-        return "its encoding was not finished; run the same `gmdist data encode` again"
-    if SAMPLED_NAME in names:
-        return "its sampling was not finished; run the same `gmdist sample` again"
+    if problem := unfinished(names):
+        return problem
     if any(name.endswith(".tar") for name in names):
         return f"its shards have no manifest; run `gmdist data index {folder}`"
     if names:

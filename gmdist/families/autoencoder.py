@@ -9,7 +9,7 @@ from gmdist import rng
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
 from gmdist.nets.finite import all_finite
-from gmdist.nets.image_quality import psnr, ssim
+from gmdist.nets.image_quality import quality
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
 
@@ -82,9 +82,4 @@ class PlainAutoencoder(Family):
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images, means over images."""
-        image, reconstruction = batch["image"], self.reconstruct(batch)
-        return {
-            "mse": (reconstruction - image).square().mean(),
-            "psnr_db": psnr(reconstruction, image).mean(),
-            "ssim": ssim(reconstruction, image).mean(),
-        }
+        return quality(self.reconstruct(batch), batch["image"])

@@ -15,7 +15,7 @@ from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import stylegan2_discriminator
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
-from gmdist.nets.image_quality import psnr, ssim
+from gmdist.nets.image_quality import quality
 from gmdist.nets.perceptual import PerceptualConfig
 
 
@@ -156,8 +156,7 @@ class AutoencoderKL(JudgedAutoencoder):
         mean, logvar = self.autoencoder.encode(image)
         reconstruction = self.autoencoder.decode(mean).clamp(-1.0, 1.0)
         metrics = {
-            "psnr_db": psnr(reconstruction, image).mean(),
-            "ssim": ssim(reconstruction, image).mean(),
+            **quality(reconstruction, image),
             "l1": (reconstruction - image).abs().mean(),
             "kl_nats": gaussian_kl(mean, logvar).mean(),
         }

@@ -8,7 +8,7 @@ from gmdist.errors import DataError
 from gmdist.families.family import INITIALIZE_SAMPLES, Batch, Condition, Family, Metrics
 from gmdist.families.tokenizer import Tokenizer
 from gmdist.nets.finite import all_finite
-from gmdist.nets.image_quality import psnr, ssim
+from gmdist.nets.image_quality import quality
 from gmdist.nets.quantizer import AveragedCodebook, Codebook, Quantized, Quantizer, QuantizerConfig, perplexity
 from gmdist.workers import all_gathered, all_sum
 
@@ -108,11 +108,7 @@ class CodedAutoencoder(Tokenizer):
 
     def compared_with(self, image: Tensor, reconstruction: Tensor) -> Metrics:
         """What an evaluation says of reconstructions [N, C, H, W] of images like them: means over images."""
-        return {
-            "psnr_db": psnr(reconstruction, image).mean(),
-            "ssim": ssim(reconstruction, image).mean(),
-            "mse": (reconstruction - image).square().mean(),
-        }
+        return quality(reconstruction, image)
 
     def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
         """The means, and the use that all images make of the codebook."""

@@ -50,11 +50,12 @@ class ConditioningConfig:
 
     def guidance_problem(self, guidance: float) -> str | None:
         """Why a sampler's guidance cannot be, as "guidance: value; what is valid"; None if it can."""
-        if guidance == 1.0 or self.kind == "none" or self.dropout > 0.0:
+        if guidance == 1.0 or self.kind == "none" or 0.0 < self.dropout < 1.0:
             return None
+        never = "without what it is told, which guidance leads away from" if self.dropout == 0.0 else "with it"
         return (
-            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never trained "
-            "without what it is told, which guidance leads away from"
+            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0 and below 1: at {self.dropout:g} "
+            f"the model is never trained {never}"
         )
 
 

@@ -14,7 +14,7 @@ from gmdist.families.posterior import active_units, kl_of_dimensions, moments, m
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
 from gmdist.nets.finite import all_finite
-from gmdist.nets.image_quality import psnr, ssim
+from gmdist.nets.image_quality import quality
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -165,9 +165,7 @@ class VAE(Family):
         return {
             "elbo_nats": elbo.mean(),
             "iwae_nats": iwae.mean(),
-            "mse": (reconstruction - image).square().mean(),
-            "psnr_db": psnr(reconstruction, image).mean(),
-            "ssim": ssim(reconstruction, image).mean(),
+            **quality(reconstruction, image),
             "kl": kl_of_dimensions(mean, logvar).mean(dim=0),
             **moments(mean, logvar),
         }

@@ -281,9 +281,10 @@ def test_evaluates_reconstructions_from_the_mean() -> None:
     assert image.shape == (8, CHANNELS, SIZE, SIZE)
     assert image.abs().max() <= 1.0
     error = image - batch["image"]
-    assert set(metrics) == {"psnr_db", "ssim", "l1", "kl_nats", "perceptual"}
+    assert set(metrics) == {"psnr_db", "ssim", "l1", "mse", "kl_nats", "perceptual"}
     psnr_db = torch.stack([10 * (4 / e.square().mean()).log10() for e in error]).mean()
     torch.testing.assert_close(metrics["psnr_db"], psnr_db)
+    torch.testing.assert_close(metrics["mse"], error.square().mean())
     torch.testing.assert_close(metrics["l1"], error.abs().mean())
     torch.testing.assert_close(metrics["perceptual"], family.perceptual(image, batch["image"]).mean())
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / 8

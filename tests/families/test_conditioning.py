@@ -165,6 +165,10 @@ def test_a_transformer_can_take_the_place_of_the_unet() -> None:
             "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
         ),
         (
+            {"conditioning": ConditioningConfig(dropout=1.0)},
+            "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0 and below 1: at 1 the",
+        ),
+        (
             {"conditioning": dataclasses.replace(TEXT, dropout=0.0)},
             "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
         ),

@@ -57,7 +57,10 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
 def test_training_and_the_command_say_the_same(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = logged(trained)
     assert list(found) == [2, 4]
-    own, generated = ["kl_nats", "l1", "perceptual", "psnr_db", "ssim"], ["fid", "rfid", "kid", "precision", "recall"]
+    own, generated = (
+        ["kl_nats", "l1", "mse", "perceptual", "psnr_db", "ssim"],
+        ["fid", "rfid", "kid", "precision", "recall"],
+    )
     assert list(found[4]) == own + generated
     assert main(["evaluate", str(trained)]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
@@ -87,7 +90,7 @@ def test_options_take_the_place_of_settings(trained: Path, digits: Path, tmp_pat
     command = ["evaluate", checkpoint, "--metrics", "pr", "--num-images", "8", "--batch-size", "3"]
     assert main([*command, "--features", other]) == 0
     report = json.loads((trained / "evaluation.json").read_text())
-    assert list(report["metrics"]) == ["kl_nats", "l1", "perceptual", "psnr_db", "ssim", "precision", "recall"]
+    assert list(report["metrics"]) == ["kl_nats", "l1", "mse", "perceptual", "psnr_db", "ssim", "precision", "recall"]
     assert (report["num_images"], report["features"], report["overrides"]) == (8, other, [])
     setting = f"evaluation.reference={digits}/train"
     assert main([*command, "--features", other, setting]) == 0
@@ -98,7 +101,7 @@ def test_options_take_the_place_of_settings(trained: Path, digits: Path, tmp_pat
 def test_what_cannot_be_is_one_line(trained: Path, data: Path, tmp_path: Path, capsys) -> None:
     before = tree_bytes(trained)
     evaluate = ["evaluate", str(trained)]
-    assert "--metrics: 'fie'; must be of fid, kid, pr" in refused(capsys, 2, *evaluate, "--metrics", "fid,fie")
+    assert "--metrics: 'fie'; must be of fid, kid, pr" in refused(capsys, 2, *evaluate, "--metrics", "fid, fie")
     assert "--metrics: 'fid'; must be of fid, kid, pr, each once" in refused(capsys, 2, *evaluate, "--metrics=fid,fid")
     assert "--num-images: 3; must be at least 4" in refused(capsys, 2, *evaluate, "--num-images", "3")
     assert "--batch-size: 0; must be at least 1" in refused(capsys, 2, *evaluate, "--batch-size", "0")
