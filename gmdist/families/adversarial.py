@@ -125,7 +125,7 @@ class JudgedAutoencoder(Family):
             return [Phase("autoencoder", "autoencoder", self.loss)]
         start = self._judge.start_images
         return [
-            Phase("autoencoder", "autoencoder", self.loss, higher_order=self._judge.adaptive, changes_at=start),
+            Phase("autoencoder", "autoencoder", self.loss, revisits=self._judge.adaptive, changes_at=start),
             Phase("discriminator", "discriminator", self.discriminator_loss, changes_at=start),
         ]
 

@@ -27,7 +27,8 @@ class Phase:
     trains: str  # direct child of the Family: one network, or a ModuleDict
     loss: Callable[[Batch, int], tuple[Tensor, Metrics]]  # (micro-batch, images seen) -> mean loss
     every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
-    higher_order: bool = False  # the loss differentiates a gradient, or goes through its graph more than once
+    higher_order: bool = False  # the loss differentiates a gradient
+    revisits: bool = False  # gradients go through children of other phases twice, through the blocks of its own once
     changes_at: int = 0  # images seen, from which on the loss is another, that costs more
 
 

@@ -29,25 +29,28 @@ def prepare(family: Family, trained: list[str], config: TrainConfig) -> None:
     """Let the trained children compute as the config says; before their units are made."""
     check_precision(family, trained, config.precision)
     lay_out(family, trained, config)
-    for block in _blocks(family, trained):
+    for child, block in _blocks(family, trained):
         if config.compile:
-            block.forward = _compiled(block, block.forward)
+            block.forward = _compiled(child, block, block.forward)
         if config.activation_checkpointing:  # around what is compiled: telling which pass it is breaks a graph
-            block.forward = functools.partial(_recomputed, block.forward)
+            block.forward = functools.partial(_recomputed, child, block.forward)
 
 
 def lay_out(family: Family, trained: list[str], config: TrainConfig) -> None:
     """Let the trained children compute in the config's layout, which rounds otherwise: in training and after it."""
     if config.channels_last:  # blocks too: features need not come of an image, a generator's begin as a parameter
-        for module in (*(getattr(family, name) for name in trained), *_blocks(family, trained)):
+        for module in (*(getattr(family, name) for name in trained), *(block for _, block in _blocks(family, trained))):
             module.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
 
 
-def _blocks(family: Family, trained: list[str]) -> list[nn.Module]:
-    return [part for name in trained for part in getattr(family, name).modules() if isinstance(part, family.blocks)]
+def _blocks(family: Family, trained: list[str]) -> list[tuple[str, nn.Module]]:
+    """Each block after the name of its child."""
+    return [
+        (name, part) for name in trained for part in getattr(family, name).modules() if isinstance(part, family.blocks)
+    ]
 
 
-def _compiled(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(child: str, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's `forward` that is compiled while it trains, and always to the same code.
 
     A resumed run has not seen the shapes of an earlier preview or evaluation. So these are not compiled, a shape's code
@@ -58,7 +61,7 @@ def _compiled(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., An
     compiled = torch.compile(forward, dynamic=False, options={"deterministic": True})
 
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs) if block.training else forward(*args, **kwargs)
+        return (compiled if block.training and not _is_plain(child) else forward)(*args, **kwargs)
 
     return chosen
 
@@ -71,27 +74,28 @@ def _to_channels_last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return tuple(map(convert, args)), {key: convert(value) for key, value in kwargs.items()}
 
 
-_is_first_order = True  # the loss that is computed now
+_phase: Phase | None = None  # whose loss is computed now, or differentiated
 is_recomputing = False  # what was computed before, for a backward
 
 
 @contextmanager
-def of_order(phase: Phase) -> Iterator[None]:
-    """Compute a phase's loss without what a derivative of a derivative cannot go through."""
-    global _is_first_order
-    if not phase.higher_order:
-        yield
-        return
-    _is_first_order = False
+def computing_phase(phase: Phase) -> Iterator[None]:
+    """Compute a phase's loss and its gradients, by plain blocks where the others are of no use."""
+    global _phase
+    _phase = phase
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
-        _is_first_order = True
+        _phase = None
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled() or not _is_first_order:
+def _is_plain(child: str) -> bool:
+    """Whether a child's blocks are neither compiled nor recomputed: gradients go through them twice, or are such."""
+    return _phase is not None and (_phase.higher_order or (_phase.revisits and child != _phase.trains))
+
+
+def _recomputed(child: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or _is_plain(child):
         return forward(*args, **kwargs)
     return checkpoint(functools.partial(_telling, forward), *args, use_reentrant=False, **kwargs)
 

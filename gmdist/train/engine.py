@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist.families.family import Batch, Family, Metrics, Phase
-from gmdist.train.blocks import of_order
+from gmdist.train.blocks import computing_phase
 from gmdist.train.optim import OptimConfig, num_updates, set_num_updates
 from gmdist.train.shards import Fragment
 
@@ -62,7 +62,7 @@ class Unit(ABC):
             The loss's metrics, prefixed with the phase's name.
         """
         freeze_all_but(self.family, self.name)
-        with of_order(phase):
+        with computing_phase(phase):
             metrics = self._backward(phase, micro_batch, seen, scale * phase.every)
         return {f"{phase.name}/{key}": value for key, value in metrics.items()}
 

@@ -223,7 +223,7 @@ class ShardedUnit(ZeroUnit):
             group["params"] = []
 
     def _backward(self, phase: Phase, batch: Batch, seen: int, scale: float) -> Metrics:
-        if not phase.higher_order:
+        if not (phase.higher_order or phase.revisits):
             return super()._backward(phase, batch, seen, scale)
         with self._gathered():  # a second backward would find the weights released
             return super()._backward(phase, batch, seen, scale)

@@ -112,11 +112,11 @@ def test_fixed_weight() -> None:
     family, batch = family_with(DiscriminatorConfig(8, 1, weight=3.0, adaptive=False, start_images=0)), batch_of()
     nll, kl, adversarial = reference_terms(family, batch)
     torch.testing.assert_close(family.loss(batch, 0)[0], nll + 0.02 * kl + 3.0 * adversarial, rtol=1e-10, atol=0)
-    assert [(phase.trains, phase.higher_order) for phase in family.phases()] == [
+    assert [(phase.trains, phase.revisits) for phase in family.phases()] == [
         ("autoencoder", False),
         ("discriminator", False),
     ]
-    assert [phase.higher_order for phase in family_with().phases()] == [True, False]
+    assert [phase.revisits for phase in family_with().phases()] == [True, False]
 
 
 def test_before_its_start_the_discriminator_neither_learns_nor_judges() -> None:

@@ -102,7 +102,7 @@ class AdaptiveWeight(Family):
 
     def phases(self) -> list[Phase]:
         return [
-            Phase("ae", "autoencoder", self.ae_loss, higher_order=True),
+            Phase("ae", "autoencoder", self.ae_loss, revisits=True),
             Phase("d", "critic", self.d_loss),
         ]
 

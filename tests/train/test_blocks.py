@@ -48,6 +48,36 @@ def test_recomputation_saves_activations(tmp_path: Path) -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
+def judged() -> Family:
+    """Gradients go through its judge twice where that judges, and not through the autoencoder's blocks."""
+    judge = dataclasses.replace(SMALL["vit_vqvae/discriminator"].discriminator, adaptive=True)
+    return small_family("vit_vqvae/discriminator", discriminator=judge)
+
+
+def calls_of_a_layer(run: Path, **settings: bool) -> dict[str, int]:
+    """How often a step computes the first layer of a block of either network."""
+    trainer = make_trainer(judged(), run, **settings)
+    counts = dict.fromkeys(("autoencoder", "discriminator"), 0)
+    for name in counts:
+        blocks = [part for part in getattr(trainer.family, name).modules() if isinstance(part, trainer.family.blocks)]
+
+        def count(*_: Any, name: str = name) -> None:
+            counts[name] += 1
+
+        layer = next(part for part in blocks[0].modules() if not list(part.children()))
+        layer.register_forward_hook(count)
+    trainer.train_step(next(trainer.data.batches(0)))
+    trainer.close()
+    return counts
+
+
+def test_an_autoencoder_that_is_judged_is_recomputed_and_its_judge_in_its_own_phase(tmp_path: Path) -> None:
+    kept = calls_of_a_layer(tmp_path / "kept")
+    again = calls_of_a_layer(tmp_path / "again", activation_checkpointing=True)
+    assert kept == {"autoencoder": 2, "discriminator": 3}  # to be judged, as an example; one judgement, two examples
+    assert again == {"autoencoder": 3, "discriminator": 5}
+
+
 def without_dropout() -> Family:
     return small_family("ddpm", unet=dataclasses.replace(SMALL["ddpm"].unet, dropout=0.0))
 
@@ -110,6 +140,13 @@ def graphs() -> Iterator[Graphs]:
     with torch.compiler.set_stance(force_backend=backend):
         yield captured
     torch._dynamo.reset()
+
+
+def test_an_autoencoder_that_is_judged_is_compiled(graphs: Graphs, tmp_path: Path) -> None:
+    fit(judged(), tmp_path, num_steps=2, compile=True)
+    # Blocks of the encoder, of the decoder, and two of the discriminator, in its phase alone.
+    assert len(graphs) == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 class Layer(torch.nn.Module):
