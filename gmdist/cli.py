@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
 
     sweep = _command(parsers, "sweep", commands.sweep, "train a config with many settings, and find the best")
-    sweep.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/sweeps/digits_vae.yaml")
+    sweep.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/sweeps/digits_vae_betas.yaml")
     sweep.add_argument("overrides", metavar="key=value", nargs="*", help="such as sweep.num_trials=4")
 
     submit = _command(parsers, "submit", commands.submit, "train or sweep a config as a job on a cluster")
@@ -108,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     evaluate.add_argument("--metrics", help="of fid,kid,pr; default: the run's evaluation.metrics, or all")
     evaluate.add_argument("--num-images", type=int, help="that are generated; default: the run's setting")
-    evaluate.add_argument("--batch-size", type=int, help="images at once; default: the run's setting")
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        help="images at once; default: evaluation.batch_size, with --scores as many as the run's workers took",
+    )
     evaluate.add_argument("--features", type=_location, help="a classifier or Inception file; default: the run's")
     evaluate.add_argument(
         "--scores", type=_location, metavar="OUT", help="instead, write each real image's log-likelihood to a CSV file"
@@ -124,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(parsers, "report", commands.report, "write RUN/report.html: curves and images on one page")
     report.add_argument("runs", type=_location, metavar="RUN", nargs="+", help="the page is written into the last one")
 
-    data = parsers.add_parser("data", help="make, pack, index and check data sets")
+    data = parsers.add_parser("data", help="make, pack, index, check and encode data sets")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = _command(actions, "make", commands.data_make, "write an embedded data set to DEST/train and DEST/test")
     names = "digits, digits-color, glyphs, glyphs-color, glyphs-serif or glyphs-sans"
@@ -160,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("source", type=_location, metavar="SRC", help="shards, in a folder or s3://bucket/prefix")
     encode.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
     _add_settings(encode, "cluster.address=auto")
-    encode.add_argument("--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray")
+    encode.add_argument(
+        "--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray, if cluster.address is local"
+    )
     encode.add_argument("--no-flip", dest="flip", action="store_false", help="without mirror images, in half the space")
 
     doctor = _command(parsers, "doctor", commands.doctor, "say what this machine or a cluster has, and what is missing")

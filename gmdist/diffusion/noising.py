@@ -80,7 +80,7 @@ class FlowNoise:
 
     times: str = "logit_normal"  # logit_normal (Esser 2024, Eq. 19) or uniform
     logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_std: float = 1.0  # of the normal distribution of a time's logit, whose mean is logit_mean
     shift: float = 1.0  # above 1, times move to more noise, in training and in sampling, as large images need it
 
     def problem(self) -> str | None:

@@ -22,7 +22,7 @@ class CycleGANConfig:
     """Sizes and loss; the defaults are the paper's."""
 
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
-    discriminator_channels: int = 64
+    discriminator_channels: int = 64  # after the first layer; twice as many after each next, at most 8 times
     discriminator_layers: int = 3  # that halve the image; each adds to what a logit judges: 16, 34, 70, 142 pixels
     loss: str = "least_squares"
     cycle_weight: float = 10.0  # of an image's difference from what comes back

@@ -26,7 +26,7 @@ class VAEConfig:
     """Sizes, likelihood, and the weight of the KL term."""
 
     autoencoder: ConvolutionalConfig = field(default_factory=ConvolutionalConfig)
-    latent_dim: int = 64
+    latent_dim: int = 64  # numbers that an image is encoded in
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     beta: BetaConfig = field(default_factory=BetaConfig)
     iwae_samples: int = 64  # latents of an image in evaluations and scores, each of which is decoded

@@ -13,8 +13,8 @@ class VanillaGANConfig(GANConfig):
     """Sizes of both networks, whose hidden layers have one width."""
 
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig("non_saturating"))
-    latent_channels: int = 64
-    hidden_channels: int = 512
+    latent_channels: int = 64  # standard normal numbers that an image is made from
+    hidden_channels: int = 512  # of both networks
     depth: int = 3  # hidden layers
 
     def problem(self, image_size: int) -> str | None:

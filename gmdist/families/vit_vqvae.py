@@ -28,8 +28,8 @@ class ViTVQVAEConfig:
     quantizer: QuantizerConfig = field(
         default_factory=lambda: QuantizerConfig(8192, 32, normalize=True, learned_by="gradient", kmeans_steps=0)
     )
-    logit_laplace_weight: float = 0.1
-    l2_weight: float = 1.0
+    logit_laplace_weight: float = 0.1  # of the negative log-likelihood, a mean over pixels and channels
+    l2_weight: float = 1.0  # of the squared error, a mean as well
     perceptual: PerceptualConfig = field(default_factory=lambda: PerceptualConfig(weight=0.1))
     discriminator: DiscriminatorConfig | None = None  # None: no adversarial loss
 

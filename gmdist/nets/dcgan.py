@@ -18,7 +18,7 @@ _FIRST_SIDE = 4
 class DCGANConfig:
     """Sizes of both networks; the defaults are the paper's."""
 
-    latent_channels: int = 100
+    latent_channels: int = 100  # standard normal numbers that an image is made from
     generator_channels: int = 128  # of the features before the image; twice as many at each half of the sides
     discriminator_channels: int = 128  # of the features of half the image's sides, and so on
     max_channels: int = 1024

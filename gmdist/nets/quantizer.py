@@ -28,13 +28,13 @@ Reduce = Callable[[Tensor], Tensor]  # of a tensor of each worker, one for all
 class QuantizerConfig:
     """The codebook, how it learns, and how gradients pass it."""
 
-    codebook_size: int = 512
+    codebook_size: int = 512  # codes
     code_channels: int | None = None  # features are projected to it, and codes back (Yu 2022, Sec. 3.2); None: neither
     normalize: bool = False  # codes, and what is compared with them, have length 1
     learned_by: str = "averages"  # averages of the vectors nearest to each code; gradient: a loss and the optimizer
     decay: float = 0.99  # a step, of these averages and of how often each code is used
     estimator: str = "straight_through"  # of the encoder's gradient; or rotation
-    commitment_weight: float = 0.25
+    commitment_weight: float = 0.25  # of the squared distance of features from their codes, for the encoder
     kmeans_steps: int = 10  # of Lloyd's algorithm, on features of the first samples; 0: codes start at random
     dead_below: float = 0.05  # a code that is used less, in the average, where 1 is the mean of all codes
     revive: bool = False  # put dead codes, up to 64 a step, where vectors of the batch are; with averages only

@@ -22,9 +22,9 @@ _MAX_WIDTH = 1 << 14
 class StyleGAN2GeneratorConfig:
     """Sizes."""
 
-    latent_channels: int = 512
-    style_channels: int = 512
-    mapping_layers: int = 8
+    latent_channels: int = 512  # standard normal numbers that an image is made from
+    style_channels: int = 512  # of what the mapping makes of them
+    mapping_layers: int = 8  # between the two
     channel_base: int = 16384  # width times side of the image, at every resolution; 32768 in the largest models
     channel_max: int = 512
     # skip: an image at each side, which the next adds to; resnet: shortcuts around blocks; orig: neither
