@@ -121,6 +121,9 @@ def _doubts(config: Config) -> list[str]:
         )
     if train.best_order == "min" and (train.best_metric or "").removeprefix("test/") in LARGER_IS_BETTER:
         found.append(f"train.best_order: min; keeps the checkpoint of the least {train.best_metric}: set it to max")
+    diffusion = getattr(config.family, "diffusion", None)
+    if diffusion is not None and (doubt := diffusion.doubt()):
+        found.append(f"family.diffusion.{doubt}")
     return found
 
 

@@ -406,7 +406,7 @@ def test_report_is_one_self_contained_page(trained: Path, capsys) -> None:
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 2
     assert "<svg" in page
-    assert "nearest training image" in page
+    assert "nearest training image, of all " in page
     assert 'src="http' not in page
     assert "<script" not in page
     (trained / "report.html").unlink()

@@ -124,7 +124,7 @@ def test_refusals_name_the_key(base: Path, override: str, message: str) -> None:
         ("family.unet.attention_levels=[9]", "family.unet.attention_levels: [9]; the levels are 0 to 1"),
         ("family.diffusion.num_timesteps=99999999999", "family.diffusion.num_timesteps: 99999999999"),
         ("family.diffusion.sampler.guidance=.nan", "family.diffusion.sampler.guidance: nan"),
-        ("family.conditioning.dropout=2", "family.conditioning.dropout: 2.0; must be between 0 and 1"),
+        ("family.conditioning.dropout=2", "family.conditioning.dropout: 2.0; must be at least 0 and below 1"),
     ],
 )
 def test_denoisers_that_cannot_be_are_refused(override: str, message: str) -> None:

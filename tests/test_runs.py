@@ -46,6 +46,20 @@ def test_evaluations_that_are_hardly_meant_are_warned_of(tmp_path: Path) -> None
         assert [warning.removesuffix(": set it to max") for warning in warnings] == words
 
 
+def test_a_schedule_that_ends_short_of_noise_is_warned_of(tmp_path: Path) -> None:
+    data = [f"data.train={write(tmp_path / 'data', 0)}", "data.test=null", "data.image_size=32", "data.channels=1"]
+    config = str(Path(CONFIG).parent / "ddpm.yaml")
+    settings = [*data, f"run.dir={tmp_path}/run", "family.diffusion.schedule=linear"]
+    settings += ["evaluation.metrics=[]", "train.evaluate_every=null", "train.best_metric=null"]
+    for more, words in (
+        (["family.diffusion.num_timesteps=100"], ["family.diffusion.num_timesteps: 100; the last one has 60% of"]),
+        (["family.diffusion.num_timesteps=100", "family.diffusion.betas=[0.001,0.2]"], []),
+        ([], []),
+    ):
+        _, warnings = check_start(load(config, [*settings, *more]))
+        assert [warning[: len(word)] for warning, word in zip(warnings, words, strict=True)] == words
+
+
 def train_on_own_folder(rank: int, world_size: int, folder: str) -> None:
     settings = [f"data.train={folder}/{rank}", "data.test=null", f"run.dir={folder}/run", "train.zero_stage=0"]
     config = load(CONFIG, [*settings, f"cluster.num_workers={world_size}", "data.batch_size=2"])

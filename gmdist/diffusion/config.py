@@ -40,6 +40,7 @@ TIMESTEP_SPACINGS = {
 }
 
 _NUM_TIMESTEPS = 1000
+_MOST_LEFT = 0.2  # of alpha at the last timestep, before it shows; Stable Diffusion has 0.07
 _MAX_TIMESTEPS = 1_000_000
 _WITH_BETAS = ("linear", "scaled_linear", "sigmoid")
 _WITH_SNR = ("eps", "x0", "v")
@@ -160,6 +161,15 @@ class DiffusionConfig:
         if problem := self.sampler.problem(self):
             return f"sampler.{problem}"
         return None
+
+    def doubt(self) -> str | None:
+        """What is hardly meant, as "key: value; why"; None if there is nothing."""
+        if not self.is_discrete or (left := float(self.abar()[-1].sqrt())) <= _MOST_LEFT:
+            return None
+        return (
+            f"num_timesteps: {self.num_timesteps}; the last one has {left:.0%} of the data, and samples begin without: "
+            "set betas that end higher, the schedule 'cosine', or zero_terminal_snr: true"
+        )
 
     def _schedule_problem(self) -> str | None:
         if self.schedule not in SCHEDULES:

@@ -119,7 +119,9 @@ class FlowNoise:
 class EDMNoise:
     """x = x_0 + sigma eps with log-normal sigmas, for data of standard deviation sigma_data (Karras 2022, Table 1)."""
 
-    p_mean: float = -1.2  # of ln sigma in training; EDM2's are -0.4 and 1.0 on latents, -0.8 and 1.6 on pixels
+    # What is published goes with a sigma_data of 0.5, also EDM2's p_mean and p_std: -0.4 and 1.0 on latents, -0.8 and
+    # 1.6 on pixels. Where it is 1, the same noise is p_mean + ln 2, and twice sigma_min and sigma_max.
+    p_mean: float = -1.2  # of ln sigma in training
     p_std: float = 1.2
     sigma_data: float = 0.5  # of pixels in [-1, 1]; latents are scaled to 1
     sigma_min: float = 0.002  # of sampling

@@ -185,8 +185,8 @@ class Evaluator:
         return not torch.equal(one, other)
 
     def _of_reconstructions(self, family: Family, beat: Beat) -> dict[str, float]:
-        """The Frechet distance between held-out images and what the family makes of them; {} if it does not."""
-        if self._held_out is None:
+        """The Frechet distance of held-out images from what the family makes of them; {} if it does not, or of one."""
+        if self._held_out is None or self._held_out.num_images < 2:
             return {}
         parts = self._reconstruct(family, self._held_out, beat)
         first = next(parts, None)

@@ -33,7 +33,9 @@ class Novelty:
 
     generated: float  # median distance to the nearest training image
     held_out: float  # the same for real images that were not trained on
-    suspicious: float  # share of generated images nearer than all but 1% of the held-out ones are; 0.01 by chance
+    # Share of generated images that are a training image, or nearer than all but 1% of the held-out ones are; 0.01 by
+    # chance.
+    suspicious: float
 
 
 def novelty(generated: Tensor, train: Tensor, held_out: Tensor) -> Novelty:
@@ -43,5 +45,5 @@ def novelty(generated: Tensor, train: Tensor, held_out: Tensor) -> Novelty:
     return Novelty(
         float(from_generated.median()),
         float(from_held_out.median()),
-        float((from_generated < threshold).double().mean()),
+        float(((from_generated < threshold) | (from_generated == 0.0)).double().mean()),
     )

@@ -39,8 +39,8 @@ class ConditioningConfig:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
         if self.kind is not None and self.kind not in KINDS:
             return f"kind: '{self.kind}'; must be one of {', '.join(KINDS)}, or null"
-        if not 0.0 <= self.dropout <= 1.0:
-            return f"dropout: {self.dropout}; must be between 0 and 1"
+        if not 0.0 <= self.dropout < 1.0:
+            return f"dropout: {self.dropout}; must be at least 0 and below 1: without any condition, kind is none"
         if self.text.name not in ENCODERS:
             return f"text.name: '{self.text.name}'; must be one of {', '.join(ENCODERS)}"
         if (self.text.name == "clip") != bool(self.text.path):
@@ -50,12 +50,11 @@ class ConditioningConfig:
 
     def guidance_problem(self, guidance: float) -> str | None:
         """Why a sampler's guidance cannot be, as "guidance: value; what is valid"; None if it can."""
-        if guidance == 1.0 or self.kind == "none" or 0.0 < self.dropout < 1.0:
+        if guidance == 1.0 or self.kind == "none" or self.dropout > 0.0:
             return None
-        never = "without what it is told, which guidance leads away from" if self.dropout == 0.0 else "with it"
         return (
-            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0 and below 1: at {self.dropout:g} "
-            f"the model is never trained {never}"
+            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never trained "
+            "without what it is told, which guidance leads away from"
         )
 
 

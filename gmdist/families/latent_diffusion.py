@@ -30,7 +30,7 @@ class LatentDiffusionConfig(DenoiserConfig):
         if self.diffusion.schedule == "edm" and self.diffusion.edm.sigma_data != 1.0:
             return (
                 f"diffusion.edm.sigma_data: {self.diffusion.edm.sigma_data}; must be 1, the standard deviation that "
-                "latents are scaled to"
+                "latents are scaled to, and with it p_mean + ln 2, 2 sigma_min and 2 sigma_max of what goes with 0.5"
             )
         return super().problem(image_size)
 

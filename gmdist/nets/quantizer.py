@@ -49,8 +49,8 @@ class QuantizerConfig:
             return f"learned_by: '{self.learned_by}'; must be one of {', '.join(LEARNED_BY)}"
         if self.estimator not in ESTIMATORS:
             return f"estimator: '{self.estimator}'; must be one of {', '.join(ESTIMATORS)}"
-        if not 0.0 <= self.decay < 1.0:
-            return f"decay: {self.decay}; must be at least 0 and below 1"
+        if not 0.0 < self.decay < 1.0:
+            return f"decay: {self.decay}; must be above 0 and below 1"
         if not 0.0 <= self.commitment_weight < math.inf:
             return f"commitment_weight: {self.commitment_weight}; must be a number of at least 0"
         if self.kmeans_steps < 0:

@@ -63,7 +63,8 @@ _TEMPLATE = (
 <figure><img src="{{ comparison.real }}" alt="real"><figcaption>real, {{ comparison.split }}</figcaption></figure>
 {% if comparison.novelty %}
 <h3>Are they copies?</h3>
-<p>Distance to the nearest training image, as the root mean square difference of pixels (0 to 255):</p>
+<p>Distance to the nearest training image, of {{ comparison.compared }}, as the root mean square difference of pixels (0
+to 255):</p>
 <table>
 <tr><th>images</th><th>median distance</th></tr>
 <tr><td>generated</td><td>{{ "%.2f"|format(comparison.novelty.generated) }}</td></tr>
@@ -94,6 +95,7 @@ class _Comparison:
     generated: str  # data URI
     real: str
     split: str
+    compared: str  # how many training images
     novelty: Novelty | None
 
 
@@ -200,25 +202,26 @@ def axes_of(title: str, below: str, inches: tuple[float, float] = (4, 2.6)) -> I
 
 
 def _compare(config: Config, generated: Tensor) -> _Comparison:
-    train = _real_images(
-        config, config.data.trained_on, max(len(generated), _MAX_REFERENCE_VALUES // generated[0].numel())
-    )
-    held_out = _real_images(config, config.data.test, _MAX_HELD_OUT) if config.data.test else None
+    most = max(len(generated), _MAX_REFERENCE_VALUES // generated[0].numel())
+    train, num_train = _real_images(config, config.data.trained_on, most)
+    held_out = _real_images(config, config.data.test, _MAX_HELD_OUT)[0] if config.data.test else None
+    read = len(train[0])
     real = held_out if held_out is not None else train
     return _Comparison(
         generated=uri_of(images.png(images.grid(generated))),
         real=uri_of(images.png(images.grid(_in_turn(real, len(generated), config.data.num_classes)))),
         split="held out" if held_out is not None else "trained on",
+        compared=f"all {read:,}" if read == num_train else f"the first {read:,} of {num_train:,}",
         novelty=novelty(generated, train[0], held_out[0]) if held_out is not None else None,
     )
 
 
-def _real_images(config: Config, data: str | list[MixedConfig], count: int) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images uint8 [N, H, W, C] of some data, or as many as there are, and their labels."""
+def _real_images(config: Config, data: str | list[MixedConfig], count: int) -> tuple[tuple[Tensor, Tensor | None], int]:
+    """The first `count` images uint8 [N, H, W, C] of some data and their labels, and how many images there are."""
     loader = Loader(replace(config.data, cache_dir=None), data)
     loaded = loader.first(min(count, loader.num_samples))
     assert loaded.pixels is not None
-    return loaded.pixels, loaded.tensors.get("label")
+    return (loaded.pixels, loaded.tensors.get("label")), loader.num_samples
 
 
 def _in_turn(real: tuple[Tensor, Tensor | None], count: int, num_classes: int | None) -> Tensor:

@@ -53,6 +53,11 @@ def test_copies_are_caught() -> None:
     assert 0.5 <= half.suspicious < 0.6
 
 
+def test_copies_are_caught_where_held_out_images_are_copies_too() -> None:
+    train = noise(200, 4)
+    assert novelty(train[:50], train, torch.cat([train[:5], noise(95, 5)])).suspicious == 1.0
+
+
 def test_new_images_are_not() -> None:
     result = novelty(noise(300, 7), noise(200, 8), noise(300, 9))
     assert result.suspicious < 0.05

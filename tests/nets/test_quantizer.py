@@ -217,7 +217,8 @@ def test_perplexity() -> None:
         ({"code_channels": 0}, "code_channels: 0; must be from 1 to 65536, or null for no projection"),
         ({"learned_by": "ema"}, "learned_by: 'ema'; must be one of averages, gradient"),
         ({"estimator": "st"}, "estimator: 'st'; must be one of straight_through, rotation"),
-        ({"decay": 1.0}, "decay: 1.0; must be at least 0 and below 1"),
+        ({"decay": 1.0}, "decay: 1.0; must be above 0 and below 1"),
+        ({"decay": 0.0}, "decay: 0.0; must be above 0 and below 1"),  # a code that nothing is nearest to would be 0
         ({"commitment_weight": -1.0}, "commitment_weight: -1.0; must be a number of at least 0"),
         ({"kmeans_steps": -1}, "kmeans_steps: -1; must be at least 0"),
         ({"dead_below": 1.0}, "dead_below: 1.0; must be at least 0 and below 1"),
