@@ -27,6 +27,10 @@ class StorageError(GmdistError):
     """A file that cannot be read or written: no space, no permission, no such bucket. Exit code 1."""
 
 
+class SaveError(CheckpointError, StorageError):
+    """A checkpoint that the storage did not take. Exit code 1."""
+
+
 class DivergedError(GmdistError):
     """Gradients that stay not finite, or a model that gives what is not. Exit code 1."""
 

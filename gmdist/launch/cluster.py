@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -36,7 +36,8 @@ _ENVIRONMENT = {
 def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int = 1) -> Iterator[None]:
     """Be connected to the cluster that the config names; one that was started for it ends afterwards.
 
-    With cluster.autoscale, machines for the workers, so many times, are asked for as long.
+    With cluster.autoscale, machines for the workers, so many times, are asked for as long: by who connects first, as
+    each request takes the place of the one before.
 
     Raises:
         ConfigError: no cluster answers; or, unless it may be, it is too small for the workers.
@@ -50,7 +51,7 @@ def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int =
                 _connect(config)
         if not may_be_small:
             check_resources(config)
-        with _requested(config, times):
+        with nullcontext() if already else _requested(config, times):
             yield
     except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
         raise KeyboardInterrupt from error

@@ -53,7 +53,7 @@ class Lease:
         self._location, self._on_lost = location, on_lost
         self._own = {
             "id": uuid.uuid4().hex,
-            "user": getpass.getuser(),
+            "user": _user(),
             "host": socket.gethostname(),
             "namespace": _namespace(),
             "pid": os.getpid(),
@@ -140,6 +140,13 @@ def _is_here(found: dict[str, Any]) -> bool:
 def _is_dead(found: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     return not found or (_is_here(found) and found.get("process") != _process_key(found["pid"]))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _namespace() -> str:

@@ -53,6 +53,7 @@ class Wishes:
     """What the driver wants of its workers."""
 
     stop: bool = False
+    end: bool = False  # at once, and without a checkpoint
     num_saves: int = 0  # asked for until now
 
 
@@ -85,6 +86,10 @@ class Mailbox:
     def request_stop(self) -> None:
         """Ask the workers to save and return."""
         self._wishes = replace(self._wishes, stop=True)
+
+    def request_end(self) -> None:
+        """Have the workers end, and leave the run's folder as it is."""
+        self._wishes = replace(self._wishes, end=True)
 
     def request_save(self) -> None:
         """Ask the workers to save and go on."""

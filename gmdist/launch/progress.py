@@ -45,7 +45,8 @@ class Display:
 
     def progress(self, progress: Progress) -> None:
         """Show where the run stands."""
-        left = time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        left = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
         status = (
             f"step {progress.step}/{progress.num_steps}, loss {progress.loss:.4f}, "
             f"{progress.images_per_s:.0f} images/s, {left} left"

@@ -46,10 +46,11 @@ class Work(Protocol[Task, Made]):
 
 def device_of(config: Config) -> torch.device:
     """The device of this worker; ConfigError if it has no GPU where the config asks for one."""
-    device = torch.device("cuda") if config.cluster.gpus_per_worker else torch.device("cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not config.cluster.gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError("cluster.gpus_per_worker: 1; there is no GPU here: set cluster.gpus_per_worker=0")
-    return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def make_shards(work: Work[Task, Made], tasks: Sequence[Task]) -> Generator[Made]:

@@ -15,8 +15,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gmdist.config import Config, compose, files_of
+from gmdist.data.latents import flat
 from gmdist.errors import ConfigError, RunFailedError
-from gmdist.sweep.load import load_run
+from gmdist.sweep.load import Sweep, load_run, load_sweep
 
 _JOBS = "jobs"  # the folder of the scripts that jobs run
 _SHOWN = 5  # of the largest files, where there is too much to upload
@@ -44,6 +45,8 @@ def submit(
     """
     tree = compose(path, overrides)
     config = load_run(path, overrides)
+    if "sweep" in tree:
+        _check_space(load_sweep(path, overrides))
     script = f"{_JOBS}/{'sweep' if 'sweep' in tree else 'train'}.py"
     if not Path(script).is_file():
         raise ConfigError(f"{script}: is not in {os.getcwd()}; run the command where it is: that folder is uploaded")
@@ -124,6 +127,15 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
 
     compare(tree, meant, "")
     return sorted(found)
+
+
+def _check_space(asked: Sweep) -> None:
+    """ConfigError for a location to search over that is relative to this folder: the job runs in another."""
+    listed = [(key, value) for key, domain in asked.plan.domains.items() for value in domain.values]
+    for (key, value), base in zip(listed, asked.bases, strict=True):
+        meant = flat(yaml.safe_load(base.to_yaml())).get(key)
+        if isinstance(value, str) and meant != value and meant == os.path.abspath(value):
+            raise ConfigError(f"sweep.space.{key}: '{value}'; must be absolute in a job, as '{meant}' is")
 
 
 def _travelling(folder: Path) -> list[tuple[int, Path]]:

@@ -26,6 +26,7 @@ from gmdist.train import checkpoint
 from gmdist.train.hooks import Progress
 from gmdist.train.metrics import FILE_NAME as METRICS_NAME
 from gmdist.train.metrics import read_lines
+from gmdist.train.optim import kept
 
 BEST_NAME = "best.yaml"
 _BEST_RUN = "best"  # the folder that its run goes to
@@ -59,7 +60,7 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
     times = asked.plan.sweep.concurrency or 1
     with (
         stopper.installed(),
-        held(folder, on_message, stopper.ask) as lease,
+        held(folder, on_message, stopper.lose) as lease,
         connected(asked.base.cluster, times=times),
     ):
         if asked.base.cluster.address != "local":
@@ -72,7 +73,8 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
         record = Record(folder, _description(asked), width)
         if asked.plan.sweep.concurrency not in (None, record.width):
             on_message(f"the sweep began with {record.width} trials at once, and goes on so")
-        if (there := _width(asked.base)) < record.width:
+        there = record.width if asked.base.cluster.autoscale else _width(asked.base)  # machines are still to come
+        if there < record.width:
             on_message(f"the cluster has room for {there} of the sweep's {record.width} trials at once")
         executor = _Executor(asked, record, min(there, record.width), stopper, on_standing, on_message)
         try:
@@ -107,6 +109,12 @@ def _check_start(asked: Sweep) -> None:
             raise ConfigError(
                 "sweep.space: with scheduler 'pbt' a trial goes on from another's checkpoint, and these values change "
                 "what a model's tensors are; search over values that do not"
+            )
+        states = [{name: kept(optim) for name, optim in config.optim.items()} for config in asked.bases]
+        if any(others != states[0] for others in states):
+            raise ConfigError(
+                "sweep.space: with scheduler 'pbt' a trial goes on from another's checkpoint, and these values change "
+                "what an optimizer keeps: search over values that do not change its name, or momentum from 0"
             )
 
 
@@ -177,12 +185,15 @@ class _Executor:
         try:
             return future.result()
         except CancelledError as error:
+            self._stopper.check_lost()
             raise KeyboardInterrupt from error
 
     def _stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for stopper in self._stoppers:
-            if not stopper.asked:
+            if self._stopper.has_lost:
+                stopper.lose()
+            elif not stopper.asked:
                 stopper.ask()
 
     def close(self) -> None:
@@ -211,6 +222,7 @@ class _Executor:
         except (_NoMetricError, StorageError, ClusterLostError):  # of all trials: the same command goes on
             raise
         except GmdistError as error:  # this trial's own: the others go on
+            self._stopper.check_lost()
             watch.stopper.check()
             result = Result(None, str(error), seconds=time.monotonic() - started_s)
         return self._add(stretch, result)

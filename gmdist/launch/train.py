@@ -13,6 +13,7 @@ from gmdist.launch.lease import held
 from gmdist.launch.mailbox import Failure, WorkersFailedError
 from gmdist.launch.preflight import check_cluster
 from gmdist.launch.watch import Stopper, choose_size
+from gmdist.train import checkpoint
 from gmdist.train.hooks import Outcome, Progress
 
 _TRACE_NAME = "error.txt"
@@ -56,7 +57,7 @@ def train(
     stopper = stopper or Stopper(on_message)
     with (
         stopper.installed() if own else nullcontext(),
-        held(config.run.dir, on_message, stopper.ask) as lease,
+        held(config.run.dir, on_message, stopper.lose) as lease,
         connected(config.cluster),
     ):
         if own and config.cluster.address != "local":  # with the lease: the folder is nobody else's
@@ -78,7 +79,7 @@ def _with_restarts(
     """Start the workers until they end well, or fail too often."""
     from gmdist.launch.attempt import LOST, NO_ROOM, attempt
 
-    failures, best_step, step = 0, 0, 0
+    failures, best_step, step, saved = 0, 0, 0, _saved_step(config)
 
     def follow(progress: Progress) -> None:
         nonlocal step
@@ -90,17 +91,20 @@ def _with_restarts(
         size = choose_size(config, size, refused, on_message, stopper)
         try:
             outcome = attempt(config, size, follow, on_message, last_step, stopper)
+            stopper.check_lost()
             refused = None
             if outcome.finished or stopper.asked or outcome.step == last_step:
                 storage.delete(storage.join(config.run.dir, _TRACE_NAME))  # of a failure that was overcome
                 return outcome
         except WorkersFailedError as error:
+            stopper.check_lost()
             if error.failure.kind == NO_ROOM:  # a machine was lost, or others are at work on them
                 on_message(f"no room for {size} workers: other jobs may have it")
                 refused = size
                 continue
             refused = None
-            failures = 1 if step > best_step else failures + 1
+            before, saved = saved, _saved_step(config)
+            failures = 1 if step > best_step or saved > before else failures + 1
             best_step = max(step, best_step)
             _write_trace(config, error.failure)
             users = error.failure.for_user()
@@ -115,6 +119,15 @@ def _with_restarts(
             stopper.check()
             on_message(f"a worker failed ({reason}); restart {failures} of {config.cluster.max_failures}")
             stopper.wait(min(config.cluster.backoff_s * 2 ** (failures - 1), _MOST_BACKOFF_S))
+
+
+def _saved_step(config: Config) -> int:
+    """Of the newest checkpoint; 0 without one. What is wrong with the storage, the workers say."""
+    try:
+        found, _ = checkpoint.find_newest(config.run.dir)
+    except StorageError:
+        return 0
+    return 0 if found is None else found.meta["step"]
 
 
 def _write_trace(config: Config, failure: Failure) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gmdist.config import Config
+from gmdist.errors import RunFailedError
 from gmdist.launch.cluster import free_room, leaving, room
 
 _POLL_S = 0.25
@@ -25,6 +26,7 @@ class Stopper:
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
         self.mailbox: Any = None  # of the workers that are running, if any
+        self.has_lost = False  # the folder, to another command
         self._asked = threading.Event()
         self._on_message = on_message
 
@@ -61,15 +63,31 @@ class Stopper:
         if self.mailbox is not None:
             self.mailbox.request_stop.remote()
 
+    def lose(self) -> None:
+        """End the workers at once: what they would save into is another command's now."""
+        self.has_lost = True
+        self._asked.set()
+        if self.mailbox is not None:
+            self.mailbox.request_end.remote()
+
     def wait(self, seconds: float) -> None:
-        """Wait, but not when a stop is asked for: KeyboardInterrupt then."""
+        """Wait, but not when a stop is asked for: as `check` then."""
         self._asked.wait(seconds)
         self.check()
 
     def check(self) -> None:
-        """KeyboardInterrupt if a stop was asked for while no worker ran."""
+        """KeyboardInterrupt if a stop was asked for while no worker ran; RunFailedError if the folder is lost."""
+        self.check_lost()
         if self.asked:
             raise KeyboardInterrupt
+
+    def check_lost(self) -> None:
+        """RunFailedError if another command has the folder now."""
+        if self.has_lost:
+            raise RunFailedError(
+                "another command has taken the folder: this one did not get to say that it is there for 20 s; it has "
+                "ended without a checkpoint, and the other goes on from the last"
+            )
 
 
 class Surroundings:

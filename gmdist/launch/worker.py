@@ -20,10 +20,12 @@ from gmdist.config import Config, from_yaml
 from gmdist.errors import ConfigError
 from gmdist.launch.lease import LEASE_NAME
 from gmdist.launch.mailbox import Failure, News, Wishes
+from gmdist.launch.shard_workers import device_of
 from gmdist.launch.watchdog import Watchdog
 from gmdist.train.hooks import Hooks, Outcome, Progress
 
 _POLL_S = 0.25
+_ENDED = 1
 _STUCK_AFTER = 1.25  # times cluster.timeout_s: a collective that waits for a stuck worker gives up before, and says why
 
 
@@ -34,13 +36,13 @@ def work(settings: dict[str, Any]) -> Outcome:
     _quiet()
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])  # relative paths mean what they mean to the user
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     config = from_yaml(settings["config"], "config")
     watchdog = Watchdog(config.cluster.timeout_s * _STUCK_AFTER)
     try:
         check_reach(config)
+        device = device_of(config)
+        if device.type == "cpu":
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         with _correspondence(mailbox if rank == 0 else None) as hooks:
             return start.train_worker(
                 config, device, replace(hooks, beat=watchdog.beat, last_step=settings["last_step"])
@@ -83,6 +85,8 @@ def _correspondence(mailbox: Any | None) -> Iterator[Hooks]:
         with lock:
             progress, messages = news.progress, list(news.messages)
         wishes: Wishes = ray.get(mailbox.exchange.remote(progress, messages))
+        if wishes.end:
+            os._exit(_ENDED)  # and Ray ends the others
         with lock:  # told, and only now: what fails is told again
             del news.messages[: len(messages)]
             if news.progress is progress:

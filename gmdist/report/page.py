@@ -123,7 +123,8 @@ def write(run_dirs: Sequence[str], generated: Tensor | None) -> str:
 
 
 def _section(folder: str, config: Config) -> dict[str, Any]:
-    lines = [_measured(line) for line in read_lines(folder)]
+    read = read_lines(folder)
+    lines = [_measured(line) for line in read]
     grids = storage.list_names(storage.join(folder, "samples"))
     steps = sorted(step for name in grids if (step := step_of(name.removesuffix(".png"))) is not None)
     chosen = [steps[round(i * (len(steps) - 1) / (_MAX_GRIDS - 1))] for i in range(_MAX_GRIDS)] if steps else []
@@ -132,9 +133,10 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
     trained = [line for line in lines if "images" in line]
     if trained:
         summary += f", {trained[-1]['images']:,} images, order digest {trained[-1]['order_digest']}"
-    tests = {name: value for line in lines for name, value in line.items() if name.startswith("test/")}
+    tests = {name: value for line in read for name, value in line.items() if name.startswith("test/")}
     if tests:
-        summary += "; " + ", ".join(f"{name} {value:.4g}" for name, value in tests.items())
+        texts = {name: "not finite" if value is None else f"{value:.4g}" for name, value in tests.items()}
+        summary += "; " + ", ".join(f"{name} {text}" for name, text in texts.items())
     return {
         "name": config.name,
         "summary": summary,

@@ -108,7 +108,7 @@ class MetricsLog:
         storage.write(local, "".join(json.dumps(line) + "\n" for line in lines).encode())
         with storage.naming(local):
             self._file = open(local, "a", encoding="utf-8")
-            self._events = SummaryWriter(folder, purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it has "step", numbers, and the order digest as text."""

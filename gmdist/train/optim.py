@@ -138,6 +138,13 @@ def make_optimizer(config: OptimConfig, groups: list[tuple[bool, list[nn.Paramet
     return kind(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def kept(config: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of each weight. With the same, a run can go on from another's checkpoint."""
+    if config.name == "sgd":
+        return ("momentum",) if config.momentum else ()
+    return ("mean", "largest") if config.name == "adamax" else ("mean", "square")
+
+
 def step_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
     """Update the weights, or leave them and the optimizer's state as they are.
 

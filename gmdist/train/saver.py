@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmdist import storage
 from gmdist.checksum import crc32
-from gmdist.errors import CheckpointError, GmdistError, StorageError
+from gmdist.errors import CheckpointError, GmdistError, SaveError, StorageError
 from gmdist.train.checkpoint import DTYPES, META_NAME, folder_name, read_meta, step_of
 from gmdist.train.meta import FORMAT_VERSION, shard_name
 from gmdist.workers import rank, world_size
@@ -112,7 +112,7 @@ class Saver:
             meta: what meta.json says beside the shards; rank 0's counts.
 
         Raises:
-            CheckpointError: the previous save failed.
+            SaveError: the previous save failed.
         """
         self.wait()
         if self._staging is None or self._staging.result().layout != layout(tensors):
@@ -130,7 +130,7 @@ class Saver:
         """Wait for the save that is under way.
 
         Raises:
-            CheckpointError: it failed.
+            SaveError: it failed.
             StorageError: it is complete, but an older checkpoint cannot be deleted.
         """
         pending, self._pending = self._pending, None
@@ -179,7 +179,7 @@ class Saver:
             if rank() == 0:
                 with suppress(StorageError):  # the storage is what failed; an incomplete checkpoint is skipped
                     self._delete(step)
-            raise CheckpointError(f"cannot save a checkpoint: {problems[0]}; earlier checkpoints are as they were")
+            raise SaveError(f"cannot save a checkpoint: {problems[0]}; earlier checkpoints are as they were")
         return [result for result, _ in outcomes]
 
     def _delete(self, step: int) -> None:

@@ -193,10 +193,9 @@ class Trainer:
                 stopping = (stop or self.step == self.hooks.last_step) and not last
                 if failed:
                     self._saver.wait()
-                saving = saving or save
-                is_due = self.step % config.checkpoint_every == 0 or saving
+                saving = saving or save or self.step % config.checkpoint_every == 0
                 # While updates are left out, the weights may be what is wrong: such a checkpoint would not help.
-                if (is_due and not self._skips.look()) or last or stopping:
+                if (saving and not self._skips.look()) or last or stopping:
                     with clock.paused():
                         self._save()
                     saved_step, saving = self.step, False
@@ -393,9 +392,9 @@ class Trainer:
             "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
         }
         self._write_quarantine()  # what comes before a checkpoint is not read again
-        self._saver.save(self.step, state_tensors(self.family, self.units, self.ema), meta)
-        if self._log is not None:
+        if self._log is not None:  # first: a run goes on after its checkpoint, and lines of before are not made again
             self._log.flush()
+        self._saver.save(self.step, state_tensors(self.family, self.units, self.ema), meta)
 
     def _load(self, found: checkpoint.Found) -> None:
         meta = found.meta

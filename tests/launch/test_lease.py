@@ -1,5 +1,6 @@
 """One live run a folder: others are refused by name, what a killed one left is taken over."""
 
+import getpass
 import json
 import os
 import subprocess
@@ -103,6 +104,15 @@ def test_whoever_loses_it_is_told_and_leaves_it(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             elsewhere(tmp_path, 1)
     assert json.loads((tmp_path / LEASE_NAME).read_text())["id"] == "other"
+
+
+def test_a_user_without_a_name_has_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    with held(str(tmp_path), ignore, ignore):
+        assert json.loads((tmp_path / LEASE_NAME).read_text())["user"] == str(os.getuid())
 
 
 def test_a_folder_that_was_made_for_it_alone_goes_with_it(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_relative_locations_mean_what_they_mean_here() -> None:
     assert f"data.mix.a.train={os.getcwd()}/here/a" in found
 
 
+def test_relative_locations_to_search_over_are_refused() -> None:
+    space = "family.first_stage: {choice: [runs/a, /runs/b]}, optim.denoiser.lr: {log_uniform: [1.0e-4, 1.0e-3]}"
+    message = refused(CONFIG, [f"sweep={{metric: test/loss, num_trials: 2, space: {{{space}}}}}"])
+    assert (
+        message == f"sweep.space.family.first_stage: 'runs/a'; must be absolute in a job, as '{os.getcwd()}/runs/a' is"
+    )
+
+
 def test_a_server_that_goes_away_is_no_end_of_the_job() -> None:
     class Client:
         async def tail_job_logs(self, job: str):

@@ -21,6 +21,7 @@ from gmdist.errors import (
     DivergedError,
     GmdistError,
     RunFailedError,
+    SaveError,
     StorageError,
 )
 from gmdist.launch import sweep as launched
@@ -254,7 +255,9 @@ def test_values_that_do_not_go_together_fail_their_trial_alone(
     assert "family.beta.free_nats: 1.0; must be 0 with the schedule capacity" in failed[0]["error"]
 
 
-@pytest.mark.parametrize("error", [StorageError("no space"), ClusterLostError("Ray does not answer")])
+@pytest.mark.parametrize(
+    "error", [StorageError("no bucket"), SaveError("no space"), ClusterLostError("Ray does not answer")]
+)
 def test_what_is_no_trials_own_ends_the_sweep_and_is_gone_on_with(
     without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: GmdistError
 ) -> None:
@@ -291,6 +294,15 @@ def test_pbt_is_of_values_that_leave_checkpoints_what_they_are(
 ) -> None:
     with pytest.raises(ConfigError, match="change what a model's tensors are"):
         run(asked(scheduler=PBT, space={key: {"choice": values}}))
+
+
+def test_pbt_is_of_values_that_leave_an_optimizer_what_it_keeps(
+    without_ray: list[Config], asked: Callable[..., str]
+) -> None:
+    space = {"optim.autoencoder.name": {"choice": ["adamw", "adam"]}}
+    assert run(asked(scheduler=PBT, space=space))["best"] is not None
+    with pytest.raises(ConfigError, match="change what an optimizer keeps"):
+        run(asked(scheduler=PBT, space={"optim.autoencoder.name": {"choice": ["adamw", "sgd"]}}))
 
 
 def test_the_folder_of_a_run_is_no_sweeps(without_ray: list[Config], asked: Callable[..., str], tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import torch
 
 from gmdist.config import Config, load
 from gmdist.errors import ConfigError, DataError, MemoryExceededError, RunFailedError
-from gmdist.launch import attempt
-from gmdist.launch.train import train
+from gmdist.launch import attempt, lease
+from gmdist.launch.mailbox import Failure, WorkersFailedError
+from gmdist.launch.train import _with_restarts, train
+from gmdist.launch.watch import Stopper
 from gmdist.launch.worker import work
 from gmdist.start import train_worker
+from gmdist.train.hooks import Outcome, Progress
 from gmdist.train.trainer import Trainer
 
 pytestmark = pytest.mark.ray
@@ -96,6 +99,47 @@ def test_other_failures_end_after_the_restarts(ray_cluster, digits: Path, tmp_pa
     messages: list[str] = []
     with pytest.raises((RunFailedError, Exception), match=r"metrics\.jsonl"):
         train(config_of(digits, tmp_path / "run", "cluster.max_failures=1"), lambda p: None, messages.append)
+
+
+def test_a_run_whose_folder_another_command_takes_ends_and_saves_nothing(
+    ray_cluster, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_RENEWED_S", 0.2)
+    run = tmp_path / "run"
+    config = config_of(digits, run, "train.num_steps=100000", "train.checkpoint_every=50000", "train.sample_every=null")
+
+    def take(progress: Progress) -> None:
+        other = json.loads((run / "lease.json").read_text()) | {"id": "another"}
+        (run / "lease.json").write_text(json.dumps(other))
+
+    messages: list[str] = []
+    with pytest.raises(RunFailedError, match="another command has taken the folder"):
+        train(config, take, messages.append)
+    assert messages == []
+    assert not (run / "checkpoints").exists()
+    assert json.loads((run / "lease.json").read_text())["id"] == "another"
+
+
+@pytest.mark.parametrize(
+    ("saved", "restarts"), [([0, 40, 80, 120, 160], 4), ([0, 0, 40, 40, 40], 3), ([40, 40, 40, 40, 40], 2)]
+)
+def test_what_is_saved_is_progress(
+    saved: list[int], restarts: int, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each start and each failure the newest checkpoint is of another step, or not; none of it is logged."""
+    at = iter(saved)
+    monkeypatch.setattr("gmdist.launch.train._saved_step", lambda config: next(at))
+
+    def fail(*_: Any) -> Outcome:
+        raise WorkersFailedError(Failure(attempt.LOST, "a machine was lost", "trace"))
+
+    monkeypatch.setattr(attempt, "attempt", fail)
+    monkeypatch.setattr("gmdist.launch.train.choose_size", lambda *_: 1)
+    messages: list[str] = []
+    config = config_of(digits, tmp_path, "cluster.max_failures=2", "cluster.backoff_s=0")
+    with pytest.raises((RunFailedError, StopIteration)):
+        _with_restarts(config, messages.append, messages.append, None, Stopper(messages.append))
+    assert len(messages) == restarts
 
 
 def work_with_little_memory(settings: dict[str, Any]) -> Any:

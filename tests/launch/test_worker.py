@@ -15,6 +15,7 @@ from gmdist.errors import ConfigError, StorageError
 from gmdist.launch import worker
 from gmdist.launch.lease import LEASE_NAME
 from gmdist.launch.mailbox import Failure, Wishes
+from gmdist.launch.shard_workers import device_of
 from gmdist.launch.worker import _correspondence, check_reach
 
 CONFIG = str(Path(__file__).parent.parent.parent / "configs/digits/autoencoder_kl.yaml")
@@ -26,6 +27,13 @@ def test_a_run_folder_that_only_the_driver_sees_is_refused(tmp_path: Path) -> No
         check_reach(config)
     storage.write(f"{tmp_path}/run/{LEASE_NAME}", b"{}")
     check_reach(config)
+
+
+def test_without_gpus_a_worker_leaves_those_of_its_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert device_of(load(CONFIG, [])).type == "cpu"
+    assert str(device_of(load(CONFIG, ["cluster.gpus_per_worker=1"]))) == "cuda:3"
 
 
 def mailbox(monkeypatch: pytest.MonkeyPatch, exchange: Callable[..., Any]) -> Any:

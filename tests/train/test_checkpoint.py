@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from safetensors.torch import save as save_safetensors
 
 from gmdist import storage
 from gmdist.checksum import crc32
-from gmdist.errors import CheckpointError, ConfigError, StorageError
+from gmdist.errors import CheckpointError, ConfigError, SaveError, StorageError
 from gmdist.train.checkpoint import Reader, find_newest, read_meta, tensor_key, verify
+from gmdist.train.metrics import MetricsLog
 from gmdist.train.optim import OptimConfig
 from gmdist.train.saver import Saver
 from tests.support import Linear, deletes_refused, fit, make_trainer, tree_bytes
@@ -214,12 +216,26 @@ def test_a_failed_save_says_why_and_keeps_what_was_there(run: Path, monkeypatch:
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"step-00000009.*No space left on device; free some space") as caught:
+    with pytest.raises(SaveError, match=r"step-00000009.*No space left on device; free some space") as caught:
         fit(Linear(), run, num_steps=12)
     assert "\n" not in str(caught.value)
     assert tree_bytes(run / "checkpoints") == before  # the half-written one is gone
     monkeypatch.undo()
     assert fit(Linear(), run, num_steps=12).finished
+
+
+def test_metrics_are_written_before_the_checkpoint_that_a_run_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = []
+
+    def flush(log: MetricsLog) -> None:
+        time.sleep(0.2)  # in which a checkpoint that has begun would be there
+        there.append(len(list(tmp_path.glob("checkpoints/*"))))
+
+    monkeypatch.setattr(MetricsLog, "flush", flush)
+    fit(Linear(), tmp_path, num_steps=6, checkpoint_every=3)
+    assert there[:2] == [0, 1]
 
 
 def test_ranges_are_read_across_shards(tmp_path: Path) -> None:

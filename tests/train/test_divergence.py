@@ -176,6 +176,12 @@ def test_a_stop_among_them_leaves_a_checkpoint_to_go_back_to(tmp_path: Path) -> 
     assert tree_bytes(tmp_path / "parts/checkpoints") == tree_bytes(tmp_path / "whole/checkpoints")
 
 
+def test_a_checkpoint_that_was_due_among_them_is_made_up_for(tmp_path: Path) -> None:
+    fit(Poisoned(set(range(24, 32))), tmp_path, num_steps=9, checkpoint_every=4, rollback_after=3, log_every=1)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000008", "step-00000009"]
+
+
 def test_a_step_that_is_left_out_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
     class Normed(Linear):
         def __init__(self) -> None:

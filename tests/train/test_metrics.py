@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gmdist.errors import DataError
 from gmdist.train.metrics import Averages, MetricsLog, Quarantine
@@ -47,6 +48,24 @@ def test_a_line_is_json_whatever_was_measured(tmp_path: Path) -> None:
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 1, "a": None, "b": None, "c": 0.5, "order_digest": "00"}
+
+
+def test_steps_that_are_made_again_are_in_no_log_twice(tmp_path: Path) -> None:
+    for first in (1, 1, 3):  # begun, begun again before any checkpoint, gone on with from one of step 2
+        log = MetricsLog(str(tmp_path), first - 1)
+        for step in range(first, 6):
+            log.write({"step": step, "loss": 1.0 / step})
+        log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    events = EventAccumulator(str(tmp_path), purge_orphaned_data=True)
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def _quarantined(folder: str, rank: int, sample: str) -> None:
