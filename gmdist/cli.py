@@ -5,6 +5,7 @@ checkpoint to go on from.
 """
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from gmdist.errors import ConfigError, GmdistError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:
         options = _parse(arguments)
         return options.call(options)

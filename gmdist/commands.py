@@ -3,12 +3,14 @@
 import argparse
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gmdist.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
+    from gmdist.data.progress import Meter
     from gmdist.launch.sample import SampleRequest
 
 _REPORTED_IMAGES = 100
@@ -224,7 +226,6 @@ def data_pack(options: argparse.Namespace) -> int:
     from gmdist.data.pack import pack
     from gmdist.data.parallel import num_cores
     from gmdist.data.progress import Meter
-    from gmdist.launch.lease import held
 
     encoding = Encoding(options.image_size, options.format, options.quality)
     encoding.validate()
@@ -235,15 +236,7 @@ def data_pack(options: argparse.Namespace) -> int:
         raise ConfigError(f"--processes: {processes}; must be at least 1")
     if not 0 <= options.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable: {options.max_unreadable}; must be from 0 to 1")
-    lost = threading.Event()
-    with Meter(options.destination) as meter, held(options.destination, meter.message, lost.set) as lease:
-
-        def on_progress(done: int, total: int) -> None:
-            if lost.is_set():
-                raise ConfigError(f"{options.destination}: another command packs into it now")
-            meter.update(done, total)
-
-        lease.confirm()
+    with Meter(options.destination) as meter, _alone(options.destination, meter) as on_progress:
         packed = pack(
             options.source,
             options.destination,
@@ -261,13 +254,30 @@ def data_pack(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+@contextmanager
+def _alone(folder: str, meter: "Meter") -> Iterator[Callable[[int, int], None]]:
+    """Have a folder alone while it is written. It gives what to call with (bytes done, bytes in all)."""
+    from gmdist.launch.lease import held
+
+    lost = threading.Event()
+
+    def on_progress(done: int, total: int) -> None:
+        if lost.is_set():
+            raise ConfigError(f"{folder}: another command writes into it now")
+        meter.update(done, total)
+
+    with held(folder, meter.message, lost.set) as lease:
+        lease.confirm()
+        yield on_progress
+
+
 def data_index(options: argparse.Namespace) -> int:
     """Index plain shards."""
     from gmdist.data.index import index_folder
     from gmdist.data.progress import Meter
 
-    with Meter(options.location) as meter:
-        manifest, problems = index_folder(options.location, meter.update)
+    with Meter(options.location) as meter, _alone(options.location, meter) as on_progress:
+        manifest, problems = index_folder(options.location, on_progress)
     if not problems:
         print(f"{options.location}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
     return _tell(problems)
@@ -293,14 +303,14 @@ def data_encode(options: argparse.Namespace) -> int:
     from gmdist.launch.encode import encode
 
     overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
-    with Meter(options.destination) as meter:
+    with Meter(options.destination) as meter, _alone(options.destination, meter) as on_progress:
         encoded = encode(
             options.run,
             options.source,
             options.destination,
             overrides,
             flip=options.flip,
-            on_progress=meter.update,
+            on_progress=on_progress,
             on_unreadable=lambda line: meter.message(f"gmdist: left out {line}"),
         )
     arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, dtype) in encoded.record.arrays.items())

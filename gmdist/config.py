@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,16 @@ class Config:
             "cluster": plain(self.cluster),
             "run": {"dir": self.run.dir},
         }
-        return yaml.safe_dump(tree, sort_keys=False)
+        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that OmegaConf reads as numbers, and YAML 1.1 does not: 1e-4."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
 
 
 _SECTIONS: dict[str, type] = {

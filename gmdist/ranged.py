@@ -87,7 +87,7 @@ def read_range(
                 _fill(part, body, stopped)
         return part.content
 
-    return _persist(location, attempt, stopped)
+    return _persist(location, attempt, stopped, lambda: part.filled)
 
 
 def read_object(location: str) -> bytearray:
@@ -129,10 +129,12 @@ def _fill(part: _Part, body: s3.Body, stopped: threading.Event | None) -> None:
             since_s, since_bytes = time.monotonic(), part.filled
 
 
-def _persist(location: str, attempt: Callable[[], _T], stopped: threading.Event | None) -> _T:
-    """Attempt something until it succeeds, cannot succeed, or its time is over."""
+def _persist(
+    location: str, attempt: Callable[[], _T], stopped: threading.Event | None, progress: Callable[[], int] = lambda: 0
+) -> _T:
+    """Attempt something until it succeeds, cannot succeed, or has got no further for as long as it may."""
     timeout_s = s3.config().timeout_s
-    deadline_s = time.monotonic() + timeout_s
+    since_s, reached = time.monotonic(), 0  # when, in bytes, it had last got further
     failures, renewed = 0, False
     while True:
         counters.add(requests=1)
@@ -144,12 +146,15 @@ def _persist(location: str, attempt: Callable[[], _T], stopped: threading.Event 
             renewed = True
             s3.renew_credentials()
         except s3.TransientError as error:
+            now_s = time.monotonic()
+            if progress() - reached > _MIN_BYTES_PER_S * (now_s - since_s):
+                failures, reached, since_s = 0, progress(), now_s
             failures += 1
             counters.add(retries=1, stalls=int(isinstance(error, s3.StalledError)))
             # Full jitter (Brooker 2015): workers that failed together do not come back together.
             pause_s = random.uniform(0.0, min(_BACKOFF_MOST_S, _BACKOFF_S * 2.0**failures))  # noqa: S311
             pause_s = max(pause_s, _budget.delay_s())
-            if time.monotonic() + pause_s > deadline_s:
+            if now_s + pause_s > since_s + timeout_s:
                 raise StorageError(
                     f"{location}: stalled: {failures} attempts failed within {timeout_s:.0f} s (data.s3.timeout_s), "
                     f"the last one: {error}; check the network and the storage, then run the same command again"

@@ -9,11 +9,14 @@ import functools
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from gmdist.errors import ConfigError, StorageError
+
+_T = TypeVar("_T")
 
 ADDRESSING_STYLES = ("auto", "path", "virtual")
 _CONNECT_S, _READ_S = 5.0, 15.0
@@ -34,17 +37,20 @@ class S3Config:
     region: str | None = None
     addressing_style: str = "auto"  # path: http://endpoint/bucket/key; virtual: http://bucket.endpoint/key
     profile: str | None = None  # of ~/.aws/config
-    timeout_s: float = 300.0  # that one read may take, with all its attempts, before the run fails
+    timeout_s: float = 300.0  # that one read may go on without a byte, with all its attempts, before the run fails
 
     def validate(self) -> None:
         """Raise ConfigError for values that cannot be."""
         if self.addressing_style not in ADDRESSING_STYLES:
             valid = ", ".join(ADDRESSING_STYLES)
             raise ConfigError(f"data.s3.addressing_style: '{self.addressing_style}'; must be one of {valid}")
-        if self.endpoint_url is not None and not self.endpoint_url.startswith(("http://", "https://")):
+        if self.endpoint_url is not None and any(mark in self.endpoint_url for mark in "@?#"):  # it is not shown
+            raise ConfigError(
+                "data.s3.endpoint_url: must not hold credentials; they come from boto3's own chain, and it is "
+                "https://HOST:PORT"
+            )
+        if self.endpoint_url is not None and not self.endpoint_url.lower().startswith(("http://", "https://")):
             raise ConfigError(f"data.s3.endpoint_url: '{self.endpoint_url}'; must begin with http:// or https://")
-        if self.endpoint_url is not None and "@" in self.endpoint_url:
-            raise ConfigError("data.s3.endpoint_url: must not hold credentials; they come from boto3's own chain")
         if not self.timeout_s > 0:
             raise ConfigError(f"data.s3.timeout_s: {self.timeout_s}; must be above 0")
 
@@ -121,6 +127,27 @@ def _new_client(retries: bool) -> Any:
         raise ConfigError(f"data.s3: {_words(error)}") from error
 
 
+def ask(request: Callable[[Any], _T]) -> _T:
+    """What a request of a client gives; where the credentials have expired, once more with those that are there now.
+
+    Args:
+        request: made with a client, from its beginning each time.
+
+    Raises:
+        Exception: boto3's errors.
+    """
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import ClientError
+
+    try:
+        return request(client())
+    except (ClientError, Boto3Error) as error:
+        if not any(code in str(error) for code in _EXPIRED):
+            raise
+    renew_credentials()
+    return request(client())
+
+
 def split(location: str) -> tuple[str, str]:
     """Bucket and key of an s3:// location; ConfigError if no bucket can have such a name."""
     bucket, _, key = location.removeprefix("s3://").partition("/")
@@ -194,7 +221,7 @@ def head(location: str) -> tuple[int, str]:
         if error.response.get("Error", {}).get("Code") != "400":
             raise
         # Answers to HEAD have no body, and so give no reason; those to GET do, and boto3 learns the region from them.
-        answer = client().get_object(Bucket=bucket, Key=key)
+        answer = ask(lambda asked: asked.get_object(Bucket=bucket, Key=key))
         answer["Body"].close()
     return answer["ContentLength"], answer["ETag"].strip('"')
 
@@ -205,6 +232,10 @@ def open_object(location: str) -> Body:
     return Body(answer["Body"], int(answer["ContentLength"]))
 
 
+def _delete(bucket: str, named: dict[str, Any], client: Any) -> Any:
+    return client.delete_objects(Bucket=bucket, Delete=named)
+
+
 def delete_objects(bucket: str, keys: list[str]) -> None:
     """Delete 1 to 1000 objects; boto3's errors, and a StorageError that names the first that stays, and why."""
     from botocore.exceptions import ClientError
@@ -212,7 +243,7 @@ def delete_objects(bucket: str, keys: list[str]) -> None:
     for attempt in range(_DELETE_ATTEMPTS):
         named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         # The answer is 200 whatever became of each object.
-        errors = client().delete_objects(Bucket=bucket, Delete=named).get("Errors", [])
+        errors = ask(functools.partial(_delete, bucket, named)).get("Errors", [])
         if not errors:
             return
         # What will not pass comes first.

@@ -200,7 +200,7 @@ def copy(source: str, location: str) -> None:
         return
     with naming(location):
         bucket, key = s3.split(source)
-        s3.client().copy({"Bucket": bucket, "Key": key}, *s3.split(location))
+        s3.ask(lambda client: client.copy({"Bucket": bucket, "Key": key}, *s3.split(location)))
 
 
 def write_json(location: str, content: dict[str, Any]) -> None:
@@ -238,10 +238,15 @@ def write_from(location: str, source: BinaryIO) -> None:
     with naming(location):
         if is_s3(location):
             bucket, key = s3.split(location)
-            if num_bytes <= _PIECE_BYTES:
-                s3.client().put_object(Bucket=bucket, Key=key, Body=source.read())
-            else:
-                s3.client().upload_fileobj(source, bucket, key)
+
+            def upload(client: Any) -> None:
+                source.seek(0)
+                if num_bytes <= _PIECE_BYTES:
+                    client.put_object(Bucket=bucket, Key=key, Body=source.read())
+                else:
+                    client.upload_fileobj(source, bucket, key)
+
+            s3.ask(upload)
             return
         path = Path(location)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -316,9 +321,8 @@ def delete_tree(folder: str, first: str | None = None) -> None:
         if is_s3(folder):
             bucket, prefix = _folder_prefix(folder)
             if first is not None:
-                s3.client().delete_object(Bucket=bucket, Key=prefix + first)
-            pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            for page in pages:
+                s3.ask(lambda client: client.delete_object(Bucket=bucket, Key=prefix + first))
+            for page in _pages("list_objects_v2", Bucket=bucket, Prefix=prefix):
                 if keys := [entry["Key"] for entry in page.get("Contents", [])]:
                     s3.delete_objects(bucket, keys)
             return
@@ -337,7 +341,7 @@ def delete(location: str) -> None:
     with naming(location):
         if is_s3(location):
             bucket, key = s3.split(location)
-            s3.client().delete_object(Bucket=bucket, Key=key)
+            s3.ask(lambda client: client.delete_object(Bucket=bucket, Key=key))
         else:
             Path(location).unlink(missing_ok=True)
 
@@ -355,7 +359,7 @@ def delete_leftovers(folder: str, own: re.Pattern[str] | None = None) -> None:
             if own is None:
                 return
             bucket, prefix = _folder_prefix(folder)
-            pages = s3.client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+            pages = _pages("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
             for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
                 if own.fullmatch(upload["Key"].removeprefix(prefix)):
                     s3.client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
@@ -370,11 +374,15 @@ def _folder_prefix(folder: str) -> tuple[str, str]:
     return bucket, prefix + "/" if prefix else ""
 
 
+def _pages(operation: str, **what: str) -> list[dict[str, Any]]:
+    """All answers to a question that has more than one."""
+    return s3.ask(lambda client: list(client.get_paginator(operation).paginate(**what)))
+
+
 def _list_s3(folder: str) -> Iterator[tuple[str, Stat | None]]:
     """Names directly inside a prefix, with the versions of the objects and None for further prefixes."""
     bucket, prefix = _folder_prefix(folder)
-    pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-    for page in pages:
+    for page in _pages("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/"):
         for entry in page.get("Contents", []):
             if entry["Key"] != prefix:  # consoles mark a folder by an empty object that is named like its prefix
                 yield entry["Key"].removeprefix(prefix), Stat(entry["Size"], entry["ETag"].strip('"'))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -36,6 +37,10 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
     refuse_unknown(values, list(fields), prefix)
     for key, value in values.items():
         inner = fields[str(key)].type
+        is_text = inner is str or (get_origin(inner) is UnionType and str in get_args(inner))
+        if is_text and value is not None and not isinstance(value, str | list | dict):
+            kind_of = "true or false" if isinstance(value, bool) else "a number"
+            raise ConfigError(f"{prefix}.{key}: {value}; YAML reads it as {kind_of}: put it in quotes, as '\"...\"'")
         _refuse_items(kind, inner, value, str(key), prefix)
         named = {f"{prefix}.{key}": value}
         if get_origin(inner) is dict and isinstance(value, dict):

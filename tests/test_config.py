@@ -220,6 +220,10 @@ def test_object_storage_is_set_in_the_config(base: Path, tmp_path: Path, monkeyp
     for setting, words in (
         ("data.s3.addressing_style=host", "data.s3.addressing_style: 'host'; must be one of auto, path, virtual"),
         ("data.s3.endpoint_url=minio:9000", "data.s3.endpoint_url: 'minio:9000'; must begin with http"),
+        ("data.s3.endpoint_url=minio:sesame@host:9000", "data.s3.endpoint_url: must not hold credentials; "),
+        ("data.s3.endpoint_url=https://host?key=sesame", "data.s3.endpoint_url: must not hold credentials; "),
+        ("run.dir=2024_01_05", "run.dir: 20240105; YAML reads it as a number: put it in quotes"),
+        ("data.cache_dir=no", "data.cache_dir: False; YAML reads it as true or false: put it in quotes"),
         ("data.s3.endpoint=x", "data.s3.endpoint: no such key; did you mean 'endpoint_url'"),
         ("data.s3.timeout_s=0", "data.s3.timeout_s: 0"),
         ("data.s3.secret_key=x", "data.s3.secret_key: no such key"),
@@ -255,3 +259,11 @@ def test_best_metrics_that_nothing_measures_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.metrics: \['fid'\]; train.best_metric 'test/kid' needs kid"):
         load(digits, [*every, "train.best_metric=test/kid", "evaluation.metrics=[fid]"])
     load(digits, [*every, "train.best_metric=test/recall", "evaluation.metrics=[pr]"])
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1e3", "1_000", "0x10", "12:30", ".5", "no", "null", "2024-01-05", "-"])
+def test_texts_that_look_like_something_else_come_back(text: str) -> None:
+    config = load(CONFIGS[0], [f"name='{text}'", "data.train=null", f"data.mix={{'{text}': {{train: here}}}}"])
+    found = from_yaml(config.to_yaml(), "config")
+    assert found.name == text
+    assert list(found.data.mix) == [text]

@@ -5,9 +5,13 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError
 
 from gmdist import s3, storage
 from gmdist.data.config import DataConfig
@@ -255,6 +259,39 @@ def test_errors_are_one_line(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         environment.setenv("AWS_CONFIG_FILE", os.devnull)
         with pytest.raises(StorageError, match=rf"^s3://{BUCKET}/x: .*credentials"):
             storage.read(f"s3://{BUCKET}/x")
+
+
+class Expired:
+    """A client whose credentials were good until a moment ago."""
+
+    def __getattr__(self, name: str) -> Any:
+        def refuse(*_: Any, **__: Any) -> None:
+            error = ClientError({"Error": {"Code": "ExpiredToken", "Message": "The provided token has expired."}}, name)
+            raise S3UploadFailedError(f"Failed to upload: {error}") if name == "upload_fileobj" else error
+
+        return refuse
+
+
+def test_credentials_that_were_renewed_are_taken_whatever_is_asked_for(bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, renewed = s3.client, []
+    folder = f"s3://{BUCKET}/rotated"
+    monkeypatch.setattr(s3, "client", lambda **how: client(**how) if renewed else Expired())
+    monkeypatch.setattr(s3, "renew_credentials", lambda: renewed.append(True))
+    monkeypatch.setattr(storage, "_PIECE_BYTES", 8)
+    asked: list[Callable[[], Any]] = [
+        lambda: storage.write(f"{folder}/a", b"in one"),
+        lambda: storage.write(f"{folder}/b", b"in several parts"),
+        lambda: storage.copy(f"{folder}/a", f"{folder}/c"),
+        lambda: storage.list_names(folder),
+        lambda: storage.delete(f"{folder}/c"),
+        lambda: storage.delete_leftovers(folder, re.compile("x")),
+        lambda: storage.delete_tree(folder, first="a"),
+    ]
+    for ask in asked:
+        renewed.clear()
+        ask()
+        assert renewed
+    assert storage.list_names(folder) == []
 
 
 def test_more_objects_than_fit_a_page(bucket, monkeypatch: pytest.MonkeyPatch) -> None:

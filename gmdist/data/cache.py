@@ -95,6 +95,9 @@ class Cache:
                 content = os.pread(file.fileno(), stop - start, start)
         except (FileNotFoundError, IsADirectoryError):
             return None
+        except OSError as error:  # of the disk: what it should keep is fetched
+            self.problem = error.strerror
+            return None
         return content if len(content) == stop - start else None
 
     def keep(self, part: PartName, num_bytes: int, fetch: Callable[[], bytes | bytearray]) -> bytes | bytearray:
@@ -120,7 +123,10 @@ class Cache:
 
     def drop(self, part: PartName) -> None:
         """Delete a part whose bytes are wrong."""
-        self._path(part).unlink(missing_ok=True)
+        try:
+            self._path(part).unlink(missing_ok=True)
+        except OSError as error:
+            self.problem = error.strerror
 
     def _path(self, part: PartName) -> Path:
         return self._folder / str(part)

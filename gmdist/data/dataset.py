@@ -34,8 +34,10 @@ class Dataset:
         """
         check_labels(config, manifest, folder)
         samples = manifest.shards.columns["samples"]
-        self.shards = Shards(folder, manifest)
         self.tape = Tape(samples, seed=config.seed, lanes=lanes, block=block, manifest=manifest.hash, rotated=rotated)
+        # Lanes come in turn: with fewer indexes, each would be read again for each sample. At the end of a shard, or of
+        # a block, a lane is at two.
+        self.shards = Shards(folder, manifest, num_indexes=2 * self.tape.fingerprint.lanes)
 
     def next_use(self, shards: Int64Array, places: Int64Array) -> Int64Array:
         """When parts of shards are used next, as if all samples of a shard were of one size."""

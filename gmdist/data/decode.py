@@ -25,6 +25,8 @@ UInt8Array = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
 _JPEG_START = b"\xff\xd8"
+_SCAN_START = b"\xff\xda"
+_MAX_SCANS = 100
 _COLORSPACES = {1: "GRAY", 3: "RGB"}  # of CMYK images too, as Pillow converts them
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BIT_DEPTH_AT = 24  # in a PNG
@@ -60,6 +62,7 @@ def decode_image(content: Buffer, channels: int, out: UInt8Array | None = None) 
         UndecodableError: not one of the formats, damaged, an animation, of 16 bits, or larger than MAX_PIXELS.
     """
     if out is not None and content[:2] == _JPEG_START:
+        _check_scans(content)
         try:
             image = _simplejpeg().decode_jpeg(content, colorspace=_COLORSPACES[channels], buffer=out)
             return out if image.shape == out.shape else image
@@ -89,6 +92,7 @@ def open_image(content: Buffer) -> Iterator[Image.Image]:
     """A JPEG, PNG or WebP image with Pillow; UndecodableError, as in `decode_image`, also while its pixels are read."""
     plugin: Any
     if content[:2] == _JPEG_START:
+        _check_scans(content)
         plugin = JpegImagePlugin.JpegImageFile
     elif content[:8] == _PNG_START:
         if content[_BIT_DEPTH_AT : _BIT_DEPTH_AT + 1] == b"\x10":  # Pillow would cut colours to 8 bits in silence
@@ -110,6 +114,12 @@ def open_image(content: Buffer) -> Iterator[Image.Image]:
         raise UndecodableError(f"damaged: {error}") from error
 
 
+def _check_scans(content: Buffer) -> None:
+    """Each scan of a JPEG goes over all of its pixels, and takes 100 bytes; within one its mark does not occur."""
+    if bytes(content).count(_SCAN_START) > _MAX_SCANS:
+        raise UndecodableError(f"more than {_MAX_SCANS} scans; a JPEG has 10 or so")
+
+
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise UndecodableError(f"{width}x{height} pixels; at most {MAX_PIXELS} are accepted")
@@ -128,6 +138,7 @@ def to_array(image: Image.Image, channels: int) -> UInt8Array:
 
 def _decode_jpeg(content: Buffer, channels: int, min_side: int | None) -> Reduced:
     simplejpeg, colorspace = _simplejpeg(), _COLORSPACES[channels]
+    _check_scans(content)
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
         _check_pixels(width, height)

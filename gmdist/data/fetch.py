@@ -5,7 +5,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 
 from gmdist import s3, storage
@@ -16,33 +15,26 @@ from gmdist.data.manifest import MANIFEST_NAME, Manifest
 from gmdist.data.shard import ShardIndex, load_index
 from gmdist.errors import DataError, StorageError
 
-_OPEN_SHARDS = 320  # indexes take about 300 kB each at 10,000 samples of 2 members, local shards a file handle
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """What is kept of a shard that is being read."""
-
-    location: str
-    index: ShardIndex
-    file: FileIO | None  # of a local shard; closed when nobody has it any more
+_OPEN_FILES = 320  # of local shards: a process may have 1024
 
 
 class Shards:
     """The samples of a data set by (shard, index), for any number of threads."""
 
-    def __init__(self, folder: str, manifest: Manifest) -> None:
+    def __init__(self, folder: str, manifest: Manifest, num_indexes: int = 1) -> None:
         """Open a data set; its shards' indexes are read when they are needed.
 
         Args:
             folder: local or s3://.
             manifest: its shards.
+            num_indexes: how many of them are kept; each takes 300 kB at 10,000 samples of 2 members.
         """
         self.folder, self.manifest = folder, manifest
         self.cache: Cache | None = None  # where parts of shards from object storage are kept
         self.position = 0  # about the number of the last sample that was used: where the cache's future begins
         self._is_s3 = storage.is_s3(folder)
-        self._open = functools.lru_cache(_OPEN_SHARDS)(self._load)
+        self.index = functools.lru_cache(num_indexes)(self._load)
+        self._file = functools.lru_cache(_OPEN_FILES)(self._open)
         self._versions: dict[int, storage.Stat] = {}
 
     def location(self, shard: int) -> str:
@@ -53,18 +45,14 @@ class Shards:
         """A sample's name for messages: its shard's location and its key."""
         return f"{self.location(shard)}: {self.index(shard).keys[index]}"
 
-    def index(self, shard: int) -> ShardIndex:
-        """A shard's index."""
-        return self._open(shard).index
+    def _load(self, shard: int) -> ShardIndex:
+        return load_index(self.folder, self.manifest.shards[shard])
 
-    def _load(self, shard: int) -> _OpenShard:
-        entry, location = self.manifest.shards[shard], self.location(shard)
-        index = load_index(self.folder, entry)
-        file = None
-        if not self._is_s3:
-            with self._explaining(shard), storage.naming(location):
-                file = FileIO(location)
-        return _OpenShard(location, index, file)
+    def _open(self, shard: int) -> FileIO:
+        """A local shard; closed when nobody has it any more."""
+        location = self.location(shard)
+        with self._explaining(shard), storage.naming(location):
+            return FileIO(location)
 
     @contextmanager
     def _explaining(self, shard: int) -> Iterator[None]:
@@ -89,37 +77,47 @@ class Shards:
             DataError: the shard is gone, or is another object.
             StorageError: it was cut, the storage does not answer, or `stopped` was set.
         """
-        opened = self._open(shard)
-        if opened.file is None:
+        location = self.location(shard)
+        if self._is_s3:
             with self._explaining(shard):
-                return storage.read_range(opened.location, start, stop - start, self._version(shard), stopped)
-        try:
-            content = os.pread(opened.file.fileno(), stop - start, start)
-        except OSError:
-            with storage.naming(opened.location):
-                raise
+                version = self._version(shard)
+                try:
+                    found = storage.read_range(location, start, stop - start, version, stopped)
+                except s3.ChangedError:
+                    if shard in self._versions:
+                        raise
+                    # Copied from another bucket, the same bytes may be another version; their checksums are compared.
+                    version = self._found(shard)
+                    found = storage.read_range(location, start, stop - start, version, stopped)
+                self._versions[shard] = version
+                return found
+        with storage.naming(location):
+            file = self._file(shard)  # which another thread may let go meanwhile
+            content = os.pread(file.fileno(), stop - start, start)
         if len(content) != stop - start:
             raise StorageError(
-                f"{opened.location}: asked for {stop - start} bytes at {start}, got {len(content)}: it was cut or "
+                f"{location}: asked for {stop - start} bytes at {start}, got {len(content)}: it was cut or "
                 f"replaced after it was indexed; put it back, or run `gmdist data index {self.folder}` and train anew"
             )
         return content
 
     def _version(self, shard: int) -> storage.Stat:
+        """Of a shard in a bucket: as it was indexed, or, where it is a copy, as it was when it was first read."""
         entry = self.manifest.shards[shard]
         version = storage.Stat(entry.num_bytes, entry.etag)
-        if not (version.is_local and storage.is_s3(self.folder)):
-            return version
-        # Packed on a disk and copied to a bucket: the version that is there at first is the one of this run.
-        if shard not in self._versions:
-            found = storage.stat(self.location(shard))
-            if found.num_bytes != entry.num_bytes:
-                raise DataError(
-                    f"{self.location(shard)}: {found.num_bytes} bytes, but its manifest says {entry.num_bytes}; copy "
-                    f"the data set again, or run `gmdist data index {self.folder}`"
-                )
-            self._versions[shard] = found
-        return self._versions[shard]
+        if shard not in self._versions and version.is_local:
+            self._versions[shard] = self._found(shard)
+        return self._versions.get(shard, version)
+
+    def _found(self, shard: int) -> storage.Stat:
+        """The version that is there; DataError if it is another shard."""
+        entry, found = self.manifest.shards[shard], storage.stat(self.location(shard))
+        if found.num_bytes != entry.num_bytes:
+            raise DataError(
+                f"{self.location(shard)}: {found.num_bytes} bytes, but its manifest says {entry.num_bytes}; copy the "
+                f"data set again, or run `gmdist data index {self.folder}`"
+            )
+        return found
 
     def fetch_cached(
         self, shard: int, start: int, stop: int, stopped: threading.Event, *, keep: bool
@@ -143,12 +141,12 @@ class Shards:
 
     def num_bytes(self, shard: int, index: int) -> int:
         """Bytes of a sample's span."""
-        start, stop = self._open(shard).index.spans[index].tolist()
+        start, stop = self.index(shard).spans[index].tolist()
         return stop - start
 
     def hash(self, shard: int, index: int) -> int:
         """The hash of a sample's bytes."""
-        return int(self._open(shard).index.hashes[index])
+        return int(self.index(shard).hashes[index])
 
     def read(self, shard: int, index: int, content: Buffer | None = None) -> dict[str, memoryview]:
         """A sample's members' bytes by extension.
@@ -161,7 +159,7 @@ class Shards:
             DataError: the shard is gone, or holds other bytes than when it was indexed.
             StorageError: it was cut, or the storage did not answer.
         """
-        shard_index = self._open(shard).index
+        shard_index = self.index(shard)
         start, stop = shard_index.spans[index].tolist()
         rows = shard_index.rows(index)
         for _ in range(storage.READ_ATTEMPTS):

@@ -83,6 +83,14 @@ class ShardIndex:
         end = np.where(there, offset + num_bytes, 0).max(axis=1, initial=0)
         return np.stack([begin, end], axis=1)
 
+    def lies_within(self, num_bytes: int) -> bool:
+        """Whether there is a row of members for each sample, and all of them lie in a shard of so many bytes."""
+        if self._members.shape[:2] != (len(self.keys), len(self.extensions)):
+            return False
+        offset, size = self._members[:, :, 0], self._members[:, :, 1]
+        there = size >= 0
+        return not (there & ((offset < 0) | (size > num_bytes) | (offset > num_bytes - size))).any()
+
     @classmethod
     def of(cls, samples: list[Sample]) -> "ShardIndex":
         """The index of a shard with these samples."""
@@ -142,6 +150,10 @@ def load_index(folder: str, entry: ShardEntry) -> ShardIndex:
     index = ShardIndex.from_bytes(content, location)
     if len(index) != entry.samples:
         raise DataError(f"{location}: {len(index)} samples, but the manifest says {entry.samples}")
+    if not index.lies_within(entry.num_bytes):
+        raise DataError(
+            f"{location}: its samples are not of a shard of {entry.num_bytes} bytes; run `gmdist data index`"
+        )
     return index
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO, TypeVar
 from gmdist import storage
 from gmdist.data import tar
 from gmdist.data.shard import open_shard
-from gmdist.errors import DataError
+from gmdist.errors import DataError, StorageError
 
 _PART_BYTES = 8 << 20  # of an upload in parts, by the AWS CLI, by boto3, and from here
 
@@ -60,14 +60,26 @@ def open_sound(location: str, version: storage.Stat) -> Iterator[BinaryIO]:
         return
 
     def copy(file: tar.Readable, _: str) -> BinaryIO:
-        temporary = tempfile.TemporaryFile(prefix="gmdist-shard-")
+        with _naming_temporary():
+            temporary = tempfile.TemporaryFile(prefix="gmdist-shard-")
         while content := file.read(_PART_BYTES):
-            temporary.write(content)
+            with _naming_temporary():
+                temporary.write(content)
         return temporary
 
     with read_sound(location, version, copy) as copied:
         copied.seek(0)
         yield copied
+
+
+@contextmanager
+def _naming_temporary() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{tempfile.gettempdir()}: {error.strerror or error}; free space for a shard's copy, or set TMPDIR"
+        ) from error
 
 
 class _Hashed:

@@ -98,11 +98,11 @@ def _header(block: bytes, location: str, position: int) -> tarfile.TarInfo:
 def _pax_records(content: bytes, location: str, position: int) -> dict[str, Any]:
     r"""The records "LENGTH KEY=VALUE\n" of a PAX header; only path and size matter here."""
     records: dict[str, Any] = {}
-    rest = content
-    while rest:
-        length_text, _, _ = rest.partition(b" ")
+    start = 0
+    while start < len(content):
+        length_text, _, _ = content[start : start + _MAX_DIGITS].partition(b" ")
         length = int(length_text) if length_text.isdigit() and len(length_text) < 8 else 0
-        record = rest[len(length_text) + 1 : length]
+        record = content[start + len(length_text) + 1 : start + length]
         key, equals, value = record.partition(b"=")
         if not equals or not record.endswith(b"\n"):
             raise DataError(f"{location}: damaged PAX header at byte {position}")
@@ -114,7 +114,7 @@ def _pax_records(content: bytes, location: str, position: int) -> dict[str, Any]
             records["size"] = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise DataError(f"{location}: a sparse member at byte {position}; shards hold plain regular files only")
-        rest = rest[length:]
+        start += length
     return records
 
 

@@ -18,6 +18,7 @@ from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.families.family import Family
 from gmdist.launch.encoders import EncodingWork, encoding
+from gmdist.launch.lease import LEASE_NAME
 from gmdist.launch.shard_workers import make_shards
 
 _OVERRIDDEN = ("cluster", "data", "train")
@@ -81,7 +82,7 @@ def encode(
         listing.hash,
         _layouts(run, config, family),
     )
-    there = storage.list_stats(destination)
+    there = {name: found for name, found in storage.list_stats(destination).items() if name != LEASE_NAME}
     record = _begin(destination, there, record)
     if MANIFEST_NAME in there:
         return Encoded(Manifest.load(destination), record, was_there=True)

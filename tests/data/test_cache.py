@@ -301,6 +301,22 @@ def test_a_full_disk_stops_the_keeping_only(tmp_path: Path, monkeypatch: pytest.
     assert cache.find(part(1), 0, 3) == b"1,0"
 
 
+def test_a_disk_that_fails_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(tmp_path, 10)
+    put(cache, 1)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("builtins.open", failing)
+    assert cache.find(part(1), 0, 3) is None
+    monkeypatch.undo()
+    assert cache.problem == os.strerror(errno.EIO)
+    assert cache.keep(part(2), 3, lambda: b"2,0") == b"2,0"
+    monkeypatch.setattr(Path, "unlink", failing)
+    cache.drop(part(1))
+
+
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(
         StorageError, match=rf"data.cache_dir: {tmp_path}: its disk has .* and data.cache_gib is 1e\+09"

@@ -18,6 +18,7 @@ from gmdist.data.decode import (
     check_size,
     decode_image,
     decode_reduced,
+    open_image,
 )
 from gmdist.errors import DataError
 
@@ -274,6 +275,18 @@ def test_damage_gives_an_image_or_one_kind_of_error(
         with contextlib.suppress(UndecodableError):
             image = decode_reduced(memoryview(damaged), 3, min_side).image
             assert (image.dtype, image.shape[2]) == (np.uint8, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_of_many_scans_is_refused(channels: int) -> None:
+    content = encode(noise(16, 16), "JPEG", progressive=True)
+    assert decode_image(content, channels).shape == (16, 16, channels)
+    scan = content.rindex(b"\xff\xda")
+    bomb = content[:scan] + content[scan:-2] * 101 + content[-2:]
+    with pytest.raises(UndecodableError, match="more than 100 scans"):
+        decode_image(bomb, channels, np.empty((16, 16, channels), np.uint8))
+    with pytest.raises(UndecodableError, match="more than 100 scans"), open_image(bomb):
+        pass
 
 
 def test_the_centre_square_is_kept() -> None:

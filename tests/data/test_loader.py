@@ -1,5 +1,6 @@
 """Batches: the same samples for any number of workers and threads, from any start, of one data set or several."""
 
+import dataclasses
 import io
 import json
 import threading
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from gmdist.data import fetch
 from gmdist.data.cache import Cache
 from gmdist.data.config import MixedConfig
 from gmdist.data.loader import Loader
 from gmdist.data.pack import write_shards
+from gmdist.data.shard import load_index
 from gmdist.errors import ConfigError, DataError
 from tests.data.numbered import (
     BATCH,
@@ -49,6 +52,22 @@ def test_batches_are_the_images_in_the_order_of_the_tape(tmp_path: Path, channel
         assert np.abs(image.numpy() - expected).max() < 1e-6
         assert part.quarantined == []
     batches.close()
+
+
+def test_however_many_lanes_there_are_an_index_is_read_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = ((f"{i}", {"png": png(pixels(i, 3))}) for i in range(1600))
+    folder = str(tmp_path)
+    write_shards(samples, folder, num_shards=400)
+    read: list[str] = []
+    monkeypatch.setattr(fetch, "load_index", lambda folder, entry: read.append(entry.name) or load_index(folder, entry))
+    config = dataclasses.replace(settings(folder), lanes=400, num_classes=None)
+    dataset = Loader(config, folder).datasets[0]
+    for number in range(1600):
+        shard, index = dataset.tape.locate(np.array([number]))
+        dataset.shards.read(int(shard[0]), int(index[0]))
+    assert len(read) < 1.2 * 400
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -1,5 +1,6 @@
 """Shards: what is written is what is read, by us and by stock webdataset; whatever is unsound is refused by name."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from gmdist.data.manifest import MANIFEST_NAME, Manifest, ShardTable
 from gmdist.data.shard import (
     ShardIndex,
     ShardWriter,
+    index_name,
     load_index,
     scan,
 )
@@ -315,6 +317,37 @@ def test_no_data_set_says_what_to_do(tmp_path: Path) -> None:
     refusal("crc32 differs")
     manifest.write_text(json_lines[: json_lines.index('"crc32"')])
     refusal("not a manifest")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other.tar", "/etc/other.tar", "deep/er.tar", ".hidden.tar", "a\\b.tar", "a\nb.tar", "manifest.json", ""],
+)
+def test_a_manifest_that_names_no_shards_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (entry,) = save(tmp_path).shards
+    for shards in ([dataclasses.replace(entry, name=name)], [entry, dataclasses.replace(entry, name=name)]):
+        Manifest(ShardTable.of(shards)).save(str(tmp_path))
+        with pytest.raises(DataError, match=r"not a manifest \(it names a shard that is no file of its folder\)"):
+            Manifest.load(str(tmp_path))
+    Manifest(ShardTable.of([entry, entry])).save(str(tmp_path))
+    with pytest.raises(DataError, match=r"not a manifest \(it names a shard twice\)"):
+        Manifest.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("how", [{"num_bytes": 100}, {"num_bytes": 1 << 45}, {"offset": -1}])
+def test_an_index_of_what_is_not_in_the_shard_is_refused(tmp_path: Path, how: dict[str, int]) -> None:
+    (entry,) = save(tmp_path).shards
+    index = load_index(str(tmp_path), entry)
+    samples = [index[i] for i in range(len(index))]
+    if "offset" in how or how["num_bytes"] > 100:
+        (extension, member), *_ = samples[0].members.items()
+        samples[0].members[extension] = member._replace(**how)
+    else:
+        entry = dataclasses.replace(entry, **how)  # the shard is shorter
+    content = ShardIndex.of(samples).to_bytes()
+    (tmp_path / index_name(entry.name)).write_bytes(content)
+    with pytest.raises(DataError, match=r"index\.safetensors: its samples are not of a shard of \d+ bytes"):
+        load_index(str(tmp_path), dataclasses.replace(entry, index_crc32=zlib.crc32(content)))
 
 
 def test_shards_without_samples_are_no_data_set(tmp_path: Path) -> None:

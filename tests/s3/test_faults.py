@@ -109,6 +109,14 @@ def test_what_no_attempt_can_mend_fails_at_once(
     assert len(proxy.requests) == 1
 
 
+def test_a_read_that_gets_further_may_take_longer(proxy: FaultProxy, stored: tuple[str, str]) -> None:
+    use(proxy.url, timeout_s=0.5)
+    proxy.decide = lambda path, count: Fault("close", after=20_000)  # each time, of 300,000
+    began = time.monotonic()
+    assert read(stored) == CONTENT[START:STOP]
+    assert time.monotonic() - began > 0.5
+
+
 def test_a_storage_that_stays_broken_ends_in_time(proxy: FaultProxy, stored: tuple[str, str]) -> None:
     use(proxy.url, timeout_s=2.0)
     proxy.decide = lambda path, count: Fault("status")
@@ -218,6 +226,26 @@ def test_a_shard_that_is_overwritten_says_that_the_data_set_changed(bucket: str,
     storage.write(name, storage.read(name)[::-1])
     with pytest.raises(DataError, match=r"shard-000000\.tar: the data set changed under the run: .*gmdist data index"):
         shards.read(0, 1)
+
+
+def test_a_copy_has_other_versions_of_the_same_bytes(bucket: str, stored_digits: str) -> None:
+    folder = copied(stored_digits, bucket, "moved")
+    index_folder(folder)
+    manifest = Manifest.load(folder)
+    manifest.shards.columns["etag"][:] = b"0123456789abcdef-2"  # of the bucket that it was copied from, in parts
+    shards = Shards(folder, manifest)
+    members = shards.read(0, 0)
+    assert {name: bytes(content) for name, content in members.items()} == {
+        name: bytes(content) for name, content in Shards(folder, Manifest.load(folder)).read(0, 0).items()
+    }
+    name = shards.location(0)
+    storage.write(name, storage.read(name)[::-1])
+    with pytest.raises(DataError, match=r"shard-000000\.tar: the data set changed under the run"):
+        shards.read(0, 1)
+    other = shards.location(1)
+    storage.write(other, storage.read(other)[::-1])
+    with pytest.raises(DataError, match=r"shard-000001\.tar: sample '\d+' is not what was indexed"):
+        shards.read(1, 0)
 
 
 def test_a_shard_that_is_gone_names_the_manifest(bucket: str, stored_digits: str) -> None:
