@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -32,12 +32,15 @@ _ENVIRONMENT = {
 }
 
 
+_has_asked = False  # this process, the autoscaler for machines
+
+
 @contextmanager
 def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int = 1) -> Iterator[None]:
     """Be connected to the cluster that the config names; one that was started for it ends afterwards.
 
-    With cluster.autoscale, machines for the workers, so many times, are asked for as long: by who connects first, as
-    each request takes the place of the one before.
+    With cluster.autoscale, machines for the workers, so many times, are asked for as long: for a sweep and not for
+    each of its trials, as a request takes the place of the one before.
 
     Raises:
         ConfigError: no cluster answers; or, unless it may be, it is too small for the workers.
@@ -51,7 +54,7 @@ def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int =
                 _connect(config)
         if not may_be_small:
             check_resources(config)
-        with nullcontext() if already else _requested(config, times):
+        with _requested(config, times):
             yield
     except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
         raise KeyboardInterrupt from error
@@ -189,16 +192,19 @@ def _own_address() -> Iterator[None]:
 @contextmanager
 def _requested(config: ClusterConfig, times: int) -> Iterator[None]:
     """Have the autoscaler keep machines for all workers while this holds: no other command may ask it meanwhile."""
-    if not config.autoscale:
+    global _has_asked
+    if not config.autoscale or _has_asked:
         yield
         return
     from ray.autoscaler.sdk import request_resources
 
     worker = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     request_resources(bundles=[worker] * (config.worker_range[1] * times))
+    _has_asked = True
     try:
         yield
     finally:
+        _has_asked = False
         request_resources(bundles=[])
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from gmdist import start, storage
 from gmdist.config import Config
-from gmdist.errors import RunFailedError, StorageError
+from gmdist.errors import CheckpointError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected
 from gmdist.launch.lease import held
 from gmdist.launch.mailbox import Failure, WorkersFailedError
@@ -122,10 +122,10 @@ def _with_restarts(
 
 
 def _saved_step(config: Config) -> int:
-    """Of the newest checkpoint; 0 without one. What is wrong with the storage, the workers say."""
+    """Of the newest checkpoint; 0 without one. What is wrong with it, or with the storage, the workers say."""
     try:
         found, _ = checkpoint.find_newest(config.run.dir)
-    except StorageError:
+    except (CheckpointError, StorageError):
         return 0
     return 0 if found is None else found.meta["step"]
 

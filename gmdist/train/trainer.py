@@ -162,7 +162,7 @@ class Trainer:
         profile = Profile(self.run_dir, config.profile_steps if rank() == 0 else None)
         batches = moved_ahead(self._batches(), self.device)
         stopping = self.step == self.hooks.last_step
-        saved_step, saving = self.step, False
+        saved_step, saving, is_due = self.step, False, False
         with profile:
             while self.step < config.num_steps and not stopping:
                 asked_s = time.monotonic()
@@ -179,6 +179,7 @@ class Trainer:
                         self._go_back(loaded)
                         batches = moved_ahead(self._batches(), self.device)
                     clock.rewind(before - self.step)
+                    is_due = False
                     continue
                 if self.step % config.log_every == 0 or last:
                     self._write_metrics(clock)
@@ -193,12 +194,12 @@ class Trainer:
                 stopping = (stop or self.step == self.hooks.last_step) and not last
                 if failed:
                     self._saver.wait()
-                saving = saving or save or self.step % config.checkpoint_every == 0
+                saving, is_due = saving or save, is_due or self.step % config.checkpoint_every == 0
                 # While updates are left out, the weights may be what is wrong: such a checkpoint would not help.
-                if (saving and not self._skips.look()) or last or stopping:
+                if ((saving or is_due) and not self._skips.look()) or last or stopping:
                     with clock.paused():
                         self._save()
-                    saved_step, saving = self.step, False
+                    saved_step, saving, is_due = self.step, False, False
         assert saved_step == self.step
         self._saver.wait()
         return Outcome(self.step, self.seen, self._total_digest(), finished=self.step >= config.num_steps)

@@ -82,6 +82,8 @@ def test_an_autoscaler_is_asked_for_all_workers_until_the_end(
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     config = ClusterConfig("auto", num_workers=(2, 64), gpus_per_worker=1, cpus_per_worker=4, autoscale=True)
     with connected(config, times=2):  # which this cluster has no room for
+        with connected(config):  # a trial of the sweep that has asked
+            pass
         assert asked == [[{"CPU": 4, "GPU": 1}] * 128]
     assert asked[1:] == [[]]
     with connected(ClusterConfig("auto")):
