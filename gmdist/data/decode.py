@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import math
+import re
 import struct
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ UInt8Array = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
 _JPEG_START = b"\xff\xd8"
-_SCAN_START = b"\xff\xda"
+_SCAN_START = re.compile(rb"\xff\xda")
 _MAX_SCANS = 100
 _COLORSPACES = {1: "GRAY", 3: "RGB"}  # of CMYK images too, as Pillow converts them
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +63,8 @@ def decode_image(content: Buffer, channels: int, out: UInt8Array | None = None) 
         UndecodableError: not one of the formats, damaged, an animation, of 16 bits, or larger than MAX_PIXELS.
     """
     if out is not None and content[:2] == _JPEG_START:
-        _check_scans(content)
+        if len(content) > out.size:  # otherwise they are few, of few pixels
+            _check_scans(content)
         try:
             image = _simplejpeg().decode_jpeg(content, colorspace=_COLORSPACES[channels], buffer=out)
             return out if image.shape == out.shape else image
@@ -116,7 +118,7 @@ def open_image(content: Buffer) -> Iterator[Image.Image]:
 
 def _check_scans(content: Buffer) -> None:
     """Each scan of a JPEG goes over all of its pixels, and takes 100 bytes; within one its mark does not occur."""
-    if bytes(content).count(_SCAN_START) > _MAX_SCANS:
+    if len(_SCAN_START.findall(content)) > _MAX_SCANS:  # faster than bytes.count
         raise UndecodableError(f"more than {_MAX_SCANS} scans; a JPEG has 10 or so")
 
 

@@ -77,8 +77,8 @@ class Shards:
             DataError: the shard is gone, or is another object.
             StorageError: it was cut, the storage does not answer, or `stopped` was set.
         """
-        location = self.location(shard)
         if self._is_s3:
+            location = self.location(shard)
             with self._explaining(shard):
                 version = self._version(shard)
                 try:
@@ -91,12 +91,15 @@ class Shards:
                     found = storage.read_range(location, start, stop - start, version, stopped)
                 self._versions[shard] = version
                 return found
-        with storage.naming(location):
-            file = self._file(shard)  # which another thread may let go meanwhile
+        file = self._file(shard)  # which another thread may let go meanwhile
+        try:
             content = os.pread(file.fileno(), stop - start, start)
+        except OSError:
+            with storage.naming(self.location(shard)):
+                raise
         if len(content) != stop - start:
             raise StorageError(
-                f"{location}: asked for {stop - start} bytes at {start}, got {len(content)}: it was cut or "
+                f"{self.location(shard)}: asked for {stop - start} bytes at {start}, got {len(content)}: it was cut or "
                 f"replaced after it was indexed; put it back, or run `gmdist data index {self.folder}` and train anew"
             )
         return content
