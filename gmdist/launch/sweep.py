@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gmdist import runs, start, storage
@@ -60,7 +61,7 @@ def sweep(asked: Sweep, on_standing: Callable[[Standing], None], on_message: Cal
     times = asked.plan.sweep.concurrency or 1
     with (
         stopper.installed(),
-        held(folder, on_message, stopper.lose) as lease,
+        held(folder, on_message, partial(stopper.lose, folder)) as lease,
         connected(asked.base.cluster, times=times),
     ):
         if asked.base.cluster.address != "local":
@@ -191,8 +192,8 @@ class _Executor:
     def _stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for stopper in self._stoppers:
-            if self._stopper.has_lost:
-                stopper.lose()
+            if self._stopper.lost is not None:
+                stopper.lose(self._stopper.lost)
             elif not stopper.asked:
                 stopper.ask()
 

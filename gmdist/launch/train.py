@@ -4,6 +4,7 @@ import importlib
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 from gmdist import start, storage
 from gmdist.config import Config
@@ -57,7 +58,7 @@ def train(
     stopper = stopper or Stopper(on_message)
     with (
         stopper.installed() if own else nullcontext(),
-        held(config.run.dir, on_message, stopper.lose) as lease,
+        held(config.run.dir, on_message, partial(stopper.lose, config.run.dir)) as lease,
         connected(config.cluster),
     ):
         if own and config.cluster.address != "local":  # with the lease: the folder is nobody else's

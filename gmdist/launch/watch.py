@@ -26,7 +26,7 @@ class Stopper:
 
     def __init__(self, on_message: Callable[[str], None]) -> None:
         self.mailbox: Any = None  # of the workers that are running, if any
-        self.has_lost = False  # the folder, to another command
+        self.lost: str | None = None  # the folder that another command has now
         self._asked = threading.Event()
         self._on_message = on_message
 
@@ -63,9 +63,9 @@ class Stopper:
         if self.mailbox is not None:
             self.mailbox.request_stop.remote()
 
-    def lose(self) -> None:
-        """End the workers at once: what they would save into is another command's now."""
-        self.has_lost = True
+    def lose(self, folder: str) -> None:
+        """End the workers at once: the folder that they would save into is another command's now."""
+        self.lost = folder
         self._asked.set()
         if self.mailbox is not None:
             self.mailbox.request_end.remote()
@@ -83,10 +83,10 @@ class Stopper:
 
     def check_lost(self) -> None:
         """RunFailedError if another command has the folder now."""
-        if self.has_lost:
+        if self.lost is not None:
             raise RunFailedError(
-                "another command has taken the folder: this one did not get to say that it is there for 20 s; it has "
-                "ended without a checkpoint, and the other goes on from the last"
+                f"{self.lost}: another command has taken the folder, as this one did not get to say that it is there "
+                "for 20 s; it has ended without a checkpoint, and the other goes on from the last"
             )
 
 
