@@ -110,11 +110,15 @@ def test_what_no_attempt_can_mend_fails_at_once(
 
 
 def test_a_read_that_gets_further_may_take_longer(proxy: FaultProxy, stored: tuple[str, str]) -> None:
-    use(proxy.url, timeout_s=0.5)
-    proxy.decide = lambda path, count: Fault("close", after=20_000)  # each time, of 300,000
+    def decide(path: str, count: int) -> Fault:
+        time.sleep(0.2)
+        return Fault("close", after=40_000)  # each time, of 300,000
+
+    use(proxy.url, timeout_s=1.5)
+    proxy.decide = decide
     began = time.monotonic()
     assert read(stored) == CONTENT[START:STOP]
-    assert time.monotonic() - began > 0.5
+    assert time.monotonic() - began > 1.5
 
 
 def test_a_storage_that_stays_broken_ends_in_time(proxy: FaultProxy, stored: tuple[str, str]) -> None:
