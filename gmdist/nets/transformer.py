@@ -10,7 +10,9 @@ from gmdist.nets.products import Conv2d, Linear
 
 def heads_problem(channels: int, num_heads: int) -> str | None:
     """Why tokens of this width cannot have as many heads, as "key: value; what is valid"; None if they can."""
-    if num_heads < 1 or channels < 1 or channels % num_heads:
+    if channels < 1:
+        return f"channels: {channels}; must be at least 1"
+    if num_heads < 1 or channels % num_heads:
         return f"num_heads: {num_heads}; must divide the width {channels}"
     return None
 

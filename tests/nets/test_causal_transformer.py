@@ -100,6 +100,7 @@ def test_attention_knows_how_far_apart_two_places_are() -> None:
     ("changes", "words"),
     [
         ({"num_heads": 5}, "num_heads: 5; must divide the width 768"),
+        ({"channels": 0}, "channels: 0; must be at least 1"),
         ({"num_heads": 768}, "num_heads: 768; must leave each a multiple of 4 of the 768 channels"),
         ({"depth": 0}, "depth: 0; must be at least 1"),
         ({"dropout": 1.0}, "dropout: 1.0; must be at least 0 and below 1"),
