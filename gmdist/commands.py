@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gmdist.errors import ConfigError, DivergedError
+from gmdist.errors import CheckpointError, ConfigError, DivergedError
 
 if TYPE_CHECKING:
     from gmdist.data.progress import Meter
@@ -195,15 +195,15 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Write a page about runs."""
-    from gmdist.launch.sample import SampleRequest, draw, draws
+    from gmdist.launch.sample import draw_compared, is_compared
     from gmdist.report.page import write
 
     last, drawn = options.runs[-1], None
-    if draws(last):
+    if is_compared(last):
         print(f"gmdist: drawing {_REPORTED_IMAGES} images of {last}", file=sys.stderr)
         try:
-            drawn = draw(last, SampleRequest(_REPORTED_IMAGES))
-        except DivergedError as error:  # whose curves are what is looked for
+            drawn = draw_compared(last, _REPORTED_IMAGES)
+        except (CheckpointError, ConfigError, DivergedError) as error:  # curves are there all the same
             print(f"gmdist: a report without samples: {error}", file=sys.stderr)
     print(write(options.runs, drawn))
     return EXIT_DONE

@@ -268,7 +268,8 @@ def _make_locations_absolute(settings: Any) -> None:
         if dataclasses.is_dataclass(value):
             _make_locations_absolute(value)
         elif value is not None and (
-            f.metadata.get("location") or (f.metadata.get("folder_or_name") and os.path.isdir(value))
+            f.metadata.get("location")
+            or (f.metadata.get("folder_or_name") and os.path.isdir(os.path.expanduser(value)))
         ):
             setattr(settings, f.name, storage.absolute(value))
 

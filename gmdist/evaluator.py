@@ -16,7 +16,7 @@ from gmdist.data.unpaired import Unpaired
 from gmdist.errors import ConfigError
 from gmdist.evaluation.features import Features, beside, load_features
 from gmdist.evaluation.measure import Captions, Evaluator, Images
-from gmdist.families.family import Batch
+from gmdist.families.family import Batch, Condition, captions
 
 
 def reference_of(config: Config) -> str:
@@ -29,6 +29,11 @@ def _reference(config: Config) -> str | list[MixedConfig]:
     return config.data.trained_on if named is None else named
 
 
+def _folders(config: Config) -> list[str]:
+    named = _reference(config)
+    return [named] if isinstance(named, str) else [one.train for one in named]
+
+
 def check_reference(config: Config) -> None:
     """Refuse real images that are not there, or are not images, before hours have gone into the run.
 
@@ -36,9 +41,7 @@ def check_reference(config: Config) -> None:
         ConfigError: they are latents.
         DataError: there are none, or none with captions where the run reads captions.
     """
-    named = _reference(config)
-    folders = [named] if isinstance(named, str) else [one.train for one in named]
-    for folder in folders:
+    for folder in _folders(config):
         if Record.load(storage.absolute(folder)) is not None:
             raise ConfigError(
                 f"evaluation.reference: {config.evaluation.reference or 'null'}; {folder} holds latents: name shards "
@@ -46,7 +49,7 @@ def check_reference(config: Config) -> None:
             )
         Manifest.load(storage.absolute(folder))
     if config.data.caption is not None:
-        Loader(replace(config.data, image=False, num_classes=None, arrays=()), named).first(1)
+        Loader(replace(config.data, image=False, num_classes=None, arrays=()), _reference(config)).first(1)
 
 
 def open_features(config: Config) -> Features:
@@ -88,7 +91,7 @@ def open_evaluator(
         None if held_out is None else _images(held_out, min(most, held_out.num_samples), device),
         config.data.num_classes or 0,
         device,
-        None if config.data.caption is None else _captions(config, device),
+        open_captions(config, device),
     )
 
 
@@ -99,13 +102,24 @@ def _images(loader: Loader | Unpaired, count: int, device: torch.device) -> Imag
     return Images(count, batches, lambda: loader.first(1).batch_on(device))
 
 
-def _captions(config: Config, device: torch.device) -> Captions:
-    """Captions of the real images, and their labels where the data has any: spread evenly, then once more."""
-    loader = Loader(replace(config.data, image=False, arrays=(), cache_dir=None), _reference(config))
+def open_captions(config: Config, device: torch.device) -> Captions | None:
+    """What generated images are to show: captions of the real images, spread evenly, then once more.
+
+    And their labels, where all have one of the run's classes. None of a run without captions.
+    """
+    if config.data.caption is None:
+        return None
+    classes = config.data.num_classes
+    if not all(0 < Manifest.load(storage.absolute(folder)).num_labels <= (classes or 0) for folder in _folders(config)):
+        classes = None
+    data = replace(config.data, image=False, num_classes=classes, arrays=(), cache_dir=None)
+    loader = Loader(data, _reference(config))
     count = min(config.evaluation.num_images, loader.num_samples)
 
-    def batches(numbers: list[Tensor]) -> Iterator[Batch]:
+    def conditions(numbers: list[Tensor]) -> Iterator[Condition]:
         parts = [number.cpu().numpy() % count * loader.num_samples // count for number in numbers]
-        return (loaded.batch_on(device) for loaded in loader.at(parts))
+        for loaded in loader.at(parts):
+            batch = loaded.batch_on(device)
+            yield Condition(batch.get("label"), tuple(captions(batch)))
 
-    return batches
+    return conditions

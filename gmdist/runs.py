@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -31,6 +32,8 @@ _SECOND_DOMAIN = {"image_b": "data.unpaired", "label_b": "data.unpaired and data
 _ONE_DOMAIN = "data.image, data.num_classes, data.caption or data.arrays"
 
 _OPEN_ATTEMPTS = 3
+# Settings of a family that say how to draw or measure, and where files are: they may be others than in training.
+_AFTERWARDS = re.compile(r"(.*\.)?(sampler\..+|truncation|iwae_samples|first_stage|init_from|path)")
 
 _log = logging.getLogger(__name__)
 
@@ -89,11 +92,18 @@ def build_family(
     torch.manual_seed(derive(config.train.seed, "weights", 0))
     family = kind(config.family, surroundings)
     keys = config.data.batch_keys
+    if config.data.image and (twice := set(keys).intersection(family.cached)):
+        raise ConfigError(
+            f"data.arrays: {list(config.data.arrays)}; {', '.join(twice)} would be taken in place of the images beside "
+            "them, and nobody knows what made them: leave them out, or set data.image=false"
+        )
     for name in family.inputs:
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
             remedy = f"set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"
             if config.data.arrays and getattr(config.family, "first_stage", "") is None:
                 remedy = "set family.first_stage to the run that made them"
+            elif config.data.arrays and family.cached:
+                remedy = f"set data.image, or data.arrays=[{', '.join(f'{one}.npy' for one in family.cached)}]"
             raise ConfigError(
                 f"family.name: '{config.family_name}'; it needs '{name}' of each sample, and data reads "
                 f"{', '.join(keys)}: {remedy}"
@@ -138,8 +148,12 @@ def open_run(
         DataError: latents of another first stage.
     """
     run_dir, location = split_run(run)
-    config = config or read_config(run_dir)
+    trained = read_config(run_dir)
+    config = config or trained
     use_storage(config)
+    for key, own, theirs in differences(config, trained):
+        if not _AFTERWARDS.fullmatch(key):
+            _log.warning("family.%s: %r; the run was trained with %r", key, own, theirs)
     if location is not None:
         if not storage.list_names(location):
             raise ConfigError(f"{run}: no such checkpoint; those of {run_dir} are in its folder checkpoints")

@@ -11,8 +11,8 @@ from gmdist.data.loader import Loader
 from gmdist.data.pack import write_shards
 from gmdist.data.samples import digits
 from gmdist.evaluation.features import save_classifier
-from gmdist.evaluator import open_evaluator
-from gmdist.families.family import Family
+from gmdist.evaluator import open_captions, open_evaluator
+from gmdist.families.family import Condition, Family
 from gmdist.nets.classifier import Classifier, ClassifierSizes
 from tests.test_cli import CONFIG, TINY
 
@@ -55,6 +55,16 @@ def test_prompts_are_the_captions_of_the_real_images_spread_evenly(config: Confi
     labels = real.batch["label"].tolist()
     assert len(set(labels)) > 1
     assert family.asked == {number: (label, str(label)) for number, label in enumerate(labels)}
+
+
+def test_captions_without_labels_are_prompts_all_the_same(config: Config, tmp_path: Path) -> None:
+    samples = [(key, {"png": members["png"], "txt": b"a digit"}) for key, members in islice(digits("test"), 16)]
+    write_shards(samples, str(tmp_path / "unlabelled"))
+    config.evaluation.reference = str(tmp_path / "unlabelled")
+    captioned = open_captions(config, CPU)
+    assert captioned is not None
+    (asked,) = captioned([torch.arange(3)])
+    assert asked == Condition(None, ("a digit",) * 3)
 
 
 def test_where_there_are_more_images_than_captions_these_come_again(config: Config) -> None:

@@ -54,6 +54,10 @@ def test_a_schedule_that_ends_short_of_noise_is_warned_of(tmp_path: Path) -> Non
     for more, words in (
         (["family.diffusion.num_timesteps=100"], ["family.diffusion.num_timesteps: 100; the last one has 60% of"]),
         (["family.diffusion.num_timesteps=100", "family.diffusion.betas=[0.001,0.2]"], []),
+        (
+            ["family.diffusion.sampler={num_steps: 501, spacing: leading}"],
+            ["family.diffusion.sampler.num_steps: 501; the first is at timestep 500 of 1000, which has 28% of the"],
+        ),
         ([], []),
     ):
         _, warnings = check_start(load(config, [*settings, *more]))
@@ -79,6 +83,17 @@ def test_a_family_of_images_needs_images(tmp_path: Path) -> None:
     settings = [f"data.train={folder}", "data.test=null", f"run.dir={tmp_path}/run"]
     with pytest.raises(ConfigError, match="family.name: 'autoencoder_kl'; it needs 'image' of each sample"):
         check_start(load(CONFIG, [*settings, "data.image=false", "data.arrays=[latent.npy]"]))
+
+
+def test_arrays_that_would_take_the_place_of_the_images_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", 0)
+    settings = [f"data.train={folder}", "data.test=null", f"run.dir={tmp_path}/run", "train.num_steps=1"]
+    config = load(CONFIG, [*settings, "data.batch_size=2", "train.zero_stage=0", "train.sample_every=null"])
+    train_worker(config, torch.device("cpu"))
+    second = [*settings[:2], f"run.dir={tmp_path}/second", f"family.first_stage={tmp_path}/run"]
+    config = load(str(Path(CONFIG).parent / "latent_diffusion.yaml"), [*second, "data.arrays=[moments.npy]"])
+    with pytest.raises(ConfigError, match=r"data.arrays: \['moments.npy'\]; moments would be taken in place of the im"):
+        check_start(config)
 
 
 # Two domains.

@@ -162,14 +162,33 @@ class DiffusionConfig:
             return f"sampler.{problem}"
         return None
 
+    def timesteps(self) -> list[int]:
+        """Those of a discrete schedule that the sampler stops at, the noisiest first."""
+        spacing = self.sampler.spacing_for(self.schedule)
+        return TIMESTEP_SPACINGS[spacing](self.num_timesteps, self.sampler.num_steps)
+
+    def first_gain(self) -> float:
+        """What the sampler's first step multiplies errors of the prediction eps by: x0 is (x - sigma eps) / alpha."""
+        first, *rest = self.abar()[self.timesteps()].sqrt().tolist()
+        return (rest[0] if rest else 1.0) / first
+
     def doubt(self) -> str | None:
         """What is hardly meant, as "key: value; why"; None if there is nothing."""
-        if not self.is_discrete or (left := float(self.abar()[-1].sqrt())) <= _MOST_LEFT:
+        if not self.is_discrete:
             return None
-        return (
-            f"num_timesteps: {self.num_timesteps}; the last one has {left:.0%} of the data, and samples begin without: "
-            "set betas that end higher, the schedule 'cosine', or zero_terminal_snr: true"
-        )
+        alpha, first = self.abar().sqrt(), self.timesteps()[0]
+        if (left := float(alpha[-1])) > _MOST_LEFT:
+            return (
+                f"num_timesteps: {self.num_timesteps}; the last one has {left:.0%} of the data, and samples begin "
+                "without: set betas that end higher, the schedule 'cosine', or zero_terminal_snr: true"
+            )
+        if (left := float(alpha[first])) > _MOST_LEFT:
+            return (
+                f"sampler.num_steps: {self.sampler.num_steps}; the first is at timestep {first} of "
+                f"{self.num_timesteps}, which has {left:.0%} of the data, and samples begin without: take the spacing "
+                f"'trailing', or a number that divides {self.num_timesteps}"
+            )
+        return None
 
     def _schedule_problem(self) -> str | None:
         if self.schedule not in SCHEDULES:

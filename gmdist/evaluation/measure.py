@@ -15,7 +15,7 @@ from gmdist.evaluation.frechet import Moments, frechet_distance
 from gmdist.evaluation.gather import gathered
 from gmdist.evaluation.kernel import kernel_distance
 from gmdist.evaluation.manifold import precision_recall
-from gmdist.families.family import Batch, Condition, Family, captions
+from gmdist.families.family import Batch, Condition, Family
 from gmdist.workers import all_sum, rank, world_size
 
 _FEW = 0.1  # of what a class would have if all had as many images: it is covered by so many
@@ -33,8 +33,8 @@ class Images:
     first: Callable[[], Batch]  # of one, the same for every worker
 
 
-# For the numbers [N] of images, batch by batch: batches with a caption, and perhaps a label, for each of them.
-Captions = Callable[[list[Tensor]], Iterator[Batch]]
+# For the numbers [N] of images, batch by batch: a caption, and perhaps a label, for each of them.
+Captions = Callable[[list[Tensor]], Iterator[Condition]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Evaluator:
         numbers = torch.arange(self.config.num_images, device=self.device).split(self.config.batch_size)
         is_judged = self._is_judged()
         follows_labels = is_judged and self._follows_labels(family)
-        agreeing = torch.zeros((), dtype=torch.float64, device=self.device)
+        agreeing = torch.zeros(2, dtype=torch.float64, device=self.device)  # how many, and of how many
         shown = torch.zeros(max(self.num_classes, 1), dtype=torch.float64, device=self.device)  # images of each class
         rounds, own = -(-len(numbers) // world_size()), numbers[rank() :: world_size()]
         asked = zip(own, self._asked(list(own)), strict=True)
@@ -151,10 +151,13 @@ class Evaluator:
             if is_judged and classes is not None:
                 shown += torch.bincount(classes, minlength=self.num_classes)
                 if follows_labels and condition.label is not None:
-                    agreeing += classes.eq(condition.label).sum()
+                    agreeing[0] += classes.eq(condition.label).sum()
+                    agreeing[1] += len(number)
             yield number, features
         if follows_labels:
-            found["label_agreement"] = float(all_sum(agreeing)) / self.config.num_images
+            num_agreeing, num_asked = all_sum(agreeing).tolist()
+            if num_asked:  # captions may come without labels
+                found["label_agreement"] = num_agreeing / num_asked
         few = _FEW * self.config.num_images / max(self.num_classes, 1)
         if is_judged and few >= 1.0:  # or a class may be missing by chance
             found["class_coverage"] = float((all_sum(shown) >= few).double().mean())
@@ -162,8 +165,7 @@ class Evaluator:
     def _asked(self, numbers: list[Tensor]) -> Iterator[Condition]:
         """What the images of these numbers [N] are to show, batch by batch."""
         if self._captions is not None:
-            for batch in self._captions(numbers):
-                yield Condition(batch.get("label"), tuple(captions(batch)))
+            yield from self._captions(numbers)
         else:
             for number in numbers:
                 yield Condition(torch.remainder(number, self.num_classes) if self.num_classes else None)

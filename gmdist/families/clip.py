@@ -78,6 +78,8 @@ def _places(path: str) -> tuple[str, str]:
     if (folder / "text_encoder").is_dir():
         folder = folder / "text_encoder"
     elif not folder.is_dir():
+        if path.startswith(("/", ".", "~")):  # no name on the hub does
+            raise _unreadable(path, "there is no such folder")
         return path, path
     has_tokenizer = any((folder / name).exists() for name in ("vocab.json", "tokenizer.json"))
     beside = folder.resolve().parent / "tokenizer"

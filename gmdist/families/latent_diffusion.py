@@ -14,7 +14,8 @@ from gmdist.families.family import Batch, Surroundings
 from gmdist.families.first_stage import open_first_stage
 from gmdist.interchange.pipelines import Network, Pipeline, dit_pipeline, stable_diffusion
 
-_ENCODED_AT_ONCE = 16
+_PIXELS_AT_ONCE = 1 << 20  # through the first stage, whose memory they decide: some 6 GiB in fp32 at its usual widths
+_MOST_GAIN = 100.0  # of errors in a sampler's first step; what is left of them has the size of the latents
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,14 @@ class LatentDiffusionConfig(DenoiserConfig):
                 f"diffusion.edm.sigma_data: {self.diffusion.edm.sigma_data}; must be 1, the standard deviation that "
                 "latents are scaled to, and with it p_mean + ln 2, 2 sigma_min and 2 sigma_max of what goes with 0.5"
             )
-        return super().problem(image_size)
+        if problem := super().problem(image_size):
+            return problem
+        if self.diffusion.prediction == "eps" and (gain := self.diffusion.first_gain()) > _MOST_GAIN:
+            return (
+                f"diffusion.prediction: 'eps'; the sampler's first step makes its errors {gain:,.0f} times as large, "
+                "and latents have no bounds: take v or x0, or sampler.spacing 'leading', or more steps"
+            )
+        return None
 
 
 class LatentDiffusion(DenoiserFamily):
@@ -47,14 +55,15 @@ class LatentDiffusion(DenoiserFamily):
         super().__init__(config, surroundings, first_stage.latent_shape, source)
         self.first_stage, self._first_spec = first_stage.autoencoder, first_stage.spec
         self._first_stage_run = config.first_stage
+        self._at_once = max(1, _PIXELS_AT_ONCE // surroundings.image_size**2)
         self.register_buffer("latent_scale", torch.ones(()))
 
     def initialize(self, batch: Batch) -> None:
         """Measure the scale that gives latents unit variance (Rombach 2022, App. G), and read first weights."""
         super().initialize(batch)
         parts: list[Batch] = [
-            {name: batch[name][i : i + _ENCODED_AT_ONCE] for name in ("image", "moments", "key") if name in batch}
-            for i in range(0, len(batch["key"]), _ENCODED_AT_ONCE)
+            {name: batch[name][i : i + self._at_once] for name in ("image", "moments", "key") if name in batch}
+            for i in range(0, len(batch["key"]), self._at_once)
         ]
         latents = torch.cat([self._latents(part) for part in parts])
         self.latent_scale.copy_(1.0 / latents.double().std())
@@ -79,7 +88,8 @@ class LatentDiffusion(DenoiserFamily):
         return self._latents(batch) * self.latent_scale
 
     def shown(self, x: Tensor) -> Tensor:
-        return self.first_stage.decode(x / self.latent_scale).float().clamp(-1.0, 1.0)
+        parts = (x / self.latent_scale).split(self._at_once)
+        return torch.cat([self.first_stage.decode(part).float() for part in parts]).clamp(-1.0, 1.0)
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> Tensor:

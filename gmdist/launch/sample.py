@@ -1,6 +1,6 @@
 """Images from a run: a grid, or one PNG each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ from gmdist.config import Config
 from gmdist.data.batch import as_floats
 from gmdist.data.decode import UndecodableError, decode_image
 from gmdist.errors import ConfigError
+from gmdist.evaluator import open_captions
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Condition, Family
 
-AT_ONCE = 64  # images in one pass
+_MOST_AT_ONCE, _PIXELS_AT_ONCE = 64, 64 * 256 * 256
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,17 @@ class Drawer:
         self.family, self._device = self.family.to(device), device
         return self
 
+    def parts(self, first: int, stop: int) -> Iterator[Tensor]:
+        """The numbers from one to another, those of images that are drawn together [N]."""
+        return iter(torch.arange(first, stop, device=self._device).split(images_at_once(self.config)))
+
     def condition(self, numbers: Tensor) -> Condition:
         """What the images of these numbers [N] are to show."""
-        return asked(self.request, numbers, self.config.data.num_classes or 0)
+        return asked(self.request, numbers, self.config, self.family)
 
-    def pixels(self, numbers: Tensor) -> Tensor:
+    def pixels(self, numbers: Tensor, condition: Condition) -> Tensor:
         """The images of these numbers [N], uint8 [N, H, W, C] on the CPU: the same ones for the same request."""
-        numbers = numbers.to(self._device)
-        keys, condition, rows = keys_of(self.request, numbers), self.condition(numbers), self.rows
+        keys, rows = keys_of(self.request, numbers.to(self._device)), self.rows
         with torch.inference_mode():
             if rows is None:
                 return images.drawn_uint8(self.family.sample(keys, condition))
@@ -91,12 +95,28 @@ def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Ten
     The same request gives the same images.
     """
     drawer = Drawer(run, request, overrides).to(runs.device())
-    return torch.cat([drawer.pixels(numbers) for numbers in torch.arange(request.num_images).split(AT_ONCE)])
+    return torch.cat([drawer.pixels(part, drawer.condition(part)) for part in drawer.parts(0, request.num_images)])
 
 
-def draws(run: str) -> bool:
-    """Whether a run's family draws images."""
-    return CATALOGUE[runs.read_config(run).family_name][0].sample is not Family.sample
+def draw_compared(run: str, num_images: int) -> Tensor:
+    """The first images that an evaluation of a run compares, uint8 [N, H, W, C]: classes in turn, or under captions."""
+    device = runs.device()
+    drawer = Drawer(run, SampleRequest(num_images)).to(device)
+    parts = list(drawer.parts(0, num_images))
+    captioned = open_captions(drawer.config, device)
+    conditions = map(drawer.condition, parts) if captioned is None else captioned(parts)
+    return torch.cat([drawer.pixels(part, condition) for part, condition in zip(parts, conditions, strict=True)])
+
+
+def images_at_once(config: Config) -> int:
+    """How many images go through a run's networks together: fewer of large ones, for the memory that they take."""
+    return max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // config.data.image_size**2))
+
+
+def is_compared(run: str) -> bool:
+    """Whether there are images to draw and real ones beside them: not of a run that reads latents or draws none."""
+    config = runs.read_config(run)
+    return config.data.image and CATALOGUE[config.family_name][0].sample is not Family.sample
 
 
 def check_request(config: Config, request: SampleRequest) -> None:
@@ -149,10 +169,10 @@ def _completed(family: Family, request: SampleRequest, rows: Tensor, keys: Tenso
         raise ConfigError(f"--complete: {request.complete}; {error}") from error
 
 
-def asked(request: SampleRequest, numbers: Tensor, classes: int) -> Condition:
+def asked(request: SampleRequest, numbers: Tensor, config: Config, family: Family) -> Condition:
     """What the images of these numbers [N] are to show."""
-    label = None
-    if classes:
+    label, classes = None, config.data.num_classes
+    if classes and "label" in family.conditions:
         label = torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
     return Condition(label, None if request.prompt is None else (request.prompt,) * len(numbers))
 

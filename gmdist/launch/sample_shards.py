@@ -8,8 +8,6 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from gmdist import images, runs, storage
 from gmdist.config import Config
 from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
@@ -17,7 +15,7 @@ from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, SAMPLED_NAME, Mani
 from gmdist.data.shard import ShardWriter
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.launch.lease import LEASE_NAME, held
-from gmdist.launch.sample import AT_ONCE, Drawer, SampleRequest
+from gmdist.launch.sample import Drawer, SampleRequest
 from gmdist.launch.shard_workers import device_of, make_shards
 
 _FORMAT = 1
@@ -45,18 +43,18 @@ class ShardDrawer:
     def shard(self, task: Task) -> ShardEntry:
         """Draw one shard: of each image its PNG, and its class or prompt where it has one."""
         writer = ShardWriter()
-        for numbers in torch.arange(task.first, task.stop).split(AT_ONCE):
+        for numbers in self._drawer.parts(task.first, task.stop):
             if self.stopped.is_set():
                 raise StorageError(f"{storage.join(self._destination, task.name)}: stopped")
-            with self._turn:
-                pixels = self._drawer.pixels(numbers)
             condition = self._drawer.condition(numbers)
+            with self._turn:
+                pixels = self._drawer.pixels(numbers, condition)
             for i, (number, picture) in enumerate(zip(numbers.tolist(), pixels, strict=True)):
                 members = {"png": images.png(picture)}
                 if condition.label is not None:
                     members["cls"] = str(int(condition.label[i])).encode()
                 if condition.prompts is not None:
-                    members["txt"] = condition.prompts[i].encode()
+                    members["txt"] = condition.prompts[i].encode(errors="replace")  # lone surrogates have no UTF-8
                 writer.add(f"{number:08d}", members)
         return writer.save(self._destination, task.name)
 

@@ -14,6 +14,7 @@ from gmdist.families.family import Batch, Family
 KINDS = ("reconstructions", "interpolations", "traversals")
 _COLUMNS = 10
 _SPREAD_IMAGES = 256  # that tell how far each latent dimension reaches
+_AT_ONCE = 16  # images through the encoder
 _REACH = 3.0  # standard deviations to both sides
 
 
@@ -69,9 +70,20 @@ def _reconstructions(family: Family, batch: Batch) -> Tensor | None:
     return None if found is None else torch.cat([batch["image"], found], dim=3)
 
 
+def _latents(family: Family, batch: Batch) -> Tensor | None:
+    """The latents of a batch [N, D]; None where the family has none."""
+    parts = []
+    for i in range(0, len(batch["key"]), _AT_ONCE):
+        part = family.latents({name: value[i : i + _AT_ONCE] for name, value in batch.items()})
+        if part is None:
+            return None
+        parts.append(part)
+    return torch.cat(parts)
+
+
 def _interpolations(family: Family, batch: Batch) -> Tensor | None:
     """Both images of a pair, and between them what their latents' mixtures are decoded to [N - 1, C, H, 12 W]."""
-    latents = family.latents(batch)
+    latents = _latents(family, batch)
     if latents is None:
         return None
     shares = torch.linspace(0.0, 1.0, _COLUMNS).tolist()
@@ -81,7 +93,7 @@ def _interpolations(family: Family, batch: Batch) -> Tensor | None:
 
 def _traversals(family: Family, batch: Batch, num_rows: int) -> Tensor | None:
     """A row for each of the dimensions that vary most [rows, C, H, columns W]."""
-    latents = family.latents(batch)
+    latents = _latents(family, batch)
     if latents is None:
         return None
     spread, mean = torch.std_mean(latents, dim=0)

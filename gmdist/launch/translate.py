@@ -15,7 +15,7 @@ from gmdist.data.sources import open_source
 from gmdist.errors import ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import DIRECTIONS, Family
-from gmdist.launch.sample import AT_ONCE, check_out, is_grid, save
+from gmdist.launch.sample import check_out, images_at_once, is_grid, save
 
 
 def translate(run: str, direction: str, source: str, num_images: int, out: str, overrides: Sequence[str] = ()) -> str:
@@ -55,7 +55,7 @@ def translate(run: str, direction: str, source: str, num_images: int, out: str, 
     device = runs.device()
     family = family.to(device)
     with torch.inference_mode():
-        parts = [family.translate(as_floats(part.to(device)), direction) for part in real.split(AT_ONCE)]
+        parts = [family.translate(as_floats(part.to(device)), direction) for part in real.split(images_at_once(config))]
     made = torch.cat([images.to_uint8(part) for part in parts])
     written = save(torch.cat([real, made], dim=2) if is_grid(out) else made, out)
     return written + (f", {len(left_out)} that cannot be decoded left out ({left_out[0]})" if left_out else "")

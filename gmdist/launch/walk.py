@@ -9,7 +9,15 @@ from gmdist import images, runs
 from gmdist.config import Config
 from gmdist.errors import ConfigError
 from gmdist.families.family import Family
-from gmdist.launch.sample import AT_ONCE, SampleRequest, asked, check_conditions, check_request, keys_of, with_sampler
+from gmdist.launch.sample import (
+    SampleRequest,
+    asked,
+    check_conditions,
+    check_request,
+    images_at_once,
+    keys_of,
+    with_sampler,
+)
 
 
 def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Sequence[str] = ()) -> Tensor:
@@ -32,7 +40,7 @@ def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Se
         ends = starts.roll(-1, 0)
         shares = [i / num_frames for i in range(num_frames)]
         places = torch.stack([family.between(starts, ends, share) for share in shares], dim=1)
-        parts = places.flatten(0, 1).split(AT_ONCE)
+        parts = places.flatten(0, 1).split(images_at_once(config))
         frames = torch.cat([images.drawn_uint8(family.from_latents(part)) for part in parts])
     return frames.unflatten(0, (len(starts), num_frames))
 
@@ -49,7 +57,7 @@ def mix(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tens
         coarse = _latents(config, family, request, "--mix-styles", start=request.num_images)
         rows = [torch.cat([torch.ones_like(one[:1]), one]) for one in [family.from_latents(fine)]]
         for style in coarse.split(1):
-            made = [family.mixed(style.expand(len(part), -1), part) for part in fine.split(AT_ONCE)]
+            made = [family.mixed(style.expand(len(part), -1), part) for part in fine.split(images_at_once(config))]
             rows.append(torch.cat([family.from_latents(style), *made]))
     return images.drawn_uint8(torch.cat(rows))
 
@@ -66,8 +74,7 @@ def _latents(config: Config, family: Family, request: SampleRequest, option: str
     """Where the samples of a request lie, from a number on [N, D]."""
     device = runs.device()
     numbers = torch.arange(start, start + request.num_images, device=device)
-    classes = config.data.num_classes or 0
-    latents = family.drawn_latents(keys_of(request, numbers), asked(request, numbers, classes))
+    latents = family.drawn_latents(keys_of(request, numbers), asked(request, numbers, config, family))
     if latents is None:
         raise ConfigError(f"{option}: family '{config.family_name}' draws from no latents that there is a way through")
     return latents

@@ -1,6 +1,7 @@
 """A small text encoder that is trained along with a denoiser: words to context, without a vocabulary."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -43,7 +44,8 @@ def tokenize(texts: list[str], max_length: int) -> tuple[Tensor, list[bool]]:
     """The words and signs of texts between a begin and an end token, padded to `max_length` tokens.
 
     Args:
-        texts: N of them. The empty text stands for "no text". Upper case is as lower case.
+        texts: N of them. The empty text stands for "no text". Upper case is as lower case, and so are other ways to
+            write the same signs in Unicode (NFKC).
         max_length: tokens, at least 2. Longer texts are cut, and keep their end token.
 
     Returns:
@@ -52,7 +54,7 @@ def tokenize(texts: list[str], max_length: int) -> tuple[Tensor, list[bool]]:
     tokens = torch.full((len(texts), max_length), PAD)
     cut = []
     for row, text in zip(tokens, texts, strict=True):
-        words = _WORD.findall(text.casefold())
+        words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
         kept = [_token(word) for word in words[: max_length - 2]]
         cut.append(len(kept) < len(words))
         row[: len(kept) + 2] = torch.tensor([BEGIN, *kept, END])

@@ -104,7 +104,7 @@ def write(run_dirs: Sequence[str], generated: Tensor | None) -> str:
 
     Args:
         run_dirs: runs, in the order in which the page shows them.
-        generated: images uint8 [N, H, W, C] of the last run, all classes in turn; None: its family draws none.
+        generated: images uint8 [N, H, W, C] of the last run, as an evaluation asks for; None: there are none.
 
     Returns:
         The page's location.

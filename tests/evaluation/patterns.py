@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist import rng
-from gmdist.families.family import Batch, Family
+from gmdist.families.family import Condition, Family
 
 SIZE, CLASSES = 16, 4
 
@@ -24,10 +24,9 @@ def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return ((drawn(keys, labels, seed) + 1.0) * 127.5).round().to(torch.uint8), labels
 
 
-def captioned(labels: Tensor) -> Batch:
-    """A batch of captions, "pattern 0" to "pattern 3", and their labels."""
-    texts = [b"pattern %d" % label for label in labels.tolist()]
-    return {"label": labels, "caption": torch.tensor([list(text) for text in texts], dtype=torch.uint8)}
+def captioned(labels: Tensor) -> Condition:
+    """Captions, "pattern 0" to "pattern 3", and their labels."""
+    return Condition(labels, tuple(f"pattern {label}" for label in labels.tolist()))
 
 
 class Reader(Family):

@@ -78,9 +78,13 @@ def test_tells_good_images_from_bad_ones(classifier: str) -> None:
     assert measure(Painter(seed=2)) == good  # what is kept of the real images stays right
 
 
-def asked_backwards(numbers: list[torch.Tensor]) -> Iterator[Batch]:
+def asked_backwards(numbers: list[torch.Tensor]) -> Iterator[Condition]:
     """Captions whose labels are not in turn."""
     return (captioned((CLASSES - 1 - number) % CLASSES) for number in numbers)
+
+
+def asked_without_labels(numbers: list[torch.Tensor]) -> Iterator[Condition]:
+    return (Condition(None, condition.prompts) for condition in asked_backwards(numbers))
 
 
 def test_captions_are_the_prompts(classifier: str) -> None:
@@ -90,6 +94,8 @@ def test_captions_are_the_prompts(classifier: str) -> None:
     labels_alone = Evaluator(config, features, real(100), None, CLASSES, CPU)(Reader())
     assert found["label_agreement"] == 1.0
     assert "label_agreement" not in labels_alone
+    unlabelled = Evaluator(config, features, real(100), None, CLASSES, CPU, asked_without_labels)(Reader())
+    assert unlabelled == {name: value for name, value in found.items() if name != "label_agreement"}
     assert found["fid"] < 0.1 * labels_alone["fid"]
 
 

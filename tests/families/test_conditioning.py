@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmdist.diffusion.config import SamplerConfig
+from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPM
@@ -196,6 +196,18 @@ def test_models_that_are_always_told_their_condition_are_not_guided() -> None:
     diffusion = dataclasses.replace(SMALL["ddpm"].diffusion, sampler=SamplerConfig(num_steps=4))
     assert dataclasses.replace(always_told, diffusion=diffusion).problem(SIZE) is None
     assert dataclasses.replace(always_told, conditioning=ConditioningConfig("none", 0.0)).problem(SIZE) is None
+
+
+def test_latents_are_not_predicted_by_a_division_by_almost_nothing() -> None:
+    latents, cosine = SMALL["latent_diffusion"], DiffusionConfig("cosine", sampler=SamplerConfig(guidance=2.0))
+    problem = dataclasses.replace(latents, diffusion=cosine).problem(SIZE)
+    assert problem is not None
+    assert problem.startswith("diffusion.prediction: 'eps'; the sampler's first step makes its errors 632 times as")
+    leading = dataclasses.replace(cosine.sampler, spacing="leading")
+    for better in (dataclasses.replace(cosine, prediction="v"), dataclasses.replace(cosine, sampler=leading)):
+        assert dataclasses.replace(latents, diffusion=better).problem(SIZE) is None
+    # Pixels have bounds, which hold whatever comes of it.
+    assert dataclasses.replace(SMALL["ddpm"], diffusion=cosine).problem(SIZE) is None
 
 
 def test_a_context_of_another_width_than_the_encoders_is_refused() -> None:

@@ -46,6 +46,19 @@ def test_the_shards_hold_what_a_grid_would_show(run: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(picture.astype(int), drawn[number].int(), atol=1)  # of other batches: other bits
 
 
+def test_what_a_model_is_not_told_is_not_said_of_its_images(noise: str, tmp_path: Path) -> None:
+    text = "family.conditioning={kind: text, text: {transformer: {channels: 16, depth: 1, num_heads: 2}}}"
+    few = [UNET, "family.diffusion.sampler={num_steps: 2, guidance: 1.0}", "data.caption=txt"]
+    for name, condition, request, wanted in (
+        ("text", text, SampleRequest(2, prompt="a \udcff"), {"txt": b"a ?"}),
+        ("none", "family.conditioning={kind: none}", SampleRequest(2), {}),
+    ):
+        made = train("ddpm", noise, tmp_path / name, *few, condition)
+        sample_shards(made, request, str(tmp_path / f"{name}-out"), ALONE)
+        for raw in open_source(str(tmp_path / f"{name}-out")).by_name():
+            assert {key: value for key, value in raw.read().items() if key != "png"} == wanted
+
+
 @pytest.mark.ray
 def test_as_many_workers_as_are_asked_for_whatever_the_run_s_batch(run: str) -> None:
     assert read_config(run).data.batch_size % 3
@@ -144,3 +157,8 @@ def test_the_command_says_what_it_drew(
 def test_a_bucket_gets_shards(run: str, bucket: Any) -> None:
     assert main(["sample", run, "--num-images", "6", "--out", "s3://pictures/drawn", *ALONE]) == 0
     assert Manifest.load("s3://pictures/drawn").num_samples == 6
+
+
+def test_what_the_weights_were_not_trained_with_is_warned_of(run: str, caplog: pytest.LogCaptureFixture) -> None:
+    draw(run, SampleRequest(1), ["family.diffusion.prediction=x0", "family.diffusion.sampler.num_steps=1"])
+    assert caplog.messages == ["family.diffusion.prediction: 'x0'; the run was trained with 'v'"]

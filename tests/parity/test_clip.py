@@ -58,6 +58,8 @@ def test_it_loads_its_own_weights_where_a_family_is_built_without_any(folder: Pa
 def test_a_folder_without_an_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"family.conditioning.text.path: '.*'; no CLIP text encoder"):
         ClipText(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"text.path: '~/gone'; .* \(there is no such folder\)"):
+        ClipText("~/gone")
 
 
 def test_a_pipelines_folder_and_its_encoder_find_the_tokenizer_beside(folder: Path, tmp_path: Path) -> None:
