@@ -109,7 +109,8 @@ def sample(options: argparse.Namespace) -> int:
         from gmdist.launch.show import show
 
         _refuse_beside(options, "show", _OF_DRAWN_IMAGES)
-        print(save(show(options.run, options.show, options.num_images, options.overrides), options.out))
+        rows = show(options.run, options.show, options.num_images, options.overrides)
+        print(save(rows, options.out, None if options.show == "reconstructions" else 1))
         return EXIT_DONE
     request = SampleRequest(
         options.num_images,

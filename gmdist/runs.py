@@ -92,11 +92,6 @@ def build_family(
     torch.manual_seed(derive(config.train.seed, "weights", 0))
     family = kind(config.family, surroundings)
     keys = config.data.batch_keys
-    if config.data.image and (twice := set(keys).intersection(family.cached)):
-        raise ConfigError(
-            f"data.arrays: {list(config.data.arrays)}; {', '.join(twice)} would be taken in place of the images beside "
-            "them, and nobody knows what made them: leave them out, or set data.image=false"
-        )
     for name in family.inputs:
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):
             remedy = f"set {_SECOND_DOMAIN.get(name, _ONE_DOMAIN)}"

@@ -99,6 +99,11 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     if found is None and not config.data.image:
         first_stages = [identify(one.run, one.family, one.step, one.config) for one in opened]
     check_latents(config.data, config.data.folders, first_stages)
+    if config.data.image and (twice := set(config.data.batch_keys).intersection(family.cached)):
+        raise ConfigError(
+            f"data.arrays: {list(config.data.arrays)}; {', '.join(twice)} would take the place of the images beside "
+            "them, and nobody knows what made them: leave them out, or set data.image=false"
+        )
     if found is not None:
         data = open_training(config.data)
         check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
@@ -196,9 +201,9 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         if read is not None:
             _check_agreement(split, read)
     measure = open_evaluator(config, test, device, rank(), world_size()) if _measures(config) else None
-    first_stages: list[Config] = []
+    opened: list[Opened] = []
     trainer = Trainer(
-        build_family(config, lambda opened: first_stages.append(opened.config)),
+        build_family(config, opened.append),
         config.train,
         config.optim,
         _identity(config, data),
@@ -211,10 +216,13 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         measure,
     )
     try:
+        if trainer.step == 0 and not config.data.image:  # it may have saved since `check_start` looked at it
+            first_stages = [identify(one.run, one.family, one.step, one.config) for one in opened]
+            check_latents(config.data, config.data.folders, first_stages)
         if rank() == 0:
             storage.write(storage.join(run_dir, CONFIG_NAME), config.to_yaml().encode())
-            for first_stage in first_stages:
-                storage.write(storage.join(run_dir, FIRST_STAGE_NAME), first_stage.to_yaml().encode())
+            for one in opened:
+                storage.write(storage.join(run_dir, FIRST_STAGE_NAME), one.config.to_yaml().encode())
         return trainer.fit()
     finally:
         trainer.close()

@@ -41,6 +41,14 @@ def all_mean(value: Tensor) -> Tensor:
     return all_sum(value) / world_size() if world_size() > 1 else value
 
 
+def share(tensor: Tensor) -> None:
+    """Give every worker the first one's values."""
+    if world_size() > 1:
+        values = tensor.detach().contiguous()  # a copy where the layout is another, as of channels last
+        dist.broadcast(values, src=0)
+        tensor.detach().copy_(values)
+
+
 def all_gathered(value: Tensor) -> Tensor:
     """The tensors [N, ...] of all workers, one after the other; the tensor itself where there is one worker."""
     if world_size() == 1:

@@ -92,7 +92,7 @@ def test_arrays_that_would_take_the_place_of_the_images_are_refused(tmp_path: Pa
     train_worker(config, torch.device("cpu"))
     second = [*settings[:2], f"run.dir={tmp_path}/second", f"family.first_stage={tmp_path}/run"]
     config = load(str(Path(CONFIG).parent / "latent_diffusion.yaml"), [*second, "data.arrays=[moments.npy]"])
-    with pytest.raises(ConfigError, match=r"data.arrays: \['moments.npy'\]; moments would be taken in place of the im"):
+    with pytest.raises(ConfigError, match=r"data.arrays: \['moments.npy'\]; moments would take the place of the"):
         check_start(config)
 
 

@@ -13,6 +13,7 @@ from gmdist.nets.quantizer import AveragedCodebook, Codebook, Quantized, Quantiz
 from gmdist.workers import all_gathered, all_sum
 
 _COLLAPSED = 0.1  # perplexity by number of codes
+_AS_GOOD_AS_ONE = 1.5  # a perplexity, however few codes there are
 
 
 class CodedAutoencoder(Tokenizer):
@@ -120,7 +121,7 @@ class CodedAutoencoder(Tokenizer):
     def concerns(self, found: dict[str, float]) -> list[str]:
         """A codebook that has collapsed: few codes stand for most of the images."""
         size, config = self.codebook_size, self.quantizer.config
-        if found.get("perplexity", size) >= _COLLAPSED * size:
+        if found.get("perplexity", size) >= max(_COLLAPSED * size, _AS_GOOD_AS_ONE):
             return []
         return [
             f"the codebook has collapsed: {found['used_codes']:.0%} of its {size} codes are used, and as unevenly as "

@@ -54,6 +54,8 @@ class Coding(nn.Module):
         """
         size, pixels = self.image_size, self.image_size // self.shape[1]  # of a row of codes
         height, width = rows.shape[2:]
+        if pixels == size:
+            raise ConfigError("an image is one row of codes here: nothing is left to be drawn below given rows")
         if width != size or not pixels <= height < size:
             raise ConfigError(
                 f"{width}x{height} pixels; must be {size} wide, and from {pixels} to {size - 1} high: of each {pixels} "
@@ -105,9 +107,7 @@ class Tokens(Coding):
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:
-        # In autocast features are rounded, and some are then nearest to another code than a cache holds.
-        with torch.autocast(images.device.type, enabled=False):
-            return self.tokenizer.tokens(images)[:, None]
+        return self.tokenizer.encode(images)["tokens"][:, None]
 
     def shown(self, codes: Tensor) -> Tensor:
         return self.tokenizer.decode(codes[:, 0]).float().clamp(-1.0, 1.0)

@@ -26,8 +26,9 @@ class Tokenizer(Family):
         raise NotImplementedError
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """The codes."""
-        return {"tokens": self.tokens(image)}
+        """The codes, in fp32 at least: in autocast features are rounded, and some are then nearest to other codes."""
+        with torch.autocast(image.device.type, enabled=False):
+            return {"tokens": self.tokens(image)}
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its codes [N, C, H, W] in [-1, 1]."""

@@ -129,7 +129,7 @@ class VAE(Family):
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """What the decoder expects for latents drawn from the prior, without the likelihood's noise."""
-        return self._shown(self.drawn_latents(keys))
+        return self.from_latents(self.drawn_latents(keys))
 
     def drawn_latents(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         return rng.normal(self.seed, "sample", keys, (self.config.latent_dim,))
@@ -150,7 +150,7 @@ class VAE(Family):
         return self.checked_posterior(batch["image"])[0]
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        return self._shown(latents)
+        return expected_image(self.config.likelihood.name, self.autoencoder.decode(latents))
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The posterior: means, then log-variances [N, 2 Z]."""
@@ -161,7 +161,7 @@ class VAE(Family):
         image = batch["image"]
         mean, logvar = self.checked_posterior(image)
         elbo, iwae = self.bounds(batch)
-        reconstruction = self._shown(mean)
+        reconstruction = self.from_latents(mean)
         return {
             "elbo_nats": elbo.mean(),
             "iwae_nats": iwae.mean(),
@@ -185,9 +185,10 @@ class VAE(Family):
         return found | {f"kl_nats_{number}": kl.item() for number, kl in enumerate(means["kl"])}
 
     def concerns(self, found: dict[str, float]) -> list[str]:
-        """A posterior that is the prior, whatever the image."""
+        """A posterior that is the prior, whatever the image; but where a capacity holds the KL term, from 0 on."""
         active, dim = found.get("active_units", math.inf), self.config.latent_dim
-        if active >= _COLLAPSED * dim or found["kl_nats"] >= dim:  # that tells much: the images are few, or all alike
+        # A KL term of so much tells much of the images: they are few, or all alike.
+        if active >= _COLLAPSED * dim or found["kl_nats"] >= dim or self.config.beta.schedule == "capacity":
             return []
         return [
             f"the posterior has collapsed: {active:.0f} of {dim} latent dimensions are active, and the KL term is "
@@ -205,7 +206,3 @@ class VAE(Family):
         if self.autoencoder.log_scale is not None:
             return at_least_fp32(self.autoencoder.log_scale).squeeze(0)
         return torch.tensor(math.log(self.config.likelihood.scale), dtype=torch.float64)  # promotes no image
-
-    def _shown(self, latent: Tensor) -> Tensor:
-        """What the decoder expects for latents [N, Z]: images [N, C, H, W] in [-1, 1]."""
-        return expected_image(self.config.likelihood.name, self.autoencoder.decode(latent))

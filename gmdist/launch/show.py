@@ -1,6 +1,6 @@
 """What a run makes of real images: reconstructions, ways from one to the next, one latent dimension after another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from gmdist.families.family import Batch, Family
 KINDS = ("reconstructions", "interpolations", "traversals")
 _COLUMNS = 10
 _SPREAD_IMAGES = 256  # that tell how far each latent dimension reaches
-_AT_ONCE = 16  # images through the encoder
+_AT_ONCE = 16  # images through the networks
 _REACH = 3.0  # standard deviations to both sides
 
 
@@ -66,15 +66,15 @@ def _first(config: Config, count: int, device: torch.device, least: int) -> Batc
 
 def _reconstructions(family: Family, batch: Batch) -> Tensor | None:
     """Originals beside their reconstructions [N, C, H, 2 W]."""
-    found = family.reconstruct(batch)
+    found = _in_parts(family.reconstruct, batch)
     return None if found is None else torch.cat([batch["image"], found], dim=3)
 
 
-def _latents(family: Family, batch: Batch) -> Tensor | None:
-    """The latents of a batch [N, D]; None where the family has none."""
+def _in_parts(make: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
+    """What a family makes of a batch [N, ...], some images at once; None where it makes nothing of the kind."""
     parts = []
     for i in range(0, len(batch["key"]), _AT_ONCE):
-        part = family.latents({name: value[i : i + _AT_ONCE] for name, value in batch.items()})
+        part = make({name: value[i : i + _AT_ONCE] for name, value in batch.items()})
         if part is None:
             return None
         parts.append(part)
@@ -83,7 +83,7 @@ def _latents(family: Family, batch: Batch) -> Tensor | None:
 
 def _interpolations(family: Family, batch: Batch) -> Tensor | None:
     """Both images of a pair, and between them what their latents' mixtures are decoded to [N - 1, C, H, 12 W]."""
-    latents = _latents(family, batch)
+    latents = _in_parts(family.latents, batch)
     if latents is None:
         return None
     shares = torch.linspace(0.0, 1.0, _COLUMNS).tolist()
@@ -93,7 +93,7 @@ def _interpolations(family: Family, batch: Batch) -> Tensor | None:
 
 def _traversals(family: Family, batch: Batch, num_rows: int) -> Tensor | None:
     """A row for each of the dimensions that vary most [rows, C, H, columns W]."""
-    latents = _latents(family, batch)
+    latents = _in_parts(family.latents, batch)
     if latents is None:
         return None
     spread, mean = torch.std_mean(latents, dim=0)

@@ -32,6 +32,8 @@ def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Se
     Raises:
         ConfigError: as `draw`; or a family that does not draw from latents.
     """
+    if request.num_images < 2:
+        raise ConfigError(f"--num-images: {request.num_images}; must be at least 2: --interpolate goes between images")
     if num_frames < 2:
         raise ConfigError(f"--interpolate: {num_frames}; must be at least 2")
     config, family = _opened(run, request, overrides)

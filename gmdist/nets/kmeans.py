@@ -11,6 +11,7 @@ from gmdist.nets.blocks import at_least_fp32
 
 _CHUNK_ELEMENTS = 1 << 22  # distances at once: 16 MiB in fp32
 _BLOCK = 128  # codes of which the least distance is found at first
+_EXACT_COPIES = 16  # of a vector's fp32 elements, while two distances of it are summed in float64
 _ROUNDS = 64
 
 
@@ -18,10 +19,10 @@ _ROUNDS = 64
 def nearest(vectors: Tensor, codes: Tensor, chunk_elements: int = _CHUNK_ELEMENTS) -> Tensor:
     """The code nearest to each vector; of equally near ones the first. fp32 at least, in autocast too.
 
-    A product of matrices finds two candidates, whose distances are then summed in float64: what is rounded in the
-    product depends on its shape, and a vector's code would depend on what is looked up beside it. Where rounding may
-    have hidden the nearest behind both, which is rare unless codes are equal or far from their mean, it is sought
-    again.
+    A product of matrices finds two candidates. Where rounding may have changed their order, their distances are summed
+    in float64: what is rounded in the product depends on its shape, and a vector's code would depend on what is looked
+    up beside it. Where rounding may have hidden the nearest behind both, which is rare unless codes are equal or far
+    from their mean, it is sought again.
 
     Args:
         vectors: [N, D].
@@ -33,16 +34,18 @@ def nearest(vectors: Tensor, codes: Tensor, chunk_elements: int = _CHUNK_ELEMENT
     """
     vectors, codes = at_least_fp32(vectors), at_least_fp32(codes)
     with torch.autocast(vectors.device.type, enabled=False):
-        found = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-        is_sure = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
+        pairs = torch.empty(len(vectors), 2, dtype=torch.long, device=vectors.device)
+        is_first, is_sure = torch.empty_like(pairs, dtype=torch.bool).unbind(dim=1)
         start = 0
         for chunk, distances, errors in _distances(vectors, codes, chunk_elements):
-            pair, lead = _two_least(distances)
-            pair = pair.sort(dim=1).values  # [n, 2]
-            exact = _exact(chunk[:, None], codes[pair])
             part = slice(start, start := start + len(chunk))
-            found[part] = pair.gather(1, exact.argmin(dim=1, keepdim=True)).squeeze(1)
-            is_sure[part] = lead > 2.0 * errors
+            pairs[part], gap, lead = _two_least(distances)
+            is_first[part], is_sure[part] = gap > 2.0 * errors, lead > 2.0 * errors
+        found = pairs[:, 0].clone()
+        for rows in (~is_first).nonzero().squeeze(1).split(max(1, chunk_elements // (_EXACT_COPIES * codes.shape[1]))):
+            pair = pairs[rows].sort(dim=1).values  # [n, 2]
+            exact = _exact(vectors[rows][:, None], codes[pair])
+            found[rows] = pair.gather(1, exact.argmin(dim=1, keepdim=True)).squeeze(1)
         unsure = (~is_sure).nonzero().squeeze(1)
         if len(unsure):
             found[unsure] = _nearest_of_all(vectors[unsure], codes, found[unsure], chunk_elements)
@@ -61,7 +64,7 @@ def _distances(vectors: Tensor, codes: Tensor, chunk_elements: int) -> Iterator[
     # Of a sum of D products, each of two rounded factors, in any order (Higham 2002, Eq. 3.5), and of two more sums.
     info = torch.finfo(codes.dtype)
     unit, least = (codes.shape[1] + 8) * 0.5 * info.eps, (codes.shape[1] + 8) * info.tiny
-    chunks = vectors.split(max(1, chunk_elements // len(codes)))
+    chunks = vectors.split(max(1, chunk_elements // max(codes.shape)))
     room = vectors.new_empty(len(chunks[0]), len(codes))  # once: memory would be freed in pieces
     for chunk in chunks:
         moved = chunk - center
@@ -92,33 +95,35 @@ def _nearest_of_all(vectors: Tensor, codes: Tensor, found: Tensor, chunk_element
     return torch.cat(parts)
 
 
-def _two_least(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the two least of each row are, and by how much the first is less than all others.
+def _two_least(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the two least of each row are, and by how much the first is less than the second and than all others.
 
     They are in the two blocks with the least minima, which are found many times faster than places are.
 
     Returns:
-        int64 [n, 2] of [n, K], the least first, of equal ones the first; and [n], infinite where there are no others.
+        int64 [n, 2] of [n, K], the least first, of equal ones the first; by how much the first is less than the second
+        [n]; and than all others [n], infinite where there are none.
     """
     width = math.gcd(rows.shape[1], _BLOCK)
     if rows.shape[1] > _BLOCK and width > 1:
         blocks = rows.unflatten(1, (-1, width))  # [n, K / width, width]
-        which, lead = _two_least(blocks.amin(dim=2))
+        which, _, lead = _two_least(blocks.amin(dim=2))
         which = which.sort(dim=1).values  # [n, 2]
         nearby = blocks.gather(1, which[:, :, None].expand(-1, -1, width)).flatten(1)  # [n, 2 * width]
-        places, nearby_lead = _two_least_plainly(nearby)
+        places, gap, nearby_lead = _two_least_plainly(nearby)
         places = width * which.gather(1, places // width) + places % width
-        return places, torch.minimum(lead, nearby_lead)
+        return places, gap, torch.minimum(lead, nearby_lead)
     return _two_least_plainly(rows)
 
 
-def _two_least_plainly(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _two_least_plainly(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same, by looking at all three times; `rows` loses its two least."""
     first = rows.argmin(dim=1, keepdim=True)
     least = rows.gather(1, first)
     second = rows.scatter_(1, first, math.inf).argmin(dim=1, keepdim=True)
-    others = rows.scatter_(1, second, math.inf).amin(dim=1)
-    return torch.cat([first, second], dim=1), others - least.squeeze(1)
+    gap = rows.gather(1, second) - least
+    others = rows.scatter_(1, second, math.inf).amin(dim=1, keepdim=True)
+    return torch.cat([first, second], dim=1), gap.squeeze(1), (others - least).squeeze(1)
 
 
 def sums_of(vectors: Tensor, tokens: Tensor, num_codes: int) -> Tensor:

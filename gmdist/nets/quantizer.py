@@ -45,6 +45,8 @@ class QuantizerConfig:
             return f"codebook_size: {self.codebook_size}; must be from 2 to {_MAX_CODES}"
         if self.code_channels is not None and not 1 <= self.code_channels <= _MAX_CHANNELS:
             return f"code_channels: {self.code_channels}; must be from 1 to {_MAX_CHANNELS}, or null for no projection"
+        if self.code_channels == 1 and self.normalize and self.codebook_size > 2:
+            return f"code_channels: 1; must be at least 2 for {self.codebook_size} codes of length 1: only 1 and -1 are"
         if self.learned_by not in LEARNED_BY:
             return f"learned_by: '{self.learned_by}'; must be one of {', '.join(LEARNED_BY)}"
         if self.estimator not in ESTIMATORS:

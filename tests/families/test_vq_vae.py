@@ -97,7 +97,8 @@ def test_workers_have_the_codebook_of_one(trained: Path, tmp_path: Path, make, p
     assert len(names) == (3 if make is learned else 5)
     for name in names:
         worst = (found[name].flatten() - expected[name].flatten()).abs().max()
-        assert worst < 1e-6, (name, float(worst))
+        largest = max(1.0, float(expected[name].abs().max()))  # of sums, several: fp32 rounds those to 1e-6 and less
+        assert worst < 1e-6 * largest, (name, float(worst), largest)
 
 
 def test_in_these_steps_codes_are_revived(tmp_path: Path) -> None:

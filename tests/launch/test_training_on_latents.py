@@ -188,6 +188,17 @@ def test_a_run_goes_on_when_its_first_stage_has_trained_on(images: str, tmp_path
     assert train_worker(config, CPU).finished
 
 
+def test_a_first_stage_that_saves_while_workers_start_is_seen(images: str, tmp_path: Path) -> None:
+    stage = train_first_stage(tmp_path / "stage", images, *SOME_BAD)
+    encode(stage, images, str(tmp_path / "cache"), ALONE)
+    config = second_stage(stage, str(tmp_path / "cache"), tmp_path / "run", *CACHED, "train.num_steps=2")
+    check_start(config)
+    train_first_stage(tmp_path / "stage", images, *SOME_BAD, "train.num_steps=4")
+    with pytest.raises(DataError, match="was encoded by step 3 of .*; the run's first stage is step 4"):
+        train_worker(config, CPU)
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
 def test_a_run_draws_the_same_whatever_becomes_of_its_first_stage(images: str, tmp_path: Path) -> None:
     stage = train_first_stage(tmp_path / "stage", images, *SOME_BAD)
     config = second_stage(stage, images, tmp_path / "run", "train.num_steps=2")

@@ -51,9 +51,22 @@ def test_however_many_codes_are_equal_a_vector_is_compared_with_few(monkeypatch:
 def test_the_two_least_of_a_row_are_the_first_in_order(size: int, levels: int) -> None:
     rows = torch.randint(0, levels, (50, size), generator=torch.Generator().manual_seed(0)).float()
     values, places = rows.sort(dim=1, stable=True)
-    found, lead = _two_least(rows.clone())
+    found, gap, lead = _two_least(rows.clone())
     assert torch.equal(found, places[:, :2].expand(-1, 2))
+    assert torch.equal(gap, values[:, 1] - values[:, 0] if size > 1 else torch.full((50,), torch.inf))
     assert torch.equal(lead, values[:, 2] - values[:, 0] if size > 2 else torch.full((50,), torch.inf))
+
+
+def test_wide_vectors_and_few_codes_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = numbers(4, 64).repeat(2, 1)  # each twice, so that all are compared exactly
+    vectors, parts, exact = numbers(500, 64, seed=1), [], kmeans_module._exact
+    monkeypatch.setattr(kmeans_module, "_exact", lambda *pair: parts.append(pair[1].numel()) or exact(*pair))
+    assert torch.equal(nearest(vectors, codes, 1 << 14), dense(vectors, codes))
+    assert len(parts) > 10
+    assert max(parts) <= 1 << 14
+    parts.clear()
+    assert torch.equal(nearest(vectors, codes[:4]), dense(vectors, codes[:4]))
+    assert sum(parts) == 0  # the product of matrices has said it
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -330,3 +330,29 @@ def test_a_line_that_a_stop_cuts_in_two_is_the_same_line(tmp_path: Path) -> None
     ours, whole = ([[line[name] for name in names] for line in lines(tmp_path / run)] for run in ("parts", "whole"))
     assert ours[1:] == whole[1:]
     assert ours[0][1] == pytest.approx(whole[0][1], rel=1e-12)
+
+
+class OnAnother(Linear):
+    """Has a frozen network, as another run's, and a buffer that it measures: here each worker has its own."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+        nn.init.constant_(self.frozen.weight, rank)
+        self.register_buffer("measured", torch.tensor(0.0))
+        self.rank = rank
+
+    def initialize(self, batch):
+        self.measured.fill_(self.rank)
+
+
+def begin_on_another(rank: int, world_size: int, folder: str) -> None:
+    family = OnAnother(rank)
+    make_trainer(family, Path(folder), rank=rank, world_size=world_size).close()
+    assert family.frozen.weight.eq(0.0).all()
+    assert family.frozen.weight.is_contiguous(memory_format=torch.channels_last)
+    assert family.measured == 0.0
+
+
+def test_what_no_engine_holds_is_the_same_for_all_workers(tmp_path: Path) -> None:
+    run_workers(begin_on_another, 2, str(tmp_path))
