@@ -11,10 +11,22 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gmdist import __version__, commands
-from gmdist.commands import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from gmdist.commands import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from gmdist.errors import ConfigError, GmdistError
+
+
+class _Piped(io.FileIO):
+    """Standard output, which nobody may read to its end: `| head` ends no training, and is no failure."""
+
+    def write(self, content: Any) -> int:
+        """Write it, or drop it where nobody reads any more."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__ and not sys.stdout.isatty():
+        piped = _Piped(sys.stdout.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(piped), sys.stdout.encoding, "backslashreplace")
     try:
         options = _parse(arguments)
         return options.call(options)
@@ -31,9 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GmdistError as error:
         _complain(str(error))
         return EXIT_FAILED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` is no failure
-        return EXIT_DONE
     except KeyboardInterrupt:
         print("gmdist: stopped", file=sys.stderr)
         return EXIT_STOPPED

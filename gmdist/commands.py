@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gmdist.errors import CheckpointError, ConfigError, DivergedError
+from gmdist.errors import CheckpointError, ConfigError, DataError, DivergedError
 
 if TYPE_CHECKING:
     from gmdist.data.progress import Meter
@@ -94,7 +94,7 @@ def sample(options: argparse.Namespace) -> int:
     if options.workers is not None and is_grid(options.out):
         raise ConfigError(f"--out: {options.out}; is a grid, and --workers draw shards: name a folder")
     if not as_shards:
-        check_out(options.out, options.num_images)
+        check_out(options.out, _num_pictures(options))
     if (options.translate is None) != (options.images is None):
         given, missing = ("images", "translate") if options.translate is None else ("translate", "images")
         raise ConfigError(f"--{missing}: missing; --{given} {getattr(options, given)} needs it")
@@ -159,6 +159,13 @@ def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
     return EXIT_DONE
 
 
+def _num_pictures(options: argparse.Namespace) -> int:
+    """How many pictures `sample` draws."""
+    if options.mix_styles:
+        return (options.num_images + 1) ** 2
+    return options.num_images * (options.interpolate or 1)
+
+
 def _refuse_beside(options: argparse.Namespace, given: str, names: Sequence[str]) -> None:
     """ConfigError for options that say something of images that are drawn, where none are."""
     for name in names:
@@ -204,9 +211,13 @@ def report(options: argparse.Namespace) -> int:
         print(f"gmdist: drawing {_REPORTED_IMAGES} images of {last}", file=sys.stderr)
         try:
             drawn = draw_compared(last, _REPORTED_IMAGES)
-        except (CheckpointError, ConfigError, DivergedError) as error:  # curves are there all the same
+        except (CheckpointError, ConfigError, DataError, DivergedError) as error:  # curves are there all the same
             print(f"gmdist: a report without samples: {error}", file=sys.stderr)
-    print(write(options.runs, drawn))
+    try:
+        print(write(options.runs, drawn))
+    except DataError as error:
+        print(f"gmdist: a report without real images: {error}", file=sys.stderr)
+        print(write(options.runs, None))
     return EXIT_DONE
 
 

@@ -18,6 +18,7 @@ from gmdist.data.config import MAX_IMAGE_SIZE, DataConfig
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import MEASURED, EvaluationConfig
 from gmdist.families import CATALOGUE
+from gmdist.s3 import S3Config
 from gmdist.structured import plain, refuse_unknown, structured
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
@@ -66,7 +67,7 @@ class ClusterConfig:
     def sizes(self, batch_size: int) -> list[int]:
         """The numbers of workers that the run may have, from the smallest; ConfigError if none divides the batch."""
         least, most = self.worker_range
-        sizes = [count for count in range(least, most + 1) if batch_size % count == 0]
+        sizes = [count for count in range(least, min(most, batch_size) + 1) if batch_size % count == 0]
         if not sizes:
             workers = f"{least} workers do not divide it"
             if least < most:
@@ -169,6 +170,15 @@ def from_yaml(text: str, location: str, overrides: Sequence[str] = ()) -> Config
     for override in overrides:
         _apply(tree, override)
     return _built(tree)
+
+
+def s3_of(overrides: Sequence[str]) -> S3Config | None:
+    """How `key=value` overrides say that object storage is reached; None where none does."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        if override.startswith(("data.s3.", "data.s3=")):
+            _apply(tree, override)
+    return structured(S3Config, tree["data"]["s3"], "data.s3") if tree else None
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
@@ -305,7 +315,7 @@ def _parse(text: str, location: str) -> dict[str, Any]:
         # OmegaConf's loader refuses duplicate keys and reads 1e-4 as a number, which YAML 1.1 does not.
         node = OmegaConf.create(text)
         tree = OmegaConf.to_container(node, resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, RecursionError) as error:
         raise ConfigError(f"{location}: not a valid YAML config: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig) or not isinstance(tree, dict):
         raise ConfigError(f"{location}: not a valid YAML config: must be a mapping of keys to values")
@@ -325,6 +335,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"'{override}': not an override; write key=value, for example train.num_steps=100")
+    if key == "base":
+        raise ConfigError(f"base: '{text}'; is for config files: name one that has this base")
     value = _parse(f"value: {text}", override).get("value")
     *parents, last = key.split(".")
     node = tree

@@ -5,7 +5,10 @@ import os
 import platform
 import shutil
 
-_REQUIRED = ("torch", "numpy", "omegaconf", "safetensors", "pillow", "simplejpeg", "boto3", "ray", "deepspeed")
+_REQUIRED = (
+    *("torch", "numpy", "omegaconf", "safetensors", "pillow", "simplejpeg", "isal", "boto3", "ray", "deepspeed"),
+    *("optuna", "tensorboard", "matplotlib", "jinja2", "rich"),
+)
 _SHM = "/dev/shm"  # noqa: S108 - where Ray keeps objects
 _LOW_SHM_BYTES = 1 << 30
 

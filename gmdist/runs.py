@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from gmdist import s3, storage
-from gmdist.config import Config, from_yaml
+from gmdist.config import Config, from_yaml, s3_of
 from gmdist.data.latents import FirstStage, check_latents, flat
 from gmdist.errors import CheckpointError, ConfigError
 from gmdist.families import CATALOGUE
@@ -117,9 +117,14 @@ def split_run(location: str) -> tuple[str, str | None]:
 
 
 def read_config(run: str, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a run, with `key=value` overrides; ConfigError if there is no run."""
+    """The resolved config of a run, with `key=value` overrides; ConfigError if there is no run.
+
+    Where they say how object storage is reached, so is the run itself.
+    """
     run_dir, _ = split_run(run)
     location = storage.join(run_dir, CONFIG_NAME)
+    if (reached := s3_of(overrides)) is not None:
+        s3.configure(reached)
     try:
         return from_yaml(storage.read(location).decode(), location, overrides)
     except FileNotFoundError as error:
@@ -144,8 +149,9 @@ def open_run(
     """
     run_dir, location = split_run(run)
     trained = read_config(run_dir)
+    if config is not None:  # otherwise another run opens it, which has said how storage is reached
+        use_storage(config)
     config = config or trained
-    use_storage(config)
     for key, own, theirs in differences(config, trained):
         if not _AFTERWARDS.fullmatch(key):
             _log.warning("family.%s: %r; the run was trained with %r", key, own, theirs)

@@ -27,7 +27,7 @@ ALLOWED = {
     "train": {"families.family", "nets.finite", "storage", "checksum", "rng", "images", "workers"},
     "evaluation": {"families.family", "nets.classifier", "nets.inception", "storage", "rng", "workers"},
     "structured": set(),
-    "config": {"families", "data", "train", "evaluation.config", "structured", "storage"},
+    "config": {"families", "data", "train", "evaluation.config", "structured", "storage", "s3"},
     "evaluator": {"config", "data", "evaluation", "families.family", "storage"},
     "runs": {"config", "families", "data", "train", "storage", "s3", "rng"},
     "start": {"runs", "config", "evaluator", "families.family", "data", "train", "storage", "workers"},

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from gmdist import s3
 from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.images import png
+from gmdist.runs import read_config
 from gmdist.start import check_start, train_worker
 from tests import two_domains
 from tests.support import run_workers, tree_bytes
@@ -94,6 +96,24 @@ def test_arrays_that_would_take_the_place_of_the_images_are_refused(tmp_path: Pa
     config = load(str(Path(CONFIG).parent / "latent_diffusion.yaml"), [*second, "data.arrays=[moments.npy]"])
     with pytest.raises(ConfigError, match=r"data.arrays: \['moments.npy'\]; moments would take the place of the"):
         check_start(config)
+
+
+def test_storage_is_reached_as_the_run_says_and_not_as_its_first_stage_does(tmp_path: Path) -> None:
+    folder, kept = write(tmp_path / "data", 0), s3.config()
+    settings = [f"data.train={folder}", "data.test=null", "data.batch_size=2", "train.zero_stage=0"]
+    first = ["train.num_steps=1", "train.sample_every=null", "data.s3.endpoint_url=http://first:1"]
+    train_worker(load(CONFIG, [*settings, *first, f"run.dir={tmp_path}/run"]), torch.device("cpu"))
+    second = [
+        f"run.dir={tmp_path}/second",
+        f"family.first_stage={tmp_path}/run",
+        "data.s3.endpoint_url=http://second:2",
+    ]
+    second += ["evaluation.metrics=[]", "train.evaluate_every=null", "train.best_metric=null"]
+    check_start(load(str(Path(CONFIG).parent / "latent_diffusion.yaml"), [*settings, *second]))
+    assert s3.config().endpoint_url == "http://second:2"
+    read_config(f"{tmp_path}/run", ["data.s3.endpoint_url=http://third:3"])
+    assert s3.config().endpoint_url == "http://third:3"
+    s3.configure(kept)
 
 
 # Two domains.

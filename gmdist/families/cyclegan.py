@@ -19,7 +19,7 @@ _DOMAINS = ("a", "b")
 
 @dataclass
 class CycleGANConfig:
-    """Sizes and loss; the defaults are the paper's."""
+    """Sizes and loss; the defaults are the paper's, but for the norms of the discriminators, which are of groups."""
 
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
     discriminator_channels: int = 64  # after the first layer; twice as many after each next, at most 8 times
@@ -91,6 +91,8 @@ class CycleGAN(Family):
             network = self.discriminators[direction[-1]]
             real = at_least_fp32(network(target)) if self.config.loss == "relativistic" else None
             judged = generator_loss(self.config.loss, at_least_fp32(network(translated)), real)
+            if self.config.loss == "least_squares":
+                judged = 2.0 * judged  # without the half of Mao 2017 (Zhu 2017, Sec. 4), which the weights are for
             cycle = (back(translated) - image).abs().mean()
             loss = loss + judged + self.config.cycle_weight * cycle
             metrics |= {f"{direction}_judged": judged.detach(), f"{direction}_cycle": cycle.detach()}

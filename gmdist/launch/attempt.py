@@ -140,7 +140,7 @@ def _ray_trainer(config: Config, size: int, mailbox: Any, scratch: str, last_ste
         ),
         # Checkpoints are the run's own business: Ray keeps none, and its folder is thrown away.
         run_config=RunConfig(
-            name=f"{config.name}-{uuid.uuid4().hex[:8]}",
+            name=f"run-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig("CRITICAL"),

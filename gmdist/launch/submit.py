@@ -119,7 +119,7 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
         if isinstance(written, dict) and isinstance(resolved, dict):
             for name in written.keys() & resolved.keys():
                 compare(written[name], resolved[name], f"{key}.{name}" if key else name)
-        elif written != resolved and os.getcwd() in str(resolved):
+        elif _is_elsewhere(written, resolved):
             text = (
                 yaml.safe_dump(resolved, default_flow_style=True, width=1 << 20).removesuffix("\n").removesuffix("...")
             )
@@ -129,12 +129,19 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
     return sorted(found)
 
 
+def _is_elsewhere(written: Any, resolved: Any) -> bool:
+    """Whether what is written, or an item of it, means another location in another folder, or to another user."""
+    if isinstance(written, list) and isinstance(resolved, list):
+        return any(map(_is_elsewhere, written, resolved))
+    return isinstance(written, str) and written != resolved == os.path.abspath(os.path.expanduser(written))
+
+
 def _check_space(asked: Sweep) -> None:
     """ConfigError for a location to search over that is relative to this folder: the job runs in another."""
     listed = [(key, value) for key, domain in asked.plan.domains.items() for value in domain.values]
     for (key, value), base in zip(listed, asked.bases, strict=True):
         meant = flat(yaml.safe_load(base.to_yaml())).get(key)
-        if isinstance(value, str) and meant != value and meant == os.path.abspath(value):
+        if _is_elsewhere(value, meant):
             raise ConfigError(f"sweep.space.{key}: '{value}'; must be absolute in a job, as '{meant}' is")
 
 

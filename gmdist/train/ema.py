@@ -33,11 +33,6 @@ class EMA:
         self._masters = [fragment.values for fragment in self.fragments]
         self.averages = [values.clone() for values in self._masters]  # fp32, one for each fragment
 
-    def restart(self) -> None:
-        """Begin again at the present weights."""
-        for average, master in zip(self.averages, self._masters, strict=True):
-            average.copy_(master)
-
     @torch.no_grad()
     def update(self, batch_size: int, seen: int) -> None:
         """Move towards the present weights, after a step of `batch_size` samples that `seen` came before."""

@@ -34,7 +34,7 @@ def test_the_generators_loss_by_hand() -> None:
     a, b = (batch()[name].double() for name in ("image", "image_b"))
     there, back = family.generators["a2b"], family.generators["b2a"]
     judges = family.discriminators
-    wanted = 0.5 * (judges["b"](there(a)) - 1.0).square().mean() + 0.5 * (judges["a"](back(b)) - 1.0).square().mean()
+    wanted = (judges["b"](there(a)) - 1.0).square().mean() + (judges["a"](back(b)) - 1.0).square().mean()
     wanted = wanted + 10.0 * ((back(there(a)) - a).abs().mean() + (there(back(b)) - b).abs().mean())
     wanted = wanted + 5.0 * ((there(b) - b).abs().mean() + (back(a) - a).abs().mean())
     loss, _ = family.g_loss({"image": a, "image_b": b, "key": batch()["key"]}, 0)

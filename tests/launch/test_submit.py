@@ -60,6 +60,11 @@ def test_relative_locations_mean_what_they_mean_here() -> None:
     meant = load(CONFIG, [*overrides, *found])
     assert meant.to_yaml() == load(CONFIG, overrides).to_yaml()
     assert f"data.mix.a.train={os.getcwd()}/here/a" in found
+    overrides = ["run.dir=../elsewhere/run", "data.train=~/train", f"data.test={os.getcwd()}/test"]
+    found = _absolute(compose(CONFIG, overrides), load(CONFIG, overrides))
+    assert f"run.dir={os.path.dirname(os.getcwd())}/elsewhere/run" in found
+    assert f"data.train={os.path.expanduser('~')}/train" in found
+    assert not any(one.startswith("data.test") for one in found)
 
 
 def test_relative_locations_to_search_over_are_refused() -> None:

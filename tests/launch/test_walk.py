@@ -50,6 +50,7 @@ def test_frames_go_from_each_image_to_the_next(name: str, runs: dict[str, str], 
     assert main(["sample", runs[name], "--num-images", "3", "--interpolate", "4", "--out", str(out)]) == 0
     frames = np.stack([pixels(path) for path in sorted(out.iterdir())]).astype(float)
     assert frames.shape == (12, SIZE, SIZE)
+    assert main(["sample", runs[name], "--num-images", "3", "--interpolate", "4", "--out", str(out)]) == 0  # once more
     steps = np.abs(np.diff(frames, axis=0, append=frames[:1])).mean(axis=(1, 2))
     jumps = np.abs(frames[::4] - np.roll(frames[::4], -1, axis=0)).mean(axis=(1, 2))
     assert steps.max() < 0.6 * jumps.max()  # it comes back to where it began, and nowhere all at once
@@ -89,6 +90,7 @@ def test_with_no_truncation_left_all_images_have_one_style(runs: dict[str, str],
         ("stylegan2", ["--truncation", "1.5"], "family.truncation: 1.5; must be from 0 to 1"),
         ("conditional_gan", ["--truncation", "0.5"], "--truncation: family 'conditional_gan' has no truncation to set"),
         ("stylegan2", ["--interpolate", "1"], "--interpolate: 1; must be at least 2"),
+        ("stylegan2", ["--interpolate", "4", "--num-images", "1"], "--num-images: 1; must be at least 2"),
         ("conditional_gan", ["--mix-styles"], "the run's family has no styles to mix"),
         ("stylegan2", ["--mix-styles", "--interpolate", "4"], "--mix-styles: does not go with --interpolate"),
         ("stylegan2", ["--mix-styles", "--show", "traversals"], "--mix-styles: does not go with --show"),
