@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gmdist import storage
 from gmdist.config import Config
-from gmdist.data.dataset import check_labels
+from gmdist.data.dataset import check_labels, other_classes
 from gmdist.data.latents import check_latents
 from gmdist.data.loader import Loader
 from gmdist.data.manifest import Manifest
@@ -61,9 +61,11 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             run folder that holds another run.
     """
     use_storage(config)
+    manifests = {}
     for key, folder in config.data.folders:
         try:
-            check_labels(config.data, Manifest.load(storage.absolute(folder)), folder)
+            manifests[key] = Manifest.load(storage.absolute(folder))
+            check_labels(config.data, manifests[key], folder)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
     opened: list[Opened] = []
@@ -112,13 +114,18 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
         for one in opened:
             _check_unchanged(one, run_dir)
-        return None, _changes(config) + _doubts(config)
-    return None, _doubts(config)
+        return None, _changes(config) + _doubts(config, manifests)
+    return None, _doubts(config, manifests)
 
 
-def _doubts(config: Config) -> list[str]:
-    """Settings that are hardly meant so."""
+def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
+    """Settings that are hardly meant so, and data sets, by their keys, that hardly go together."""
     found, train = [], config.train
+    if config.data.num_classes is not None:
+        (first_key, first), *others = manifests.items()
+        for key, manifest in others:
+            if (difference := other_classes(manifest, first)) is not None:
+                found.append(f"{key}: {difference} in {first_key}; labels are taken as numbers, whatever their names")
     if train.evaluate_every is not None and config.data.test is None and not config.evaluation.metrics:
         found.append(
             f"train.evaluate_every: {train.evaluate_every}; nothing is evaluated without data.test or "

@@ -66,6 +66,18 @@ def test_a_schedule_that_ends_short_of_noise_is_warned_of(tmp_path: Path) -> Non
         assert [warning[: len(word)] for warning, word in zip(warnings, words, strict=True)] == words
 
 
+def test_classes_of_other_names_are_warned_of(tmp_path: Path) -> None:
+    image = png(np.zeros((32, 32, 1), np.uint8))
+    for split, names in (("train", ("cat", "dog")), ("test", ("dog",))):
+        write_shards([(f"{i}", {"png": image, "cls": b"0"}) for i in range(4)], str(tmp_path / split), names)
+    settings = [f"data.train={tmp_path}/train", f"data.test={tmp_path}/test", f"run.dir={tmp_path}/run"]
+    settings += ["evaluation.metrics=[]", "train.best_metric=null"]
+    _, warnings = check_start(load(CONFIG, [*settings, "data.num_classes=2"]))
+    words = "its class 0 is 'dog', and 'cat' in data.train; labels are taken as numbers, whatever their names"
+    assert warnings == [f"data.test: {words}"]
+    assert check_start(load(CONFIG, [*settings, "data.num_classes=null"]))[1] == []
+
+
 def train_on_own_folder(rank: int, world_size: int, folder: str) -> None:
     settings = [f"data.train={folder}/{rank}", "data.test=null", f"run.dir={folder}/run", "train.zero_stage=0"]
     config = load(CONFIG, [*settings, f"cluster.num_workers={world_size}", "data.batch_size=2"])

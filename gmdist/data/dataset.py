@@ -90,6 +90,14 @@ def common_layouts(config: DataConfig, datasets: list[Dataset]) -> list[Layout]:
     return layouts
 
 
+def other_classes(one: Manifest, other: Manifest) -> str | None:
+    """The first class that two data sets have other names for, in words; None where they agree, or do not say."""
+    for label, (name, theirs) in enumerate(zip(one.classes, other.classes, strict=False)):
+        if name != theirs:
+            return f"its class {label} is '{name}', and '{theirs}'"
+    return None
+
+
 def check_labels(config: DataConfig, manifest: Manifest, folder: str) -> None:
     """DataError if the manifest knows of labels outside the config's classes, or of none where they are asked for."""
     if config.num_classes is None:

@@ -1,6 +1,7 @@
 """A run's generated images and reconstructions beside real ones, in one process: RUN/evaluation.json."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
         "checkpoint": storage.join(run_dir, "checkpoints", folder_name(meta["step"])),
         "step": meta["step"],
         "overrides": list(overrides),
-        "metrics": {name: value if value == value else None for name, value in found.items()},  # JSON has no NaN
+        "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
         "num_images": config.evaluation.num_images,
         "reference": reference_of(config),
         "features": evaluator.features.location,

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +11,15 @@ import torch
 
 from gmdist import runs, storage
 from gmdist.config import Config
+from gmdist.data.dataset import other_classes
 from gmdist.data.loader import Loader
-from gmdist.data.manifest import Manifest
+from gmdist.data.manifest import MANIFEST_NAME, Manifest
 from gmdist.errors import ConfigError, DataError, DivergedError
 from gmdist.families import CATALOGUE
 from gmdist.families.family import Family
 from gmdist.train.config import micro_batch_size
+
+_log = logging.getLogger(__name__)
 
 _Row = tuple[str, str, str, list[str]]  # shard, sample, label, scores
 
@@ -95,8 +99,14 @@ def _open(config: Config, scored: str, family: Family) -> Loader:
 
     A family that is told the class can do without, where there are no labels at all, and knows no classes but its own.
     """
-    num_labels = Manifest.load(storage.absolute(scored)).num_labels
-    known = config.data.num_classes if "label" in family.inputs else num_labels
+    manifest = Manifest.load(storage.absolute(scored))
+    num_labels = manifest.num_labels
+    known: int | None = num_labels
+    if "label" in family.inputs:
+        known, trained = config.data.num_classes, storage.absolute(config.data.trained_on[0].train)
+        is_there = num_labels and storage.exists(storage.join(trained, MANIFEST_NAME))
+        if is_there and (difference := other_classes(manifest, Manifest.load(trained))) is not None:
+            _log.warning("%s: %s in %s; labels are taken as numbers, whatever their names", scored, difference, trained)
     return Loader(replace(config.data, num_classes=known if num_labels else None, cache_dir=None), scored)
 
 

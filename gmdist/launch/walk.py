@@ -57,9 +57,11 @@ def mix(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tens
     with torch.inference_mode():
         fine = _latents(config, family, request, "--mix-styles")
         coarse = _latents(config, family, request, "--mix-styles", start=request.num_images)
-        rows = [torch.cat([torch.ones_like(one[:1]), one]) for one in [family.from_latents(fine)]]
+        parts = fine.split(images_at_once(config))
+        samples = torch.cat([family.from_latents(part) for part in parts])
+        rows = [torch.cat([torch.ones_like(samples[:1]), samples])]
         for style in coarse.split(1):
-            made = [family.mixed(style.expand(len(part), -1), part) for part in fine.split(images_at_once(config))]
+            made = [family.mixed(style.expand(len(part), -1), part) for part in parts]
             rows.append(torch.cat([family.from_latents(style), *made]))
     return images.drawn_uint8(torch.cat(rows))
 
