@@ -230,6 +230,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
             storage.write(storage.join(run_dir, CONFIG_NAME), config.to_yaml().encode())
             for one in opened:
                 storage.write(storage.join(run_dir, FIRST_STAGE_NAME), one.config.to_yaml().encode())
+        opened.clear()  # of their networks the run keeps those that it needs
         return trainer.fit()
     finally:
         trainer.close()

@@ -1,6 +1,6 @@
 """Images from a run: a grid, or one PNG each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,9 +72,9 @@ class Drawer:
         self.family, self._device = self.family.to(device), device
         return self
 
-    def parts(self, first: int, stop: int) -> Iterator[Tensor]:
+    def parts(self, first: int, stop: int) -> tuple[Tensor, ...]:
         """The numbers from one to another, those of images that are drawn together [N]."""
-        return iter(torch.arange(first, stop, device=self._device).split(images_at_once(self.config)))
+        return torch.arange(first, stop, device=self._device).split(images_at_once(self.config))
 
     def condition(self, numbers: Tensor) -> Condition:
         """What the images of these numbers [N] are to show."""
@@ -82,7 +82,7 @@ class Drawer:
 
     def pixels(self, numbers: Tensor, condition: Condition) -> Tensor:
         """The images of these numbers [N], uint8 [N, H, W, C] on the CPU: the same ones for the same request."""
-        keys, rows = keys_of(self.request, numbers.to(self._device)), self.rows
+        keys, rows = keys_of(self.request, numbers), self.rows
         with torch.inference_mode():
             if rows is None:
                 return images.drawn_uint8(self.family.sample(keys, condition))
@@ -102,9 +102,9 @@ def draw_compared(run: str, num_images: int) -> Tensor:
     """The first images that an evaluation of a run compares, uint8 [N, H, W, C]: classes in turn, or under captions."""
     device = runs.device()
     drawer = Drawer(run, SampleRequest(num_images)).to(device)
-    parts = list(drawer.parts(0, num_images))
+    parts = drawer.parts(0, num_images)
     captioned = open_captions(drawer.config, device)
-    conditions = map(drawer.condition, parts) if captioned is None else captioned(parts)
+    conditions = map(drawer.condition, parts) if captioned is None else captioned(list(parts))
     return torch.cat([drawer.pixels(part, condition) for part, condition in zip(parts, conditions, strict=True)])
 
 
