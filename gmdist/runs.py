@@ -178,7 +178,7 @@ def open_run(
 def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]) -> Family:
     opened: list[Opened] = []
     family = build_family(config, opened.append, first_stage_of(split_run(location)[0]))
-    checkpoint.check_shapes(location, meta, shapes_of(family))
+    checkpoint.check_shapes(location, meta["shapes"], shapes_of(family))
     trained = trained_children(family, config.optim)
     with Reader(location, meta) as reader, torch.no_grad():
         for name, parameter in family.named_parameters():

@@ -37,7 +37,7 @@ from gmdist.train.blocks import check_precision
 from gmdist.train.config import LARGER_IS_BETTER, micro_batch_size
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
-from gmdist.train.state import RunIdentity, check_identity, shapes_of
+from gmdist.train.state import RunIdentity, check_identity, shapes_of, worker_shapes_of
 from gmdist.train.trainer import Trainer
 from gmdist.workers import rank, world_size
 
@@ -109,7 +109,8 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     if found is not None:
         data = open_training(config.data)
         check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
-        checkpoint.check_shapes(found.location, found.meta, shapes_of(family))
+        checkpoint.check_shapes(found.location, found.meta["shapes"], shapes_of(family))
+        checkpoint.check_shapes(found.location, found.meta["worker_shapes"], worker_shapes_of(family))
         if found.meta["step"] >= config.train.num_steps:
             return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
         for one in opened:

@@ -317,9 +317,8 @@ def _fill(values: Tensor, file: int, offset: int) -> None:
         values.copy_(on_host)
 
 
-def check_shapes(location: str, meta: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    """CheckpointError if the checkpoint's tensors are not those of the model."""
-    saved = meta["shapes"]
+def check_shapes(location: str, saved: dict[str, list[int]], shapes: dict[str, list[int]]) -> None:
+    """CheckpointError if tensors that are saved there are not those of the model."""
     for name in sorted(set(saved) | set(shapes)):
         if saved.get(name) != shapes.get(name):
             raise CheckpointError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gmdist.errors import CheckpointError, DataError
 from gmdist.families.family import Family
 from gmdist.train import checkpoint
-from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, tensor_key
+from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, check_shapes, tensor_key
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit
 from gmdist.workers import rank, world_size
@@ -81,17 +81,20 @@ def load_state(reader: Reader, family: Family, units: Mapping[str, Unit], ema: E
 
 
 def _load_worker_state(reader: Reader, family: Family) -> None:
+    check_shapes(reader.location, reader.meta["worker_shapes"], worker_shapes_of(family))
     state = family.worker_state()
     for name, tensor in state.items():
-        shape = reader.meta["worker_shapes"].get(name)
-        if shape != list(tensor.shape):
-            raise CheckpointError(f"{reader.location}: {name} is {shape}; the model has {list(tensor.shape)}")
         load_tensor(reader, WORKER, f"{name}@{rank()}", tensor)
     family.load_worker_state(state)
 
 
 def _frozen_parameters(family: Family, units: Mapping[str, Unit]) -> list[tuple[str, nn.Parameter]]:
     return [(name, value) for name, value in family.named_parameters() if name.partition(".")[0] not in units]
+
+
+def worker_shapes_of(family: Family) -> dict[str, list[int]]:
+    """The shapes of what each worker of a family has for itself."""
+    return {name: list(tensor.shape) for name, tensor in family.worker_state().items()}
 
 
 def shapes_of(family: Family) -> dict[str, list[int]]:

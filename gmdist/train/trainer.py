@@ -29,7 +29,15 @@ from gmdist.train.optim import OptimConfig, lazily, learning_rate, trained_child
 from gmdist.train.preview import preview
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
-from gmdist.train.state import Fingerprint, RunIdentity, check_identity, load_state, shapes_of, state_tensors
+from gmdist.train.state import (
+    Fingerprint,
+    RunIdentity,
+    check_identity,
+    load_state,
+    shapes_of,
+    state_tensors,
+    worker_shapes_of,
+)
 from gmdist.workers import rank, share, total, world_size
 
 
@@ -399,7 +407,7 @@ class Trainer:
             "world_size": world_size(),
             "updates": {name: unit.num_updates for name, unit in self.units.items()},
             "shapes": self._shapes,
-            "worker_shapes": {name: list(state.shape) for name, state in self.family.worker_state().items()},
+            "worker_shapes": worker_shapes_of(self.family),
         }
         self._write_quarantine()  # what comes before a checkpoint is not read again
         if self._log is not None:  # first: a run goes on after its checkpoint, and lines of before are not made again
@@ -408,7 +416,7 @@ class Trainer:
 
     def _load(self, found: checkpoint.Found) -> None:
         meta = found.meta
-        checkpoint.check_shapes(found.location, meta, self._shapes)
+        checkpoint.check_shapes(found.location, meta["shapes"], self._shapes)
         with Reader(found.location, meta) as reader:
             load_state(reader, self.family, self.units, self.ema)
         self.step, self.seen, self._cursor = meta["step"], meta["images"], meta["cursor"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gmdist.errors import CheckpointError
 from gmdist.families.cyclegan import CycleGAN, CycleGANConfig
 from gmdist.families.family import Batch
 from gmdist.nets.cyclegan import Translator, TranslatorConfig
@@ -87,6 +88,10 @@ def test_the_pool_is_in_checkpoints(tmp_path: Path) -> None:
     assert all(torch.equal(value, parts.worker_state()[name]) for name, value in whole.worker_state().items())
     last = "checkpoints/step-00000006"
     assert tree_bytes(tmp_path / "whole" / last) == tree_bytes(tmp_path / "parts" / last)
+    with pytest.raises(
+        CheckpointError, match=r"pool_a is \[4, .* in the checkpoint and \[6, .*use the run's own config"
+    ):
+        fit(made(pool_size=6), tmp_path / "parts", num_steps=8)
 
 
 @pytest.mark.parametrize(
