@@ -126,7 +126,7 @@ class JudgedAutoencoder(Family):
         start = self._judge.start_images
         return [
             Phase("autoencoder", "autoencoder", self.loss, revisits=self._judge.adaptive, changes_at=start),
-            Phase("discriminator", "discriminator", self.discriminator_loss, changes_at=start),
+            Phase("discriminator", "discriminator", self.discriminator_loss, begins_at=start),
         ]
 
     def discriminator_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
@@ -134,10 +134,6 @@ class JudgedAutoencoder(Family):
         assert self.discriminator is not None
         assert self._judge is not None
         image = batch["image"]
-        if not self._judges(seen):
-            # It learns nothing yet. One image takes it to gradients of zero, which every ZeRO stage expects.
-            loss = 0.0 * at_least_fp32(self.discriminator(image[:1])).mean()
-            return loss, {"loss": loss.detach()}
         with torch.no_grad():
             reconstruction = self.reconstruction(batch)
         # Apart: where it compares samples with each other, neither may be told from the other by its company.
@@ -157,19 +153,14 @@ class JudgedAutoencoder(Family):
         Returns:
             The weighted loss, a scalar, and what to log of it.
         """
-        if not self._judges(seen):
+        if self._judge is None or seen < self._judge.start_images:
             return None
         assert self.discriminator is not None
-        assert self._judge is not None
         adversarial = -at_least_fp32(self.discriminator(reconstruction)).mean()
         weight = torch.full_like(error, self._judge.weight_at(seen)).detach()
         if self._judge.adaptive:
             weight = weight * adaptive_weight(error, adversarial, self.last_layer)
         return weight * adversarial, {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-
-    def _judges(self, seen: int) -> bool:
-        """Whether the discriminator takes part."""
-        return self._judge is not None and seen >= self._judge.start_images
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

@@ -29,7 +29,12 @@ class Phase:
     every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
     higher_order: bool = False  # the loss differentiates a gradient
     revisits: bool = False  # gradients go through children of other phases twice, through the blocks of its own once
+    begins_at: int = 0  # images seen, from which on it runs
     changes_at: int = 0  # images seen, from which on the loss is another, that costs more
+
+    def is_due(self, step: int, seen: int) -> bool:
+        """Whether it runs in a step, before which so many images were seen."""
+        return step % self.every == 0 and seen >= self.begins_at
 
 
 @dataclass(frozen=True)

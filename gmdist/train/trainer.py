@@ -137,7 +137,7 @@ class Trainer:
         share = 1.0 / world_size()  # of a step: those before a resume count as much, on however many workers
         norms = []
         for number, phase in enumerate(self.phases):
-            if self.step % phase.every:
+            if not phase.is_due(self.step, self.seen):
                 continue
             unit = self.units[phase.trains]
             for i, micro_batch in enumerate(micro_batches):
@@ -278,11 +278,12 @@ class Trainer:
         The gradients and buffers that it leaves are those of a run that ends or goes back.
         """
         micro_batch = split(loaded.batch_on(self.device), self.micro_batch_size)[-1]
+        begun = [phase for phase in self.phases if self.seen >= phase.begins_at]
         with watched(self.family) as watch:
-            for phase in self.phases:
+            for phase in begun:
                 self.units[phase.trains].accumulate(phase, micro_batch, self.seen, 1.0)
-        for unit in self.units.values():
-            unit.step(0.0)
+        for name in dict.fromkeys(phase.trains for phase in begun):
+            self.units[name].step(0.0)
         names = [watch.first()] * world_size()
         if world_size() > 1:
             dist.all_gather_object(names, names[0])

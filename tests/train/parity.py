@@ -70,7 +70,7 @@ def reference(
         batch["image"] = batch["image"].to(dtype)
         pieces = cut(batch, micro) if family.local else [batch]
         for phase in family.phases():
-            if step % phase.every:
+            if not phase.is_due(step, step * BATCH):
                 continue
             trained = getattr(family, phase.trains)
             for parameter in family.parameters():
