@@ -43,10 +43,9 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
             raise ConfigError(f"{prefix}.{key}: {value}; YAML reads it as {kind_of}: put it in quotes, as '\"...\"'")
         _refuse_items(kind, inner, value, str(key), prefix)
         named = {f"{prefix}.{key}": value}
-        inner = next((part for part in get_args(inner) if get_origin(part) is dict), inner)  # of "dict | None"
-        if get_origin(inner) is dict and value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{prefix}.{key}: {value!r}; must be a mapping of names to settings")
-        if get_origin(inner) is dict and isinstance(value, dict):
+        if get_origin(inner) is dict and value is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}.{key}: {value!r}; must be a mapping of names to settings")
             inner = get_args(inner)[1]
             named = {f"{prefix}.{key}.{name}": item for name, item in value.items()}
         for place, item in named.items():

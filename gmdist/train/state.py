@@ -1,6 +1,6 @@
 """The whole state of a run as named tensors, and back: what a checkpoint holds, and what it must agree with."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from gmdist.train import checkpoint
 from gmdist.train.checkpoint import BUFFER, EMA_PARAM, FROZEN, PARAM, STATE, WORKER, Reader, check_shapes, tensor_key
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit
-from gmdist.workers import rank, world_size
+from gmdist.workers import rank, share, world_size
 
 
 class Fingerprint(Protocol):
@@ -88,8 +88,16 @@ def _load_worker_state(reader: Reader, family: Family) -> None:
     family.load_worker_state(state)
 
 
-def _frozen_parameters(family: Family, units: Mapping[str, Unit]) -> list[tuple[str, nn.Parameter]]:
-    return [(name, value) for name, value in family.named_parameters() if name.partition(".")[0] not in units]
+def share_frozen(family: Family, trained: Collection[str]) -> None:
+    """Give all workers the same of what no engine does: another run may have saved while they opened it."""
+    for _, parameter in _frozen_parameters(family, trained):
+        share(parameter)
+    for buffer in family.buffers():
+        share(buffer)
+
+
+def _frozen_parameters(family: Family, trained: Collection[str]) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in family.named_parameters() if name.partition(".")[0] not in trained]
 
 
 def worker_shapes_of(family: Family) -> dict[str, list[int]]:

@@ -35,10 +35,11 @@ from gmdist.train.state import (
     check_identity,
     load_state,
     shapes_of,
+    share_frozen,
     state_tensors,
     worker_shapes_of,
 )
-from gmdist.workers import rank, share, total, world_size
+from gmdist.workers import rank, total, world_size
 
 
 class Trainer:
@@ -87,7 +88,7 @@ class Trainer:
         self.optim = {name: lazily(optim[name], [p for p in self.phases if p.trains == name]) for name in self._trained}
         if found is None:
             self.family.initialize(data.first(min(INITIALIZE_SAMPLES, data.num_samples)).batch_on(self.device))
-            self._share_frozen()
+            share_frozen(family, self._trained)
         self._shapes = shapes_of(family)  # before stage 3 shares the weights out
         self._set_mode(training=True)
         prepare(family, self._trained, config)
@@ -118,14 +119,6 @@ class Trainer:
         self._waited_s = 0.0
         self._counted = data.counters()
         self._log = MetricsLog(run_dir, self.step) if rank() == 0 else None
-
-    def _share_frozen(self) -> None:
-        """Give all workers the same of what no engine does: another run may have saved while they opened it."""
-        for name, parameter in self.family.named_parameters():
-            if name.partition(".")[0] not in self._trained:
-                share(parameter)
-        for buffer in self.family.buffers():
-            share(buffer)
 
     # The step
 
