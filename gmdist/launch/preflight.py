@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,7 +34,7 @@ def examine_cluster(config: Config) -> list[Finding]:
             data.append((key, folder, Manifest.load(storage.absolute(folder)).hash))
         except GmdistError as error:
             findings.append(Finding(_HERE, key, str(error), "without it nothing can be read"))
-    was_there = storage.is_s3(config.run.dir) or os.path.isdir(config.run.dir)
+    made = [] if storage.is_s3(config.run.dir) else _missing(config.run.dir)
     mark = storage.join(config.run.dir, f"probe-{uuid.uuid4().hex[:8]}")
     expected = Expected(os.getcwd(), config.run.dir, mark, data, config.data.s3, versions())
     try:
@@ -46,9 +47,15 @@ def examine_cluster(config: Config) -> list[Finding]:
             for name in storage.list_names(config.run.dir):
                 if storage.join(config.run.dir, name).startswith(mark):
                     storage.delete(storage.join(config.run.dir, name))
-        if not was_there:
-            with suppress(OSError):
-                os.rmdir(config.run.dir)
+        with suppress(OSError):
+            for folder in made:
+                os.rmdir(folder)
+
+
+def _missing(folder: str) -> list[Path]:
+    """A local folder and those that it is in, as far as they are not there, the innermost first."""
+    path = Path(folder).absolute()
+    return [place for place in (path, *path.parents) if not place.exists()]
 
 
 def check_cluster(config: Config) -> None:

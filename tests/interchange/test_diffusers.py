@@ -182,6 +182,8 @@ def test_pickles_and_unsound_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         read_folder(tmp_path)
     file, tensors = changed(tmp_path, UNET)
+    with pytest.raises(ConfigError, match="no such file; give a folder"):
+        read_folder(file)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     assert read_folder(tmp_path)[1]
 
