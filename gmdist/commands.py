@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -271,15 +270,13 @@ def _alone(folder: str, meter: "Meter") -> Iterator[Callable[[int, int], None]]:
     """Have a folder alone while it is written. It gives what to call with (bytes done, bytes in all)."""
     from gmdist.launch.lease import held
 
-    lost = threading.Event()
-
-    def on_progress(done: int, total: int) -> None:
-        if lost.is_set():
-            raise ConfigError(f"{folder}: another command writes into it now")
-        meter.update(done, total)
-
-    with held(folder, meter.message, lost.set) as lease:
+    with held(folder, meter.message) as lease:
         lease.confirm()
+
+        def on_progress(done: int, total: int) -> None:
+            lease.check()
+            meter.update(done, total)
+
         yield on_progress
 
 

@@ -45,3 +45,13 @@ class ClusterLostError(GmdistError):
 
 class RunFailedError(GmdistError):
     """A run whose workers failed more often than cluster.max_failures allows. Exit code 1."""
+
+
+class FolderLostError(GmdistError):
+    """A folder that another command has taken, as this one did not get to renew its lease. Exit code 1."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(
+            f"{folder}: another command has taken the folder, as this one did not get to say that it is there for 20 s;"
+            " what it had finished is there, and the other goes on from it"
+        )

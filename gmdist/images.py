@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gmdist.errors import DivergedError
 
+_GAP = 2  # white pixels between images of a grid
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] on the CPU."""
@@ -17,7 +19,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def drawn_uint8(images: Tensor) -> Tensor:
-    """The same of what a model has drawn; DivergedError where that is not finite: no pixel could show it."""
+    """`to_uint8` of what a model has drawn; DivergedError where that is not finite: no pixel could show it."""
     if not images.isfinite().all():
         raise DivergedError("the model's images are not finite; check its weights")
     return to_uint8(images)
@@ -31,13 +33,12 @@ def png(image: Tensor | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
     """Lay images out in rows.
 
     Args:
         images: uint8 [N, H, W, C].
         columns: images a row; None: ten where that fills the rows, else about a square.
-        gap: white pixels between images.
 
     Returns:
         uint8 [H', W', C].
@@ -46,8 +47,9 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     if columns is None:
         columns = 10 if count % 10 == 0 else max(1, round((count * height / width) ** 0.5))
     rows = -(-count // columns)
-    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=torch.uint8)
+    across, down = width + _GAP, height + _GAP
+    canvas = torch.full((rows * down - _GAP, columns * across - _GAP, channels), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // columns * down, i % columns * across
         canvas[top : top + height, left : left + width] = image
     return canvas

@@ -87,6 +87,12 @@ def normal(seed: int, purpose: str, keys: Tensor, shape: tuple[int, ...] = ()) -
     return numbers[:, :count].reshape(len(keys), *shape)
 
 
+def quantiles(seed: int, purpose: str, keys: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Uniform numbers inside (0, 1) with all 32 bits: float64 [N, *shape] for int64 keys [N]."""
+    words = bits(seed, purpose, keys, math.prod(shape))
+    return ((words.double() + 0.5) * 2.0**-32).view(len(keys), *shape)
+
+
 def integers(seed: int, purpose: str, keys: Tensor, high: int, shape: tuple[int, ...] = ()) -> Tensor:
     """Integers in [0, high): int64 [N, *shape] for int64 keys [N]; high at most 2**31.
 

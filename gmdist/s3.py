@@ -24,8 +24,8 @@ _CONNECTIONS = 64  # in the pool of a client; threads that fetch, save and list 
 _PIECE_BYTES = 1 << 18
 _DELETE_ATTEMPTS = 5
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
-# What S3 and its gateways answer when they are busy or broken for a moment.
 _BUCKET = re.compile(r"[a-zA-Z0-9.\-_]{1,255}")  # as boto3 has it
+# What S3 and its gateways answer when they are busy or broken for a moment.
 _TRANSIENT_CODES = ("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "BadDigest")
 
 

@@ -7,7 +7,6 @@ import gc
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gmdist import storage
 from gmdist.config import Config
@@ -19,6 +18,7 @@ from gmdist.data.mix import UNPAIRED
 from gmdist.data.unpaired import Unpaired, open_held_out, open_training
 from gmdist.errors import ConfigError, DataError
 from gmdist.evaluator import check_reference, open_evaluator, open_features
+from gmdist.families.denoiser import DenoiserConfig
 from gmdist.families.family import Family
 from gmdist.runs import (
     CONFIG_NAME,
@@ -39,7 +39,7 @@ from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.optim import trained_children
 from gmdist.train.state import RunIdentity, check_identity, shapes_of, worker_shapes_of
 from gmdist.train.trainer import Trainer
-from gmdist.workers import rank, world_size
+from gmdist.workers import all_gathered_objects, rank, world_size
 
 # All that a run writes into its folder.
 _WRITTEN = frozenset(
@@ -52,9 +52,9 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     """Refuse what can be refused before any worker starts.
 
     Returns:
-        How the run ended, if it is finished already; and warnings: of a finished run about checkpoints that cannot be
-        used, of one that goes on about what its model was begun with. It gives the former itself. And of settings
-        without effect.
+        How the run ended, if it is finished already; and warnings. Those of a finished run are of checkpoints that
+        cannot be used (one that goes on gives these itself). Others are of settings that differ from what the run was
+        begun with, and of settings without effect.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -116,7 +116,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         for one in opened:
             _check_unchanged(one, run_dir)
         return None, _changes(config) + _doubts(config, manifests)
-    return None, _doubts(config, manifests)
+    return None, _doubts(config, manifests) + _initial_doubts(config)
 
 
 def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
@@ -134,10 +134,16 @@ def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
         )
     if train.best_order == "min" and (train.best_metric or "").removeprefix("test/") in LARGER_IS_BETTER:
         found.append(f"train.best_order: min; keeps the checkpoint of the least {train.best_metric}: set it to max")
-    diffusion = getattr(config.family, "diffusion", None)
-    if diffusion is not None and (doubt := diffusion.doubt()):
+    if isinstance(config.family, DenoiserConfig) and (doubt := config.family.diffusion.doubt()):
         found.append(f"family.diffusion.{doubt}")
     return found
+
+
+def _initial_doubts(config: Config) -> list[str]:
+    """How the pipeline that gives a denoiser its first weights was trained otherwise."""
+    if isinstance(config.family, DenoiserConfig) and (doubt := config.family.initial_doubt()):
+        return [f"family.{doubt}"]
+    return []
 
 
 def _changes(config: Config) -> list[str]:
@@ -182,9 +188,7 @@ def _check_agreement(split: str, data: Loader | Unpaired) -> None:
     first = data.fingerprint.to_dict()
     second = first.pop(UNPAIRED, None)
     own: dict[str, Any] = {f"data.{split}": first, f"data.unpaired.{split}": second}
-    found: list[dict[str, Any]] = [own] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(found, own)
+    found = all_gathered_objects(own)
     for key in own:
         for other, theirs in enumerate(found[1:], 1):
             if theirs[key] != found[0][key]:

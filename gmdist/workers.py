@@ -1,9 +1,13 @@
 """The workers of a job, as torch.distributed knows them, and what they sum and gather; each of them calls it."""
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_T = TypeVar("_T")
 _MASK64 = (1 << 64) - 1
 
 
@@ -56,3 +60,30 @@ def all_gathered(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
+
+
+def all_gathered_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
+    """What each worker has, by rank; small Python objects, that are pickled by this job for itself.
+
+    Args:
+        value: this worker's.
+        group: of all workers, for calls beside others of the default one.
+    """
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def in_step(parts: Iterator[_T], rounds: int, spare: _T | None = None) -> Iterator[tuple[_T, bool]]:
+    """A worker's parts, and whether they count.
+
+    Every worker has as many: one that runs out repeats its last, or takes the spare one, since networks whose weights
+    are shared out run on all workers together.
+    """
+    last = spare
+    for _ in range(rounds):
+        part = next(parts, None)
+        last = last if part is None else part
+        if last is not None:
+            yield last, part is not None

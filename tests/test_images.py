@@ -43,7 +43,7 @@ def test_a_png_holds_the_pixels(channels: int, mode: str, as_array: bool) -> Non
 
 def test_a_grid_shows_every_image_where_it_belongs() -> None:
     images = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(7, 3, 4, 1)
-    sheet = grid(images, columns=3, gap=2)
+    sheet = grid(images, columns=3)
     assert sheet.shape == (3 * 3 + 2 * 2, 3 * 4 + 2 * 2, 1)
     for i in range(7):
         row, column = divmod(i, 3)
@@ -57,5 +57,5 @@ def test_a_grid_shows_every_image_where_it_belongs() -> None:
     ("count", "columns"), [(1, 1), (4, 2), (10, 10), (16, 4), (40, 10), (100, 10), (64, 8), (7, 3), (2, 1)]
 )
 def test_columns_fit_the_number_of_images(count: int, columns: int) -> None:
-    sheet = grid(torch.zeros(count, 2, 2, 3, dtype=torch.uint8), gap=0)
-    assert sheet.shape == (2 * -(-count // columns), 2 * columns, 3)
+    sheet = grid(torch.zeros(count, 2, 2, 3, dtype=torch.uint8))
+    assert sheet.shape == (4 * -(-count // columns) - 2, 4 * columns - 2, 3)

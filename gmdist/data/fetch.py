@@ -125,7 +125,7 @@ class Shards:
     def fetch_cached(
         self, shard: int, start: int, stop: int, stopped: threading.Event, *, keep: bool
     ) -> bytes | bytearray:
-        """The same, from the cache if it is there; with `keep`, the parts that hold it are fetched whole and kept."""
+        """`fetch`, from the cache if it is there; with `keep`, the parts that hold it are fetched whole and kept."""
         if self.cache is None:
             return self.fetch(shard, start, stop, stopped)
         num_bytes = self.manifest.shards[shard].num_bytes

@@ -2,7 +2,6 @@
 
 import math
 import random
-import zlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from functools import partial
@@ -10,6 +9,7 @@ from threading import Event
 from typing import TypeVar
 
 from gmdist import storage
+from gmdist.checksum import crc32
 from gmdist.data.ledger import Ledger, is_unchanged
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry, unfinished
 from gmdist.data.parallel import num_cores, spread
@@ -161,7 +161,7 @@ def _index(
         return name, _problem(location, error)
     content = index.to_bytes()
     storage.write(storage.join(folder, index_name(name)), content)
-    return name, ShardEntry(name, version.etag, len(index), version.num_bytes, zlib.crc32(content), labels)
+    return name, ShardEntry(name, version.etag, len(index), version.num_bytes, crc32(content), labels)
 
 
 def _has_index(folder: str, entry: ShardEntry) -> bool:

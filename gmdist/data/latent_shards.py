@@ -3,7 +3,6 @@
 import hashlib
 import io
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gmdist import storage
+from gmdist.checksum import crc32
 from gmdist.data.config import DataConfig
 from gmdist.data.decode import UInt8Array, UndecodableError
 from gmdist.data.latents import Record
@@ -135,9 +135,7 @@ class ShardEncoder:
             count = 0
             for key, found in walk(file, location):
                 if index is not None:
-                    members = {
-                        name: Member(at, len(content), zlib.crc32(content)) for name, (at, content) in found.items()
-                    }
+                    members = {name: Member(at, len(content), crc32(content)) for name, (at, content) in found.items()}
                     if count >= len(index) or index[count] != Sample(key, members):
                         raise DataError(f"{location}: sample {key!r} is not what was indexed; run `gmdist data check`")
                 yield key, {name: content for name, (_, content) in found.items()}

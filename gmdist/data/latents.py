@@ -10,9 +10,6 @@ from gmdist.data.manifest import ENCODED_NAME, Manifest
 from gmdist.errors import ConfigError, DataError
 
 _FORMAT_VERSION = 3
-# Its fingerprints count networks beside those that encode, such as a discriminator. Where there are none, they are
-# those of today.
-_OF_ALL_NETWORKS = 2
 
 
 @dataclass(frozen=True)
@@ -69,18 +66,10 @@ class Record:
     arrays: dict[str, tuple[list[int], str]]  # by name in a batch: shape of one sample, dtype
     unreadable: dict[str, list[str]] = field(default_factory=dict)  # by shard: images that are not in it, and why
     sample_bytes: float = 0.0  # of the data set, in the mean; 0: the encoding is not finished
-    format: int = _FORMAT_VERSION
-
-    @property
-    def encoder(self) -> str:
-        """The first stage in words, and what its fingerprint counts where that is more than it is today."""
-        if self.format == _FORMAT_VERSION:
-            return str(self.first_stage)
-        return f"{self.first_stage}, by the older format {self.format} that counts a discriminator and the like"
 
     def save(self, folder: str) -> None:
         """Write it: before the first shard."""
-        content = asdict(self) | {"unreadable": dict(sorted(self.unreadable.items()))}
+        content = asdict(self) | {"format": _FORMAT_VERSION, "unreadable": dict(sorted(self.unreadable.items()))}
         storage.write_json(storage.join(folder, ENCODED_NAME), content)
 
     def lines(self) -> list[str]:
@@ -93,7 +82,7 @@ class Record:
         location = storage.join(folder, ENCODED_NAME)
         try:
             content = storage.read_json(location)
-            if content["format"] not in (_OF_ALL_NETWORKS, _FORMAT_VERSION):
+            if content["format"] != _FORMAT_VERSION:
                 raise ValueError(f"format {content['format']}")
             return cls(
                 FirstStage(**content["first_stage"]),
@@ -104,7 +93,6 @@ class Record:
                 {name: (shape, dtype) for name, (shape, dtype) in content["arrays"].items()},
                 content["unreadable"],
                 content["sample_bytes"],
-                content["format"],
             )
         except FileNotFoundError:
             return None
@@ -116,7 +104,7 @@ class Record:
     def difference(self, other: "Record") -> str | None:
         """How the cache of another record is another one, in words; None if both are the same."""
         if not self.first_stage.is_same(other.first_stage):
-            return f"of {other.encoder}, and this is {self.encoder}"
+            return f"of {other.first_stage}, and this is {self.first_stage}"
         if self.source != other.source:
             return "of another data set, or of another version of it"
         if _settings(self) != _settings(other):
@@ -165,7 +153,7 @@ def check_latents(config: DataConfig, folders: Sequence[tuple[str, str]], first_
         if not any(record.first_stage.is_same(one) for one in known):
             other = "" if known[0].step is None else ", or train on the checkpoint of that step"
             raise DataError(
-                f"{key}: {folder} was encoded by {record.encoder}; the run's first stage is {known[0]}: encode it "
+                f"{key}: {folder} was encoded by {record.first_stage}; the run's first stage is {known[0]}: encode it "
                 f"again with `gmdist data encode {known[0].run} SRC DEST`{other}"
             )
 

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gmdist import storage
+from gmdist.checksum import crc32
 from gmdist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -126,7 +126,7 @@ class Manifest:
             row = json.dumps(texts | {field: part[field].tolist() for field in _NUMBERS})
             lines.append(row + ("," if first + _ROWS_A_LINE < len(self.shards) else ""))
         content = "".join(f"{line}\n" for line in lines).encode()
-        end = f"{_END}{zlib.crc32(content)}}}\n".encode()
+        end = f"{_END}{crc32(content)}}}\n".encode()
         storage.write(storage.join(folder, name), content + end)
 
     @classmethod
@@ -190,14 +190,14 @@ def _read_lines(lines: Iterator[bytes]) -> tuple[dict[str, Any], list[dict[str, 
     if not head.endswith(b'"shards": ['):  # written by another hand: any valid JSON of the same content will do
         whole = json.loads(b"\n".join([head, *lines]))
         return whole, whole["shards"] if whole["format"] != FORMAT_VERSION else [_columns(p) for p in whole["shards"]]
-    crc32 = zlib.crc32(head + b"\n")
+    checksum = crc32(head + b"\n")
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for line in lines:
         if line.startswith(_END.encode()):
-            if line != f"{_END}{crc32}}}".encode():
+            if line != f"{_END}{checksum}}}".encode():
                 break
             return json.loads(head + b"]}"), parts
-        crc32 = zlib.crc32(line + b"\n", crc32)
+        checksum = crc32(line + b"\n", checksum)
         try:
             parts.append(_columns(json.loads(line.rstrip(b","))))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # a bit may flip anywhere

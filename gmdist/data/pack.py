@@ -267,9 +267,7 @@ def write_shards(
     samples: Iterable[tuple[str, dict[str, bytes]]],
     destination: str,
     classes: tuple[str, ...] = (),
-    *,
-    num_shards: int | None = None,
-    shard_mib: float = 64.0,
+    num_shards: int = 1,
 ) -> Manifest:
     """Write samples to shards, and their manifest last.
 
@@ -277,30 +275,12 @@ def write_shards(
         samples: keys without dots, and members by extension.
         destination: a folder or s3:// prefix.
         classes: names of the labels.
-        num_shards: deal the samples out to so many shards; None fills one after another.
-        shard_mib: size at which a shard is full, without num_shards.
+        num_shards: that the samples are dealt out to.
     """
-    entries: list[ShardEntry] = []
-
-    def save(writer: ShardWriter) -> None:
-        entries.append(timeless(writer.save(destination, f"shard-{len(entries):06d}.tar")))
-
-    if num_shards is not None:
-        writers = [ShardWriter() for _ in range(num_shards)]
-        for number, (key, members) in enumerate(samples):
-            writers[number % num_shards].add(key, members)
-        for writer in writers:
-            save(writer)
-    else:
-        writer, count = ShardWriter(), 0
-        for key, members in samples:
-            if count and writer.num_bytes >= shard_mib * 2**20:
-                save(writer)
-                writer, count = ShardWriter(), 0
-            writer.add(key, members)
-            count += 1
-        if count:
-            save(writer)
+    writers = [ShardWriter() for _ in range(num_shards)]
+    for number, (key, members) in enumerate(samples):
+        writers[number % num_shards].add(key, members)
+    entries = [timeless(writer.save(destination, f"shard-{i:06d}.tar")) for i, writer in enumerate(writers)]
     manifest = Manifest(ShardTable.of(entries), classes)
     if manifest.num_samples == 0:
         raise DataError(f"{destination}: none of the images can be read")

@@ -1,16 +1,14 @@
-"""Tar shards in the WebDataset convention, their indexes, and the manifest of a data set.
+"""Tar shards in the WebDataset convention, and their indexes.
 
 A shard is a plain tar file: members that follow each other and share a key (the name up to the first dot of its last
 component) make one sample, the rest of the name says what a member holds. The index of a shard holds offset, size and
-crc32 of every member, the manifest lists the shards. Reading is strict: a shard that another reader would cut short or
-misread is an error here.
+crc32 of every member. Reading is strict: a shard that another reader would cut short or misread is an error here.
 """
 
 import functools
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Event
@@ -23,6 +21,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from gmdist import s3, storage
+from gmdist.checksum import crc32
 from gmdist.data import tar
 from gmdist.data.manifest import ShardEntry
 from gmdist.data.tape import keyed_hash
@@ -70,8 +69,8 @@ class ShardIndex:
         """One hash of each sample's bytes [samples]: of its members' checksums, in the order of their extensions."""
         result = np.zeros(len(self), np.uint64)
         for e in np.argsort(self.extensions):
-            num_bytes, crc32 = self._members[:, e, 1], self._members[:, e, 2]
-            result = np.where(num_bytes >= 0, keyed_hash(result.astype(np.int64), crc32), result)
+            num_bytes, checksums = self._members[:, e, 1], self._members[:, e, 2]
+            result = np.where(num_bytes >= 0, keyed_hash(result.astype(np.int64), checksums), result)
         return result.astype(np.int64)
 
     @functools.cached_property
@@ -143,7 +142,7 @@ def load_index(folder: str, entry: ShardEntry) -> ShardIndex:
             content = storage.read(location)
         except FileNotFoundError as error:
             raise DataError(f"{location}: missing; run `gmdist data index {folder}`") from error
-        if zlib.crc32(content) == entry.index_crc32:
+        if crc32(content) == entry.index_crc32:
             break
     else:
         raise DataError(f"{location}: differs from the manifest's checksum; run `gmdist data index {folder}`")
@@ -198,7 +197,7 @@ class ShardWriter:
             except ValueError:  # a name of more than 100 bytes, which another writer has made
                 header = info.tobuf(tarfile.PAX_FORMAT)
             self._buffer.write(header)
-            located[extension] = Member(self._buffer.tell(), len(content), zlib.crc32(content))
+            located[extension] = Member(self._buffer.tell(), len(content), crc32(content))
             self._buffer.write(content)
             self._buffer.write(bytes(-len(content) % tar.BLOCK))
             if extension == "cls":
@@ -214,7 +213,7 @@ class ShardWriter:
         index = ShardIndex.of(self._samples).to_bytes()
         storage.write(storage.join(folder, index_name(name)), index)
         status = storage.stat(location)
-        return ShardEntry(name, status.etag, len(self._samples), status.num_bytes, zlib.crc32(index), self._labels)
+        return ShardEntry(name, status.etag, len(self._samples), status.num_bytes, crc32(index), self._labels)
 
 
 def scan(file: tar.Readable, location: str) -> tuple[ShardIndex, int]:
@@ -234,7 +233,7 @@ def scan(file: tar.Readable, location: str) -> tuple[ShardIndex, int]:
     samples: list[Sample] = []
     labels = 0
     for key, members in walk(file, location):
-        located = {extension: Member(m[0], len(m[1]), zlib.crc32(m[1])) for extension, m in members.items()}
+        located = {extension: Member(m[0], len(m[1]), crc32(m[1])) for extension, m in members.items()}
         samples.append(Sample(key, located))
         if "cls" in members:
             labels = max(labels, _labels_with(members["cls"][1]))

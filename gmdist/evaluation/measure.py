@@ -16,7 +16,7 @@ from gmdist.evaluation.gather import gathered
 from gmdist.evaluation.kernel import kernel_distance
 from gmdist.evaluation.manifold import precision_recall
 from gmdist.families.family import Batch, Condition, Family
-from gmdist.workers import all_sum, rank, world_size
+from gmdist.workers import all_sum, in_step, rank, world_size
 
 _FEW = 0.1  # of what a class would have if all had as many images: it is covered by so many
 
@@ -142,7 +142,7 @@ class Evaluator:
         shown = torch.zeros(max(self.num_classes, 1), dtype=torch.float64, device=self.device)  # images of each class
         rounds, own = -(-len(numbers) // world_size()), numbers[rank() :: world_size()]
         asked = zip(own, self._asked(list(own)), strict=True)
-        for (number, condition), is_own in _in_step(asked, rounds, (numbers[0], Condition())):
+        for (number, condition), is_own in in_step(asked, rounds, (numbers[0], Condition())):
             features = self.features.of(family.sample(number, condition))
             beat()
             if not is_own:
@@ -203,24 +203,10 @@ class Evaluator:
         batch_size = self.config.batch_size
         most = -(-images.num_images // world_size())  # that a worker has
         spare = images.first() if images.num_images < world_size() else None
-        for batch, is_own in _in_step(images.batches(batch_size), -(-most // batch_size), spare):
+        for batch, is_own in in_step(images.batches(batch_size), -(-most // batch_size), spare):
             remade = family.reconstruct(batch)
             beat()
             if remade is None:
                 return
             if is_own:
                 yield batch["key"], self.features.of(remade)
-
-
-def _in_step(parts: Iterator[_Part], rounds: int, spare: _Part | None = None) -> Iterator[tuple[_Part, bool]]:
-    """A worker's parts, and whether they count.
-
-    Every worker has as many: one that runs out repeats its last, or takes the spare one, since networks whose weights
-    are shared out run on all workers together.
-    """
-    last = spare
-    for _ in range(rounds):
-        part = next(parts, None)
-        last = last if part is None else part
-        if last is not None:
-            yield last, part is not None

@@ -112,7 +112,7 @@ class JudgedAutoencoder(Family):
         raise NotImplementedError
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """That of the autoencoder."""
+        """The autoencoder's loss of a micro-batch: its own terms, and the adversarial one."""
         raise NotImplementedError
 
     def reconstruction(self, batch: Batch) -> Tensor:

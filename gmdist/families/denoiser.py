@@ -11,7 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, Denoiser, Told, together
 from gmdist.families.denoising import denoising_loss, noise_level_losses, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
-from gmdist.interchange.initial import check_initial, initial_problem, initial_state
+from gmdist.interchange.initial import check_initial, initial_problem, initial_state, scheduler_doubt
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import dit, text, unet
 from gmdist.nets.dit import DiTConfig
@@ -56,6 +56,10 @@ class DenoiserConfig:
         if problem := self.conditioning.guidance_problem(self.diffusion.sampler.guidance):
             return f"diffusion.sampler.{problem}"
         return initial_problem(self.init_from)
+
+    def initial_doubt(self) -> str | None:
+        """How the pipeline that gives the first weights was trained otherwise, in words; None if not, or without one."""
+        return None if self.init_from is None else scheduler_doubt(self.init_from, self.diffusion)
 
     def _unet_problem(self) -> str | None:
         is_text = self.conditioning.kind == "text"

@@ -23,7 +23,7 @@ def denoising_loss(predict: Predict, diffusion: Diffusion, x0: Tensor, keys: Ten
     Returns:
         [N].
     """
-    times = diffusion.times_at(_quantiles(seed, "timestep", keys))
+    times = diffusion.times_at(rng.quantiles(seed, "timestep", keys))
     eps = rng.normal(seed, "noise", keys, tuple(x0.shape[1:]))
     return diffusion.weights(times) * _errors(predict, diffusion, x0, eps, times)
 
@@ -47,17 +47,12 @@ def noise_level_losses(predict: Predict, diffusion: Diffusion, x0: Tensor, keys:
     """
     weighted, metrics = [], {}
     for part in range(NOISE_BINS):
-        times = diffusion.times_at((part + _quantiles(seed, f"timestep/{part}", keys)) / NOISE_BINS)
+        times = diffusion.times_at((part + rng.quantiles(seed, f"timestep/{part}", keys)) / NOISE_BINS)
         eps = rng.normal(seed, f"noise/{part}", keys, tuple(x0.shape[1:]))
         errors = _errors(predict, diffusion, x0, eps, times)
         weighted.append((diffusion.weights(times) * errors).mean())
         metrics[f"loss_noise_{part}"] = errors.mean().detach()
     return {"loss": torch.stack(weighted).mean().detach(), **metrics}
-
-
-def _quantiles(seed: int, purpose: str, keys: Tensor) -> Tensor:
-    """Uniform numbers inside (0, 1) with all 32 bits: float64 [N] for keys [N]."""
-    return (rng.bits(seed, purpose, keys, 1)[:, 0].double() + 0.5) * 2.0**-32
 
 
 def _errors(predict: Predict, diffusion: Diffusion, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:

@@ -57,10 +57,11 @@ class Surroundings:
 
 
 class Family(nn.Module):
-    """Networks, losses, sampler. Knows no rank, device, engine, optimizer or file.
+    """Networks, losses, sampler. Knows no engine and no optimizer; what it adds up over workers, `gmdist.workers` does.
 
     Children that a phase trains are trained; all others are frozen. Parameters live in children, and what optimizers
     must not touch (codebooks, statistics, scales) in buffers. Random numbers come from `gmdist.rng`, keyed by sample.
+    Files of weights are read when it is built, or in `initialize`.
     """
 
     averaged: tuple[str, ...] = ()  # trained children that the EMA follows

@@ -95,8 +95,7 @@ class Prior(Family):
     def _draw(self, codes: Tensor, given_rows: int, keys: Tensor, condition: Condition | None) -> Tensor:
         """Images [N, C, H, W] for keys [N]; the first rows of their codes int64 [N, *shape] are given."""
         told = self.conditioner.of_request(keys, condition)
-        words = rng.bits(self.seed, "sample", keys, math.prod(self.coding.shape))
-        quantiles = (words.double() + 0.5) * 2.0**-32  # [N, L], inside (0, 1)
+        quantiles = rng.quantiles(self.seed, "sample", keys, (math.prod(self.coding.shape),))
         nothing = None if self.sampler.guidance == 1.0 else self.conditioner.nothing(len(keys), keys.device)
         if nothing is not None:  # each code is drawn once, and follows both with the class and without it
             told, codes = together(told, nothing), torch.cat([codes, codes])

@@ -98,7 +98,7 @@ class VAE(Family):
         return mean, logvar.clamp(*_LOGVAR_RANGE)
 
     def checked_posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The same; DivergedError names the first layer that gives what is not finite."""
+        """`posterior`; DivergedError names the first layer that gives what is not finite."""
         with all_finite(self.autoencoder, "posterior"):
             return self.posterior(image)
 

@@ -74,7 +74,7 @@ class VQVAE(CodedAutoencoder):
         self.start_codebook(batch)
 
     def phases(self) -> list[Phase]:
-        """One."""
+        """One update of encoder and decoder."""
         return [Phase("autoencoder", "autoencoder", self.loss)]
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:

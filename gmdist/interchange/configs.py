@@ -17,6 +17,7 @@ _THEIRS = {
     "num_heads": "attention_head_dim",
     "head_channels": "attention_head_dim",
 }
+_SCALED_SIZE = 128  # from which on a Transformer2DModel scales its positions
 
 
 def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
@@ -28,6 +29,12 @@ def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
     kind = str(values.get("_class_name"))
     if kind == "Transformer2DModel" and values.get("norm_type") == FIXED[DIT]["norm_type"]:
         kind = DIT  # its name before diffusers 0.29
+        size = values.get("sample_size")
+        if isinstance(size, int) and size >= _SCALED_SIZE:
+            raise ConfigError(
+                f"sample_size: {size}; from {_SCALED_SIZE} on a Transformer2DModel scales its positions, which gmdist "
+                "does not"
+            )
     if kind not in _READERS:
         raise ConfigError(f"_class_name: '{kind}'; must be one of {', '.join(_READERS)}")
     asked = Values(kind, values)

@@ -59,7 +59,7 @@ def read_spec(path: str | Path, block_embeddings: bool = False) -> NetworkSpec:
 @contextmanager
 def _opened(folder: Path, block_embeddings: bool) -> Iterator[tuple[NetworkSpec, list[Link], Callable[[str], Tensor]]]:
     """A network, the places of its tensors, and what reads one by its present name there."""
-    values = _read_json(folder / _CONFIG)
+    values = read_json(folder / _CONFIG)
     try:
         spec = spec_of(values)
     except ConfigError as error:
@@ -135,7 +135,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ConfigError(f"{index}: no weight_map of tensors to files")
     names = sorted(set(places.values()))
@@ -145,7 +145,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's keys and values; ConfigError if it is missing, damaged, or anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:

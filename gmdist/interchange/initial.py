@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json
-from gmdist.interchange.diffusers import read_folder, read_spec
+from gmdist.interchange.diffusers import read_folder, read_json, read_spec
 from gmdist.interchange.names import class_tables
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
+from gmdist.interchange.schedulers import PREDICTIONS
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET
 from gmdist.nets.dit import DiTConfig
@@ -27,6 +29,7 @@ _OURS = {
     "block_out_channels": "channels and multipliers",
     "layers_per_block": "num_res_blocks",
     "norm_num_groups": "norm_groups",
+    "attention_head_dim": "num_heads or head_channels",
     "cross_attention_dim": "the captions' encoder",
     "num_class_embeds": "data.num_classes + 1",
     "num_embeds_ada_norm": "data.num_classes",
@@ -77,6 +80,28 @@ def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
         initial_state(path, name, spec)  # the table of classes tells how many there are
     else:
         _compare(folder, there, spec)
+
+
+def scheduler_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
+    """How the scheduler of a pipeline differs from a run that begins with its network, in words; None if it does not.
+
+    It may be meant: the network learns the other process anew.
+    """
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return None
+    theirs = read_json(file)
+    found = {
+        "prediction": (PREDICTIONS.get(diffusion.prediction), theirs.get("prediction_type", PREDICTIONS["eps"])),
+        "num_timesteps": (diffusion.num_timesteps, theirs.get("num_train_timesteps", 1000)),
+        "zero_terminal_snr": (diffusion.zero_terminal_snr, theirs.get("rescale_betas_zero_snr", False)),
+    }
+    differences = [
+        f"diffusion.{key} is {getattr(diffusion, key)} here, and its scheduler's is {other}"
+        for key, (own, other) in found.items()
+        if own != other
+    ]
+    return f"init_from: {path}; {'; '.join(differences)}" if differences else None
 
 
 def _may_be_filled_up(spec: NetworkSpec) -> bool:

@@ -57,10 +57,16 @@ def stable_diffusion(unet: Network, first_stage: Network, text: dict[str, Any], 
             f"data.image_size: {size}; diffusers' StableDiffusionPipeline makes images whose sides are multiples of "
             f"{_UNITS}"
         )
+    scheduler = scheduler_config(diffusion)
+    if scheduler["steps_offset"] != 1:
+        raise ConfigError(
+            f"family.diffusion.sampler.num_steps: {diffusion.sampler.num_steps}; diffusers' StableDiffusionPipeline "
+            f"ends leading timesteps at 1, where these end at 0: use at most {diffusion.num_timesteps // 2}"
+        )
     return Pipeline(
         "StableDiffusionPipeline",
         {"unet": unet, "vae": first_stage},
-        scheduler_config(diffusion),
+        scheduler,
         text,
         absent=("safety_checker", "feature_extractor", "image_encoder"),
         values={"requires_safety_checker": False},

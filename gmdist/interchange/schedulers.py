@@ -10,7 +10,7 @@ from gmdist.diffusion.config import DISCRETE, DiffusionConfig
 from gmdist.diffusion.spacings import leading_timesteps, trailing_timesteps
 from gmdist.errors import ConfigError
 
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _CLASSES = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -90,7 +90,8 @@ def _scheduler(config: DiffusionConfig) -> dict[str, Any]:
             f"sampler.num_steps: {sampler.num_steps}; diffusers' {kind} rounds these to other timesteps of "
             f"{config.num_timesteps}: use another number, such as {near}"
         )
-    offset = leading_timesteps(config.num_timesteps, sampler.num_steps)[-1]
+    # Of leading alone it has an effect; all pipelines take 1.
+    offset = leading_timesteps(config.num_timesteps, sampler.num_steps)[-1] if spacing == "leading" else 1
     written: dict[str, Any] = {"_class_name": kind, "timestep_spacing": spacing, "steps_offset": offset}
     if sampler.name == "ddim":
         written |= {"clip_sample": False, "set_alpha_to_one": sampler.ends_clean}
@@ -112,7 +113,7 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
     """What belongs to the process."""
     written: dict[str, Any] = {
         "num_train_timesteps": config.num_timesteps,
-        "prediction_type": _PREDICTIONS[config.prediction],
+        "prediction_type": PREDICTIONS[config.prediction],
     }
     if config.zero_terminal_snr:
         written["rescale_betas_zero_snr"] = True
@@ -120,7 +121,8 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
         return written | {"beta_schedule": "squaredcos_cap_v2"}
     betas = _betas(config)
     kept = (1.0 - betas.float()).cumprod(dim=0)
-    if kept[0] == 1.0 or kept[-1] == 0.0:
+    least = torch.finfo(kept.dtype).tiny  # below it, numbers lose their bits
+    if not (kept[0] < 1.0 and kept[-1] >= least):
         end = "no noise at the first timestep" if kept[0] == 1.0 else "no image left at the last one"
         shown = None if config.betas is None else list(config.betas)
         raise _refusal(f"betas: {shown}; in fp32, as diffusers has them, there is {end}")

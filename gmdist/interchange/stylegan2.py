@@ -155,7 +155,7 @@ def _generator_settings(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
 
 
 def _discriminator_settings(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The same of a discriminator."""
+    """The settings that the shapes of a discriminator tell of."""
     widths = _lengths(shapes, r"b(\d+)\.conv0\.weight", 0) | _lengths(shapes, r"b(4)\.conv\.weight", 0)
     taken_in = _length(shapes, "b4.conv.weight", 1)
     return {
@@ -168,7 +168,7 @@ def _discriminator_settings(shapes: Mapping[str, list[int]]) -> dict[str, Any]:
 def _common_settings(
     shapes: Mapping[str, list[int]], child: str, widths: dict[int, int], small_image: str
 ) -> dict[str, Any]:
-    """Those of both; nothing where there are no features, whose `widths` are by their sides."""
+    """The settings that both networks have; none without features, whose `widths` are by their sides."""
     if not widths:
         return {}
     is_resnet = any(".skip." in name for name in shapes)

@@ -33,6 +33,8 @@ def read_unet(values: Values) -> NetworkSpec:
             f"projection_class_embeddings_input_dim {vector}; must be null, or 'text_time' with {SIZE_CHANNELS} and "
             "a width"
         )
+    if addition:
+        _check_sizes(common["frequency_shift"], common["sines_first"])
     config = UNetConfig(
         **common,
         context_channels=contexts[0],
@@ -41,6 +43,15 @@ def read_unet(values: Values) -> NetworkSpec:
         vector_channels=vector if addition else None,
     )
     return _unet_spec(values, config, default_channels=4)
+
+
+def _check_sizes(frequency_shift: int, sines_first: bool) -> None:
+    """ConfigError unless six sizes are embedded as ours are: diffusers embeds them as it does timesteps."""
+    if frequency_shift or sines_first:
+        raise ConfigError(
+            f"freq_shift: {frequency_shift}, flip_sin_to_cos: {not sines_first}; must be 0 and true with a vector of "
+            "sizes"
+        )
 
 
 def read_plain_unet(values: Values) -> NetworkSpec:
@@ -107,12 +118,15 @@ def write_unet(spec: NetworkSpec, config: UNetConfig) -> dict[str, Any]:
         raise ConfigError(
             f"vector_channels: {vector}; diffusers' {UNET} takes a pooled text and six sizes of {SIZE_CHANNELS}"
         )
+    if vector is not None:
+        _check_sizes(config.frequency_shift, config.sines_first)
     widths = written["block_out_channels"]
     heads = [max(config.heads(width), 1) for width in widths]
+    attended = {heads[level] for level in {*config.attention_levels, len(widths) - 1}}
     depths = [config.depth(level) for level in range(len(widths))]
     return written | {
         "cross_attention_dim": config.context_channels,
-        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
+        "attention_head_dim": attended.pop() if len(attended) == 1 else heads,
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
         "use_linear_projection": config.linear_projections,
         "addition_embed_type": "text_time" if vector else None,
@@ -130,7 +144,7 @@ def write_plain_unet(spec: NetworkSpec, config: UNetConfig) -> dict[str, Any]:
     levels = {*config.attention_levels, len(config.multipliers) - 1}
     widths = {config.channels * config.multipliers[level] for level in levels}
     head_widths = {width // config.heads(width) for width in widths}
-    one_head = config.head_channels is None and config.num_heads == 1
+    one_head = all(config.heads(width) == 1 for width in widths)
     if len(head_widths) > 1 and not one_head:
         raise ConfigError(
             f"num_heads: {config.num_heads}; the heads of diffusers' {PLAIN_UNET} have one width at all levels: set "

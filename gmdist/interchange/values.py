@@ -46,7 +46,7 @@ _OF_OLDER = {DIT: {"attention_type": "default"}}
 _WITHOUT_EFFECT = {
     UNET: {"upcast_attention", "addition_embed_type_num_heads"},
     PLAIN_UNET: {"num_train_timesteps"},
-    AUTOENCODER: {"force_upcast"},
+    AUTOENCODER: {"force_upcast", "latents_mean", "latents_std"},  # a second stage measures its latents itself
     DIT: {"upcast_attention", "norm_num_groups"},
 }
 _MOST = 1 << 20  # of any number; what is larger is a mistake
@@ -112,6 +112,8 @@ class Values:
         for key, value in self.values.items():
             if key in self.asked or key.startswith("_") or key in _WITHOUT_EFFECT[self.kind]:
                 continue
+            if key == "act_fn" and value == "swish":  # another name of it
+                value = "silu"
             fixed = (FIXED[self.kind] | _OF_OLDER.get(self.kind, {})).get(key)
             if value != fixed and not (fixed is None and value is False):
                 raise ConfigError(f"{key}: {value!r}; gmdist has {self.kind} with {fixed!r} alone")

@@ -27,7 +27,7 @@ from gmdist.errors import ClusterLostError
 from gmdist.launch.cluster import START_TIMEOUT_S
 from gmdist.launch.controller import Trainer
 from gmdist.launch.mailbox import Failure, Mailbox, News, WorkersFailedError
-from gmdist.launch.watch import Stopper, Surroundings
+from gmdist.launch.watch import ClusterWatch, Stopper
 from gmdist.launch.worker import work
 from gmdist.train.hooks import Outcome, Progress
 
@@ -78,11 +78,12 @@ def attempt(
         thread.start()
         _check_answers(mailbox)
         try:
-            surroundings, have_begun = Surroundings(config, size, mailbox, on_message), False
+            cluster, have_begun = ClusterWatch(config, size, mailbox, on_message), False
             while thread.is_alive():
                 thread.join(_POLL_S)
+                stopper.hand_on()
                 have_begun = look() or have_begun
-                surroundings.look(have_begun)
+                cluster.look(have_begun)
             look()
         except RayError as error:
             thread.join(_LOST_S)  # without a mailbox, workers save and return

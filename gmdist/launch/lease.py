@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gmdist import storage
-from gmdist.errors import ConfigError, StorageError
+from gmdist.errors import ConfigError, FolderLostError, StorageError
 
 LEASE_NAME = "lease.json"
 _RENEWED_S = 5.0
@@ -22,13 +22,16 @@ _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machi
 
 
 @contextmanager
-def held(run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None]) -> Iterator["Lease"]:
+def held(
+    run_dir: str, on_message: Callable[[str], None], on_lost: Callable[[], None] = lambda: None
+) -> Iterator["Lease"]:
     """Have a folder alone, a run's or of samples, once the lease that this gives is confirmed.
 
     Args:
         run_dir: the folder.
         on_message: called with a line that the user should read.
-        on_lost: called when somebody else has taken the lease, because this process did not get to renew it.
+        on_lost: called when somebody else has taken the lease, because this process did not get to renew it; from then
+            on `Lease.check` raises.
 
     Raises:
         ConfigError: another live run has it.
@@ -61,6 +64,7 @@ class Lease:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._beats = 0
+        self._lost = threading.Event()
         self._released = threading.Event()
         self._write()
         self._written_s = time.monotonic()
@@ -78,11 +82,17 @@ class Lease:
         if found is not None and found.get("id") != self._own["id"]:
             raise _in_use(self._location, found)
 
+    def check(self) -> None:
+        """FolderLostError if somebody else has taken it."""
+        if self._lost.is_set():
+            raise FolderLostError(_folder(self._location))
+
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_S):
             with suppress(StorageError):  # the run itself says what is wrong with the storage
                 found = _read(self._location)
                 if found is not None and found.get("id") != self._own["id"]:
+                    self._lost.set()
                     self._on_lost()
                     return
                 self._write()
@@ -118,8 +128,13 @@ def _wait_until_free(location: str, on_message: Callable[[str], None]) -> None:
 
 def _in_use(location: str, found: dict[str, Any]) -> ConfigError:
     holder = f"process {found.get('pid')} of {found.get('user')} on {found.get('host')}, since {found.get('since')}"
-    folder = location.removesuffix(f"/{LEASE_NAME}")
-    return ConfigError(f"{folder}: in use by another command ({holder}); wait for it, or choose another folder")
+    return ConfigError(
+        f"{_folder(location)}: in use by another command ({holder}); wait for it, or choose another folder"
+    )
+
+
+def _folder(location: str) -> str:
+    return location.removesuffix(f"/{LEASE_NAME}")
 
 
 def _read(location: str) -> dict[str, Any] | None:

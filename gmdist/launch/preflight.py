@@ -48,8 +48,8 @@ def examine_cluster(config: Config) -> list[Finding]:
                 if storage.join(config.run.dir, name).startswith(mark):
                     storage.delete(storage.join(config.run.dir, name))
         with suppress(OSError):
-            for folder in made:
-                os.rmdir(folder)
+            for place in made:
+                place.rmdir()
 
 
 def _missing(folder: str) -> list[Path]:

@@ -60,10 +60,10 @@ class Drawer:
         """Open the run, with `key=value` of its config changed; ConfigError for a request that cannot be."""
         self.request = request
         self.config = with_sampler(runs.read_config(run, overrides), request)
-        check_request(self.config, request)
+        _check_request(self.config, request)
         meta, self.family = runs.open_run(run, self.config)
         self.step: int = meta["step"]
-        check_conditions(self.family, request)
+        _check_conditions(self.family, request)
         self.rows = None if request.complete is None else _first_rows(request.complete, self.config.data.channels)
         self._device = torch.device("cpu")
 
@@ -78,7 +78,11 @@ class Drawer:
 
     def condition(self, numbers: Tensor) -> Condition:
         """What the images of these numbers [N] are to show."""
-        return asked(self.request, numbers, self.config, self.family)
+        label, prompt, classes = self.request.label, self.request.prompt, self.config.data.num_classes
+        labels = None
+        if classes and "label" in self.family.conditions:
+            labels = torch.remainder(numbers, classes) if label is None else torch.full_like(numbers, label)
+        return Condition(labels, None if prompt is None else (prompt,) * len(numbers))
 
     def pixels(self, numbers: Tensor, condition: Condition) -> Tensor:
         """The images of these numbers [N], uint8 [N, H, W, C] on the CPU: the same ones for the same request."""
@@ -119,7 +123,7 @@ def is_compared(run: str) -> bool:
     return config.data.image and CATALOGUE[config.family_name][0].sample is not Family.sample
 
 
-def check_request(config: Config, request: SampleRequest) -> None:
+def _check_request(config: Config, request: SampleRequest) -> None:
     """ConfigError for numbers that cannot be."""
     classes = config.data.num_classes or 0
     if request.num_images < 1:
@@ -136,7 +140,7 @@ def keys_of(request: SampleRequest, numbers: Tensor) -> Tensor:
     return numbers + (request.seed << 32)
 
 
-def check_conditions(family: Family, request: SampleRequest) -> None:
+def _check_conditions(family: Family, request: SampleRequest) -> None:
     """ConfigError for what the family would not follow."""
     told = {"label": "classes", "prompt": "captions"}
     for name, what in told.items():
@@ -161,20 +165,12 @@ def _first_rows(location: str, channels: int) -> Tensor:
     return as_floats(torch.from_numpy(np.array(pixels))[None])
 
 
-def _completed(family: Family, request: SampleRequest, rows: Tensor, keys: Tensor, asked: Condition) -> Tensor:
+def _completed(family: Family, request: SampleRequest, rows: Tensor, keys: Tensor, condition: Condition) -> Tensor:
     """Images [N, C, H, W] for keys [N] that begin with the rows [1, C, R, W]."""
     try:
-        return family.complete(rows.to(keys.device).expand(len(keys), -1, -1, -1), keys, asked)
+        return family.complete(rows.to(keys.device).expand(len(keys), -1, -1, -1), keys, condition)
     except ConfigError as error:
         raise ConfigError(f"--complete: {request.complete}; {error}") from error
-
-
-def asked(request: SampleRequest, numbers: Tensor, config: Config, family: Family) -> Condition:
-    """What the images of these numbers [N] are to show."""
-    label, classes = None, config.data.num_classes
-    if classes and "label" in family.conditions:
-        label = torch.remainder(numbers, classes) if request.label is None else torch.full_like(numbers, request.label)
-    return Condition(label, None if request.prompt is None else (request.prompt,) * len(numbers))
 
 
 def is_grid(out: str) -> bool:

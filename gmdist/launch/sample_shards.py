@@ -2,19 +2,19 @@
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gmdist import images, runs, storage
+from gmdist.checksum import crc32
 from gmdist.config import Config
 from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
 from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, SAMPLED_NAME, Manifest, ShardEntry
 from gmdist.data.shard import ShardWriter
 from gmdist.errors import ConfigError, DataError, StorageError
-from gmdist.launch.lease import LEASE_NAME, held
+from gmdist.launch.lease import LEASE_NAME, Lease, held
 from gmdist.launch.sample import Drawer, SampleRequest
 from gmdist.launch.shard_workers import device_of, make_shards
 
@@ -110,6 +110,7 @@ def sample_shards(
         DataError: the folder holds something else, or not all that was drawn.
         CheckpointError: the run has no sound checkpoint.
         RunFailedError: a worker was lost more often than cluster.max_failures allows.
+        FolderLostError: another command has taken the folder.
     """
     out = storage.absolute(out)
     drawer = Drawer(run, request, overrides)
@@ -118,16 +119,15 @@ def sample_shards(
         "model": asdict(runs.identify(run, drawer.family, drawer.step)),
         "family": runs.family_tree(drawer.config),
         "request": asdict(request),
-        "first rows": None if drawer.rows is None else zlib.crc32(drawer.rows.numpy().tobytes()),
+        "first rows": None if drawer.rows is None else crc32(drawer.rows.numpy().tobytes()),
     }
-    lost = threading.Event()
-    with held(out, on_message, lost.set) as lease:
+    with held(out, on_message) as lease:
         lease.confirm()
         there = storage.list_stats(out)
         _begin(out, list(there), asked)
         if MANIFEST_NAME in there:
             return _whole(out, there), True
-        return _draw(drawer, request, out, there, on_progress, lost), False
+        return _draw(drawer, request, out, there, on_progress, lease), False
 
 
 def _draw(
@@ -136,9 +136,9 @@ def _draw(
     out: str,
     there: dict[str, storage.Stat],
     on_progress: Callable[[int, int], None],
-    lost: threading.Event,
+    lease: Lease,
 ) -> Manifest:
-    """Draw what is not there yet, until another command has taken the folder."""
+    """Draw what is not there yet."""
     data = drawer.config.data
     each = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (data.image_size**2 * data.channels)))
     starts = range(0, request.num_images, each)
@@ -149,8 +149,7 @@ def _draw(
     done = request.num_images - sum(task.stop - task.first for task in todo)
     with ledger, closing(make_shards(DrawingWork(drawer, out), todo)) as entries:
         for entry in entries:
-            if lost.is_set():
-                raise StorageError(f"{out}: another command draws into it now")
+            lease.check()
             if ledger.add(entry):
                 ledger.save()
             done += entry.samples

@@ -10,11 +10,11 @@ from gmdist.config import Config
 from gmdist.data.unpaired import open_held_out, open_training
 from gmdist.errors import ConfigError, DataError
 from gmdist.families.family import Batch, Family
+from gmdist.launch.sample import images_at_once
 
 KINDS = ("reconstructions", "interpolations", "traversals")
 _COLUMNS = 10
 _SPREAD_IMAGES = 256  # that tell how far each latent dimension reaches
-_AT_ONCE = 16  # images through the networks
 _REACH = 3.0  # standard deviations to both sides
 
 
@@ -44,13 +44,14 @@ def show(run: str, kind: str, num_rows: int, overrides: Sequence[str] = ()) -> T
     _, family = runs.open_run(run, config)
     device = runs.device()
     family = family.to(device)
+    at_once = images_at_once(config)
     with torch.inference_mode():
         if kind == "reconstructions":
-            rows = _reconstructions(family, _first(config, num_rows, device, 1))
+            rows = _reconstructions(family, _first(config, num_rows, device, 1), at_once)
         elif kind == "interpolations":
-            rows = _interpolations(family, _first(config, num_rows + 1, device, 2))
+            rows = _interpolations(family, _first(config, num_rows + 1, device, 2), at_once)
         else:
-            rows = _traversals(family, _first(config, _SPREAD_IMAGES, device, 2), num_rows)
+            rows = _traversals(family, _first(config, _SPREAD_IMAGES, device, 2), num_rows, at_once)
     if rows is None:
         raise ConfigError(f"--show: '{kind}'; family '{config.family_name}' has no latents that this could show")
     return images.drawn_uint8(rows)
@@ -64,36 +65,41 @@ def _first(config: Config, count: int, device: torch.device, least: int) -> Batc
     return data.first(min(count, data.num_samples)).batch_on(device)
 
 
-def _reconstructions(family: Family, batch: Batch) -> Tensor | None:
+def _reconstructions(family: Family, batch: Batch, at_once: int) -> Tensor | None:
     """Originals beside their reconstructions [N, C, H, 2 W]."""
-    found = _in_parts(family.reconstruct, batch)
+    found = _in_parts(family.reconstruct, batch, at_once)
     return None if found is None else torch.cat([batch["image"], found], dim=3)
 
 
-def _in_parts(make: Callable[[Batch], Tensor | None], batch: Batch) -> Tensor | None:
+def _in_parts(make: Callable[[Batch], Tensor | None], batch: Batch, at_once: int) -> Tensor | None:
     """What a family makes of a batch [N, ...], some images at once; None where it makes nothing of the kind."""
     parts = []
-    for i in range(0, len(batch["key"]), _AT_ONCE):
-        part = make({name: value[i : i + _AT_ONCE] for name, value in batch.items()})
+    for i in range(0, len(batch["key"]), at_once):
+        part = make({name: value[i : i + at_once] for name, value in batch.items()})
         if part is None:
             return None
         parts.append(part)
     return torch.cat(parts)
 
 
-def _interpolations(family: Family, batch: Batch) -> Tensor | None:
+def _decoded(family: Family, latents: Tensor, at_once: int) -> Tensor:
+    """The images [N, C, H, W] of latents [N, D], some at once."""
+    return torch.cat([family.from_latents(part) for part in latents.split(at_once)])
+
+
+def _interpolations(family: Family, batch: Batch, at_once: int) -> Tensor | None:
     """Both images of a pair, and between them what their latents' mixtures are decoded to [N - 1, C, H, 12 W]."""
-    latents = _in_parts(family.latents, batch)
+    latents = _in_parts(family.latents, batch, at_once)
     if latents is None:
         return None
     shares = torch.linspace(0.0, 1.0, _COLUMNS).tolist()
-    decoded = [family.from_latents(torch.lerp(latents[:-1], latents[1:], share)) for share in shares]
+    decoded = [_decoded(family, torch.lerp(latents[:-1], latents[1:], share), at_once) for share in shares]
     return torch.cat([batch["image"][:-1], *decoded, batch["image"][1:]], dim=3)
 
 
-def _traversals(family: Family, batch: Batch, num_rows: int) -> Tensor | None:
+def _traversals(family: Family, batch: Batch, num_rows: int, at_once: int) -> Tensor | None:
     """A row for each of the dimensions that vary most [rows, C, H, columns W]."""
-    latents = _in_parts(family.latents, batch)
+    latents = _in_parts(family.latents, batch, at_once)
     if latents is None:
         return None
     spread, mean = torch.std_mean(latents, dim=0)
@@ -103,5 +109,5 @@ def _traversals(family: Family, batch: Batch, num_rows: int) -> Tensor | None:
     decoded = []
     for place in torch.linspace(-_REACH, _REACH, _COLUMNS).tolist():
         rows[which] = mean[dimensions] + place * spread[dimensions]
-        decoded.append(family.from_latents(rows))
+        decoded.append(_decoded(family, rows, at_once))
     return torch.cat(decoded, dim=3)

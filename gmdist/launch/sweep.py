@@ -182,6 +182,7 @@ class _Executor:
         """The result; while it is waited for, a stop that is asked for is handed on."""
         while not wait([future], timeout=_POLL_S).done:
             if self._stopper.asked:
+                self._stopper.hand_on()
                 self._stop()
         try:
             return future.result()

@@ -36,6 +36,7 @@ def translate(run: str, direction: str, source: str, num_images: int, out: str, 
     Raises:
         ConfigError: no such run or direction, or a family that does not translate.
         DataError, CheckpointError: no images, or of another size than the run's; no sound checkpoint.
+        DivergedError: weights that give no numbers.
     """
     if direction not in DIRECTIONS:
         raise ConfigError(f"--translate: '{direction}'; must be one of {', '.join(DIRECTIONS)}")
@@ -56,7 +57,7 @@ def translate(run: str, direction: str, source: str, num_images: int, out: str, 
     family = family.to(device)
     with torch.inference_mode():
         parts = [family.translate(as_floats(part.to(device)), direction) for part in real.split(images_at_once(config))]
-    made = torch.cat([images.to_uint8(part) for part in parts])
+    made = torch.cat([images.drawn_uint8(part) for part in parts])
     written = save(torch.cat([real, made], dim=2) if is_grid(out) else made, out)
     return written + (f", {len(left_out)} that cannot be decoded left out ({left_out[0]})" if left_out else "")
 

@@ -1,4 +1,4 @@
-"""Ways through the latents that samples are drawn from, and the styles of some with those of others."""
+"""Interpolations between samples, by the latents that they are drawn from; and mixtures of their styles."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,8 @@ import torch
 from torch import Tensor
 
 from gmdist import images, runs
-from gmdist.config import Config
 from gmdist.errors import ConfigError
-from gmdist.families.family import Family
-from gmdist.launch.sample import (
-    SampleRequest,
-    asked,
-    check_conditions,
-    check_request,
-    images_at_once,
-    keys_of,
-    with_sampler,
-)
+from gmdist.launch.sample import Drawer, SampleRequest, images_at_once, keys_of
 
 
 def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Sequence[str] = ()) -> Tensor:
@@ -36,13 +26,14 @@ def interpolate(run: str, request: SampleRequest, num_frames: int, overrides: Se
         raise ConfigError(f"--num-images: {request.num_images}; must be at least 2: --interpolate goes between images")
     if num_frames < 2:
         raise ConfigError(f"--interpolate: {num_frames}; must be at least 2")
-    config, family = _opened(run, request, overrides)
+    drawer = Drawer(run, request, overrides).to(runs.device())
+    family = drawer.family
     with torch.inference_mode():
-        starts = _latents(config, family, request, "--interpolate")
+        starts = _latents(drawer, "--interpolate", 0)
         ends = starts.roll(-1, 0)
         shares = [i / num_frames for i in range(num_frames)]
         places = torch.stack([family.between(starts, ends, share) for share in shares], dim=1)
-        parts = places.flatten(0, 1).split(images_at_once(config))
+        parts = places.flatten(0, 1).split(images_at_once(drawer.config))
         frames = torch.cat([images.drawn_uint8(family.from_latents(part)) for part in parts])
     return frames.unflatten(0, (len(starts), num_frames))
 
@@ -53,11 +44,12 @@ def mix(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tens
 
     ConfigError as above, or for a family without styles.
     """
-    config, family = _opened(run, request, overrides)
+    drawer = Drawer(run, request, overrides).to(runs.device())
+    family = drawer.family
     with torch.inference_mode():
-        fine = _latents(config, family, request, "--mix-styles")
-        coarse = _latents(config, family, request, "--mix-styles", start=request.num_images)
-        parts = fine.split(images_at_once(config))
+        fine = _latents(drawer, "--mix-styles", 0)
+        coarse = _latents(drawer, "--mix-styles", request.num_images)
+        parts = fine.split(images_at_once(drawer.config))
         samples = torch.cat([family.from_latents(part) for part in parts])
         rows = [torch.cat([torch.ones_like(samples[:1]), samples])]
         for style in coarse.split(1):
@@ -66,19 +58,12 @@ def mix(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tens
     return images.drawn_uint8(torch.cat(rows))
 
 
-def _opened(run: str, request: SampleRequest, overrides: Sequence[str]) -> tuple[Config, Family]:
-    config = with_sampler(runs.read_config(run, overrides), request)
-    check_request(config, request)
-    _, family = runs.open_run(run, config)
-    check_conditions(family, request)
-    return config, family.to(runs.device())
-
-
-def _latents(config: Config, family: Family, request: SampleRequest, option: str, start: int = 0) -> Tensor:
+def _latents(drawer: Drawer, option: str, first: int) -> Tensor:
     """Where the samples of a request lie, from a number on [N, D]."""
-    device = runs.device()
-    numbers = torch.arange(start, start + request.num_images, device=device)
-    latents = family.drawn_latents(keys_of(request, numbers), asked(request, numbers, config, family))
+    numbers = torch.cat(drawer.parts(first, first + drawer.request.num_images))
+    latents = drawer.family.drawn_latents(keys_of(drawer.request, numbers), drawer.condition(numbers))
     if latents is None:
-        raise ConfigError(f"{option}: family '{config.family_name}' draws from no latents that there is a way through")
+        raise ConfigError(
+            f"{option}: family '{drawer.config.family_name}' draws from no latents that there is a way through"
+        )
     return latents

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gmdist.config import Config
-from gmdist.errors import RunFailedError
+from gmdist.errors import FolderLostError
 from gmdist.launch.cluster import free_room, leaving, room
 
 _POLL_S = 0.25
@@ -28,6 +28,7 @@ class Stopper:
         self.mailbox: Any = None  # of the workers that are running, if any
         self.lost: str | None = None  # the folder that another command has now
         self._asked = threading.Event()
+        self._handed_on: str | None = None  # the last wish
         self._on_message = on_message
 
     @contextmanager
@@ -57,18 +58,24 @@ class Stopper:
         return self._asked.is_set()
 
     def ask(self) -> None:
-        """Ask the workers to stop."""
+        """Ask for a stop. No more than that: a signal may have interrupted Ray, or a line that is being written."""
         self._asked.set()
-        self._on_message("stopping: running workers save a checkpoint first; once more to stop at once")
-        if self.mailbox is not None:
-            self.mailbox.request_stop.remote()
 
     def lose(self, folder: str) -> None:
-        """End the workers at once: the folder that they would save into is another command's now."""
+        """Ask for the end at once: the folder that workers would save into is another command's now."""
         self.lost = folder
         self._asked.set()
+
+    def hand_on(self) -> None:
+        """Tell the workers what was asked for, and the user; whoever watches workers calls it every now and then."""
+        wish = None if not self.asked else "stop" if self.lost is None else "end"
+        if wish == self._handed_on:
+            return
+        self._handed_on = wish
+        if wish == "stop":
+            self._on_message("stopping: running workers save a checkpoint first; once more to stop at once")
         if self.mailbox is not None:
-            self.mailbox.request_end.remote()
+            (self.mailbox.request_stop if wish == "stop" else self.mailbox.request_end).remote()
 
     def wait(self, seconds: float) -> None:
         """Wait, but not when a stop is asked for: as `check` then."""
@@ -76,21 +83,18 @@ class Stopper:
         self.check()
 
     def check(self) -> None:
-        """KeyboardInterrupt if a stop was asked for while no worker ran; RunFailedError if the folder is lost."""
+        """KeyboardInterrupt if a stop was asked for while no worker ran; FolderLostError if the folder is lost."""
         self.check_lost()
         if self.asked:
             raise KeyboardInterrupt
 
     def check_lost(self) -> None:
-        """RunFailedError if another command has the folder now."""
+        """FolderLostError if another command has the folder now."""
         if self.lost is not None:
-            raise RunFailedError(
-                f"{self.lost}: another command has taken the folder, as this one did not get to say that it is there "
-                "for 20 s; it has ended without a checkpoint, and the other goes on from the last"
-            )
+            raise FolderLostError(self.lost)
 
 
-class Surroundings:
+class ClusterWatch:
     """What happens to the cluster while workers run: machines that will leave, and machines that have come."""
 
     def __init__(self, config: Config, size: int, mailbox: Any, on_message: Callable[[str], None]) -> None:

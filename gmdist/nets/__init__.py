@@ -1,1 +1,1 @@
-"""Networks: torch only."""
+"""Networks, and the layers and codebooks that they are made of."""

@@ -22,6 +22,10 @@ class _MeanOverWorkers(torch.autograd.Function):
         return _MeanOverWorkers.apply(gradient)
 
 
+_EPS = 1e-5
+_MOMENTUM = 0.1  # the share of a batch's statistics in the running ones, which are used outside training
+
+
 class BatchNorm(nn.Module):
     """For features [N, C] or [N, C, H, W]; in training all workers call it together, with as many samples each.
 
@@ -31,21 +35,19 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        """`momentum` is the share of a batch's statistics in the running ones, which are used outside training."""
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.eps, self.momentum = eps, momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of the same shape, at least fp32."""
         x = at_least_fp32(x)
         if not self.training:
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
+            return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=_EPS)
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = _over_workers(x.mean(dims))
@@ -54,9 +56,9 @@ class BatchNorm(nn.Module):
         if torch.is_grad_enabled() and self.weight.requires_grad:
             # In another network's phase, such as a generator in the discriminator's, no trace is left.
             count = x.numel() // x.shape[1] * world_size()
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), self.momentum)
-        factor = self.weight * (variance + self.eps).rsqrt()
+            self.running_mean.lerp_(mean.detach(), _MOMENTUM)
+            self.running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), _MOMENTUM)
+        factor = self.weight * (variance + _EPS).rsqrt()
         return torch.addcmul(self.bias.view(shape), centered, factor.view(shape))
 
 

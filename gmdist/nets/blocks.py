@@ -91,7 +91,6 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def timestep_embedding(
     timesteps: Tensor,
     channels: int,
-    max_period: float = 10_000.0,
     frequency_shift: int = 0,
     sines_first: bool = False,
 ) -> Tensor:
@@ -100,8 +99,8 @@ def timestep_embedding(
     Args:
         timesteps: [N], fractional values allowed.
         channels: width of the embedding, even.
-        max_period: 2 pi times this is the longest period, in timesteps.
-        frequency_shift: 0: `max_period` lies one step beyond the last frequency; 1: it is the last one.
+        frequency_shift: 0: the longest period, 2 pi times 10,000 timesteps, lies one step beyond the last frequency; 1:
+            it is the last one.
         sines_first: false: cosines come first.
 
     Returns:
@@ -110,7 +109,7 @@ def timestep_embedding(
     assert channels % 2 == 0, channels
     half = channels // 2
     # The order of operations is that of the published networks: another moves the result by 6e-5 at timestep 1000.
-    exponents = -math.log(max_period) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    exponents = -math.log(10_000.0) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
     frequencies = torch.exp(exponents / (half - frequency_shift))
     angles = timesteps.float()[:, None] * frequencies  # [N, half]
     parts = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())

@@ -1,5 +1,6 @@
 """The search space: what values each key of a config may have."""
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,11 @@ def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Domain]
             )
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are one: 1 and 1.0 are, and a truth value is no number."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
 def _parse(place: str, kind: str, values: Any) -> Domain:
     if not isinstance(values, list | tuple):
         raise ConfigError(f"{place}.{kind}: {values!r}; must be a list")
@@ -93,7 +99,7 @@ def _parse(place: str, kind: str, values: Any) -> Domain:
     if kind in _LISTS:
         if not values:
             raise ConfigError(f"{place}.{kind}: []; must have at least one value")
-        if any(value in values[:i] for i, value in enumerate(values)):
+        if any(_same(value, other) for value, other in itertools.combinations(values, 2)):
             raise ConfigError(f"{place}.{kind}: {list(values)}; has a value twice")
         return Domain(kind, values)
     number = int if kind == "integer" else (int, float)

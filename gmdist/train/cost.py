@@ -58,7 +58,7 @@ class FlopCount:
             self._counts.pop(phase.name, None)
 
     def a_sample(self) -> float:
-        """In the mean over the steps."""
+        """FLOPs of the model, a sample, in the mean over the steps."""
         return sum(self._counts.values())
 
     def state(self) -> dict[str, float]:
@@ -107,10 +107,10 @@ def peak_memory_gib(device: torch.device) -> float:
 def speed(
     steps: int, seconds: float, batch_size: int, flops: float, device: torch.device, precision: str
 ) -> dict[str, float]:
-    """What some steps made of the machines.
+    """Metrics of throughput: images and FLOPs a second, memory, and the share of the peak where that is known.
 
     Args:
-        steps, seconds: that they were, and took.
+        steps, seconds: how many steps were made, in what time.
         batch_size: samples a step, over all workers.
         flops: of the model, a sample.
         device, precision: of a worker's products.

@@ -7,7 +7,7 @@ import torch
 from gmdist.families.family import Family
 from gmdist.train.metrics import Averages
 from gmdist.train.source import Source
-from gmdist.workers import world_size
+from gmdist.workers import in_step, world_size
 
 # What else is measured of a family with its averaged weights, in eval mode; every worker calls it, and tells the second
 # argument now and then that it is not stuck.
@@ -29,14 +29,9 @@ def held_out_means(
     """
     averages = Averages(device, finite_only=False)  # or weights that give NaN for most samples might look best
     most = -(-data.num_samples // world_size())  # that a worker has
-    parts, batch = data.sweep(batch_size), None
-    for _ in range(-(-most // batch_size)):
-        part = next(parts, None)
-        # A worker that runs out repeats its last: networks whose weights are shared out run on all together.
-        if part is not None:
-            batch = part.batch_on(device)
-        elif batch is None:  # fewer samples than workers
-            batch = data.first(1).batch_on(device)
-        averages.add(family.evaluate(batch), 0.0 if part is None else float(len(batch["key"])))
+    spare = data.first(1) if data.num_samples < world_size() else None
+    for part, is_own in in_step(data.sweep(batch_size), -(-most // batch_size), spare):
+        batch = part.batch_on(device)
+        averages.add(family.evaluate(batch), float(len(batch["key"])) if is_own else 0.0)
         beat()
     return family.summarize(averages.means())

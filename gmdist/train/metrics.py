@@ -13,7 +13,7 @@ from torch import Tensor
 from gmdist import storage
 from gmdist.errors import DataError
 from gmdist.families.family import Metrics
-from gmdist.workers import rank, world_size
+from gmdist.workers import all_gathered_objects, rank, world_size
 
 FILE_NAME = "metrics.jsonl"
 
@@ -38,11 +38,7 @@ class Averages:
 
     def gather(self) -> list[dict[str, list[Any]]]:
         """What each worker has added, for a run that goes on from here: sum and weight by name. All workers call it."""
-        own = {name: sums.tolist() for name, sums in sorted(self._sums.items())}
-        everyone = [own] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(everyone, own)
-        return everyone
+        return all_gathered_objects({name: sums.tolist() for name, sums in sorted(self._sums.items())})
 
     def restore(self, everyone: list[dict[str, list[Any]]]) -> None:
         """Begin with what was gathered, by as many workers or by others."""
@@ -61,11 +57,8 @@ class Averages:
 
         NaN where nothing that was added is finite.
         """
-        shapes = {name: list(sums.shape[1:]) for name, sums in self._sums.items()}
-        if world_size() > 1:
-            everyone: list[dict[str, list[int]]] = [{}] * world_size()
-            dist.all_gather_object(everyone, shapes)
-            shapes = {name: shape for others in everyone for name, shape in others.items()}
+        own = {name: list(sums.shape[1:]) for name, sums in self._sums.items()}
+        shapes = {name: shape for others in all_gathered_objects(own) for name, shape in others.items()}
         if not shapes:
             return {}
         names = sorted(shapes)
@@ -162,10 +155,7 @@ class Quarantine:
 
     def gather(self) -> list[dict[str, Any]]:
         """The lines of all workers since the last call, by sample number. Every worker calls it."""
-        parts = [self._lines] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(parts, self._lines)
-        self._lines = []
+        parts, self._lines = all_gathered_objects(self._lines), []
         lines = sorted((line for part in parts for line in part), key=lambda line: line["number"])
         self._bad.update(map(_sample, lines))
         return lines

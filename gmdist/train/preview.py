@@ -1,12 +1,11 @@
 """Pictures of a run as it goes, of every worker a part."""
 
 import torch
-import torch.distributed as dist
 
 from gmdist import images
 from gmdist.families.family import Family
 from gmdist.train.source import Source
-from gmdist.workers import rank, world_size
+from gmdist.workers import all_gathered, rank, world_size
 
 
 @torch.no_grad()
@@ -25,9 +24,5 @@ def preview(family: Family, source: Source, num_samples: int, device: torch.devi
     each = -(-count // world_size())
     places = torch.arange(rank() * each, (rank() + 1) * each, device=device).clamp(max=count - 1)
     part = {name: tensor[places.to(tensor.device)] for name, tensor in batch.items()}
-    pictures = images.to_uint8(family.preview(part))
-    if world_size() > 1:
-        gathered = [torch.empty_like(pictures, device=device) for _ in range(world_size())]
-        dist.all_gather(gathered, pictures.to(device))
-        pictures = torch.cat(gathered).cpu()
+    pictures = all_gathered(images.to_uint8(family.preview(part)).to(device)).cpu()
     return images.png(images.grid(pictures[:count]))

@@ -9,7 +9,7 @@ from gmdist.train import optim
 from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import FlatParameters, Fragment, elementwise_state
-from gmdist.workers import rank, world_size
+from gmdist.workers import rank, share, world_size
 
 
 class ReplicatedUnit(Unit):
@@ -27,8 +27,7 @@ class ReplicatedUnit(Unit):
             config, [(d, [g]) for d, g in zip(decays, self._flat.groups, strict=True)]
         )
         optim.materialize_state(self._optimizer)
-        if world_size() > 1:
-            dist.broadcast(self._flat.values, src=0)
+        share(self._flat.values)
         self._flat.publish()
 
     def _backward(self, phase: Phase, batch: Batch, seen: int, scale: float) -> Metrics:

@@ -16,7 +16,7 @@ from gmdist.checksum import crc32
 from gmdist.errors import CheckpointError, GmdistError, SaveError, StorageError
 from gmdist.train.checkpoint import DTYPES, META_NAME, folder_name, read_meta, step_of
 from gmdist.train.meta import FORMAT_VERSION, shard_name
-from gmdist.workers import rank, world_size
+from gmdist.workers import all_gathered_objects, rank, world_size
 
 # The names of safetensors (its format is described at https://huggingface.co/docs/safetensors).
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -170,10 +170,7 @@ class Saver:
             outcome = action(), None
         except (OSError, GmdistError) as error:
             outcome = None, str(error)
-        outcomes = [outcome]
-        if self._group is not None:
-            outcomes = [outcome] * world_size()
-            dist.all_gather_object(outcomes, outcome, group=self._group)
+        outcomes = all_gathered_objects(outcome, self._group)
         problems = [problem for _, problem in outcomes if problem is not None]
         if problems:
             if rank() == 0:

@@ -72,7 +72,7 @@ class _Moved:
 
 
 def moved_ahead(parts: Iterator[Loaded], device: torch.device) -> Iterator[Loaded]:
-    """The same, each on its way to the GPU while the step before it computes. There is no end to `parts`."""
+    """Parts, which never end, each on its way to the GPU while the step before it computes."""
     if device.type != "cuda":
         yield from parts
         return

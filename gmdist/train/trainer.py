@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gmdist import storage
 from gmdist.errors import ConfigError, DivergedError
@@ -39,7 +38,7 @@ from gmdist.train.state import (
     state_tensors,
     worker_shapes_of,
 )
-from gmdist.workers import rank, total, world_size
+from gmdist.workers import all_gathered_objects, rank, total, world_size
 
 
 class Trainer:
@@ -277,10 +276,7 @@ class Trainer:
                 self.units[phase.trains].accumulate(phase, micro_batch, self.seen, 1.0)
         for name in dict.fromkeys(phase.trains for phase in begun):
             self.units[name].step(0.0)
-        names = [watch.first()] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(names, names[0])
-        return next((name for name in names if name is not None), None)
+        return next((name for name in all_gathered_objects(watch.first()) if name is not None), None)
 
     def close(self) -> None:
         """End threads, files and engines."""

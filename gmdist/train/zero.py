@@ -18,7 +18,7 @@ from gmdist.train import optim
 from gmdist.train.engine import Root, Unit, scaled
 from gmdist.train.optim import OptimConfig
 from gmdist.train.shards import Fragment, elementwise_state
-from gmdist.workers import rank, world_size
+from gmdist.workers import rank, share, world_size
 
 _BUCKET_ELEMENTS = 20_000_000  # each engine has its own buckets; DeepSpeed's default of 5e8 is 2 GB in fp32
 _WHOLE_ELEMENTS = (
@@ -47,8 +47,7 @@ class ZeroUnit(Unit):
         child.requires_grad_(True)  # hooks attach to what requires a gradient now
         for parameter in child.parameters():
             parameter.data = parameter.data.contiguous()
-            if world_size() > 1:
-                dist.broadcast(parameter.data, src=0)
+            share(parameter)
         self._is_offloaded = offload
         groups = optim.parameter_groups(child, name)
         buffers = {key: buffer.clone() for key, buffer in child.named_buffers()}

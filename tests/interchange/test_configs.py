@@ -183,6 +183,25 @@ def test_published_configs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SD1, SD1 | {"act_fn": "swish"}),
+        (VAE, VAE | {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}),  # which its weights do not know of
+        (PLAIN | {"attention_head_dim": 128}, PLAIN | {"attention_head_dim": None}),  # one head where there are any
+    ],
+)
+def test_one_network_in_two_words(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert config_json(spec_of(one)) == config_json(spec_of(other))
+
+
+def test_heads_of_levels_without_attention_do_not_count() -> None:
+    levels = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+    levels |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [32, 64]}
+    one, other = (SD1 | levels | {"attention_head_dim": heads} for heads in ([4, 8], 8))
+    assert config_json(spec_of(one)) == config_json(spec_of(other))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name: 'FluxTransformer2DModel'; must be one of"),
@@ -242,7 +261,6 @@ def test_what_our_unet_cannot_be_is_named(changes: dict[str, Any], message: str)
         (VAE | {"out_channels": 4}, "out_channels: 4; must be in_channels, 3"),
         (VAE | {"use_quant_conv": False}, "use_post_quant_conv: True; must be as use_quant_conv"),
         (VAE | {"mid_block_add_attention": False}, "mid_block_add_attention: False"),
-        (VAE | {"latents_mean": [0.0] * 4}, "latents_mean: "),
         (DIT_XL | {"out_channels": 6}, "out_channels: 6; must be 4, or 8"),
         (DIT_XL | {"sample_size": 0}, "sample_size: 0; must be an integer from 1"),
         (DIT_XL | {"num_embeds_ada_norm": 0}, "num_embeds_ada_norm: 0; must be an integer from 1"),
@@ -250,6 +268,9 @@ def test_what_our_unet_cannot_be_is_named(changes: dict[str, Any], message: str)
         (DIT_XL | {"patch_size": 0}, "patch_size: 0; must be an integer from 1"),
         (DIT_XL | {"attention_type": "gated"}, "attention_type: 'gated'; gmdist has .* with 'default' alone"),
         (DIT_XL | {"sample_size": 33}, "sample_size: 33; must be a multiple of the patch, 2"),
+        (DIT_XL | {"sample_size": 128}, "sample_size: 128; from 128 on a Transformer2DModel scales its positions"),
+        (SDXL | {"flip_sin_to_cos": False}, "flip_sin_to_cos: False; must be 0 and true with a vector of sizes"),
+        (SDXL | {"freq_shift": 1}, "freq_shift: 1, .*must be 0 and true with a vector of sizes"),
         (DIT_XL | {"dropout": 0.1}, "dropout: 0.1; gmdist has DiTTransformer2DModel with 0.0 alone"),
         (DIT_XL | {"norm_type": "layer_norm"}, "_class_name: 'Transformer2DModel'"),
         (PLAIN | {"attention_head_dim": 5}, r"head_channels: 5; must divide .* \(attention_head_dim in config.json\)"),

@@ -51,6 +51,10 @@ def test_a_schedule_that_theirs_lack_is_written_beta_by_beta() -> None:
         (DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", 48)), "sampler.num_steps: 48; .*of 1000: .*, such as 47"),
         (DiffusionConfig("linear", betas=(1e-8, 0.02)), "betas: .1e-08, 0.02.; .*no noise at the first timestep"),
         (DiffusionConfig("linear", betas=(0.001, 0.2)), "betas: .0.001, 0.2.; .*no image left at the last"),
+        # Here abar underflows in float64 as well, or is a number of few bits in fp32.
+        (DiffusionConfig("linear", 4000, prediction="v", betas=(0.001, 0.73)), "betas: .*no image left at the last"),
+        (DiffusionConfig("sigmoid", prediction="v", betas=(0.004, 0.99)), "betas: .*no image left at the last"),
+        (DiffusionConfig("linear", prediction="v", betas=(0.001, 0.18)), "betas: .*no image left at the last"),
         (DiffusionConfig(sampler=SamplerConfig(spacing="linspace")), "sampler.spacing: 'linspace'; .*trailing or lead"),
         (
             DiffusionConfig(sampler=SamplerConfig("dpmpp_2m", spacing="leading")),

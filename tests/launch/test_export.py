@@ -1,6 +1,7 @@
 """Export: files that others read, whole or not at all; and runs that start from such files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,16 @@ def test_a_run_starts_from_what_another_exported(dit: str, exported: Path, start
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7)
     assert read_config(str(tmp_path / "new")).family.init_from == str(exported)
+
+
+def test_a_pipeline_that_was_trained_otherwise_is_warned_of(exported: Path, start: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(exported, folder)
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "sample"}))
+    _, (line,) = check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
+    words = "diffusion.prediction is v here, and its scheduler's is sample"
+    assert line == f"family.init_from: {folder}; {words}"
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])

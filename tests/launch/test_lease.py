@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gmdist import storage
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, FolderLostError
 from gmdist.launch import lease
 from gmdist.launch.lease import LEASE_NAME, held
 
@@ -98,11 +98,14 @@ def test_a_run_on_another_machine_that_lives_is_not_disturbed(tmp_path: Path) ->
 
 def test_whoever_loses_it_is_told_and_leaves_it(tmp_path: Path) -> None:
     lost = threading.Event()
-    with held(str(tmp_path), ignore, lost.set):
+    with held(str(tmp_path), ignore, lost.set) as own:
+        own.check()
         deadline = time.monotonic() + 10
         while not lost.wait(0.1):  # who writes between a holder's look and its renewal does not get it
             assert time.monotonic() < deadline
             elsewhere(tmp_path, 1)
+        with pytest.raises(FolderLostError, match=f"^{tmp_path}: another command has taken the folder"):
+            own.check()
     assert json.loads((tmp_path / LEASE_NAME).read_text())["id"] == "other"
 
 

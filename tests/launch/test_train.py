@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gmdist.config import Config, load
-from gmdist.errors import ConfigError, DataError, MemoryExceededError, RunFailedError
+from gmdist.errors import ConfigError, DataError, FolderLostError, MemoryExceededError, RunFailedError
 from gmdist.launch import attempt, lease
 from gmdist.launch.mailbox import Failure, WorkersFailedError
 from gmdist.launch.train import _with_restarts, train
@@ -113,7 +113,7 @@ def test_a_run_whose_folder_another_command_takes_ends_and_saves_nothing(
         (run / "lease.json").write_text(json.dumps(other))
 
     messages: list[str] = []
-    with pytest.raises(RunFailedError, match=f"{run}: another command has taken the folder"):
+    with pytest.raises(FolderLostError, match=f"{run}: another command has taken the folder"):
         train(config, take, messages.append)
     assert messages == []
     assert not (run / "checkpoints").exists()

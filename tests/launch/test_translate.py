@@ -154,3 +154,13 @@ def test_what_cannot_be_is_one_line(run: str, photos: str, tmp_path: Path, capsy
         words = "--translate: family 'recolour' translates no images; those that do: "
         assert words in refused(capsys, 2, "sample", str(tmp_path / "config"), *a2b[2:])
     assert not out.exists()
+
+
+def test_a_model_that_gives_no_numbers_is_said(run: str, photos: str, tmp_path: Path, capsys) -> None:
+    def translate(family, image, direction):
+        return torch.full_like(image, torch.nan)
+
+    command = ["sample", run, "--translate", "a2b", "--images", photos, "--out", str(tmp_path / "out")]
+    with mock.patch.object(Recolour, "translate", translate):
+        assert "the model's images are not finite" in refused(capsys, 1, *command)
+    assert not (tmp_path / "out").exists()
