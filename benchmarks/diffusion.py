@@ -32,8 +32,9 @@ from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.diffusion.process import Diffusion
 from gmdist.interchange.diffusers import read_folder, write_folder
 from gmdist.interchange.spec import NetworkSpec
-from gmdist.nets.autoencoder import AutoencoderConfig, gaussian_kl
+from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.dit import DiTConfig
+from gmdist.nets.gaussian import kl_of_dimensions
 from gmdist.nets.unet import UNetConfig
 
 CLASSES, LENGTH, CONTEXT, SIDE = 1000, 77, 256, 16
@@ -133,7 +134,8 @@ def loss_of(name: str, whose: str, network: Any, batch: dict[str, Tensor]) -> Te
             posterior = network.encode(batch["image"]).latent_dist
             mean, logvar = posterior.mean, posterior.logvar
             image = network.decode(mean + posterior.std * batch["noise"]).sample
-        return F.mse_loss(image.float(), batch["image"]) + KL_WEIGHT * gaussian_kl(mean.float(), logvar.float()).mean()
+        kl = kl_of_dimensions(mean.float(), logvar.float()).flatten(1).sum(dim=1).mean()
+        return F.mse_loss(image.float(), batch["image"]) + KL_WEIGHT * kl
     if name == "unet" and whose == "ours":
         output = network(batch["x"], batch["times"], context=batch["context"])
     elif name == "unet":

@@ -9,14 +9,19 @@ import math
 import torch
 from torch import Tensor
 
+LINEAR_BETAS = (1e-4, 0.02)  # first and last, Ho 2020
+SCALED_LINEAR_BETAS = (0.00085, 0.012)  # Rombach 2022
 
-def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+
+def linear(num_timesteps: int = 1000, beta_start: float = LINEAR_BETAS[0], beta_end: float = LINEAR_BETAS[1]) -> Tensor:
     """Linear in beta (Ho 2020, Sec. 4). Returns abar [T], float64."""
     betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def scaled_linear(num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+def scaled_linear(
+    num_timesteps: int = 1000, beta_start: float = SCALED_LINEAR_BETAS[0], beta_end: float = SCALED_LINEAR_BETAS[1]
+) -> Tensor:
     """Linear in sqrt(beta); the defaults are Stable Diffusion's (Rombach 2022). Returns abar [T], float64."""
     roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
     return torch.cumprod(1.0 - roots.square(), dim=0)

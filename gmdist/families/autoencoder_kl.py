@@ -13,8 +13,9 @@ from gmdist.interchange.initial import check_initial, initial_problem, initial_s
 from gmdist.interchange.pipelines import Network
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import stylegan2_discriminator
-from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig, gaussian_kl
+from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
+from gmdist.nets.gaussian import kl_of_dimensions, reparameterized
 from gmdist.nets.image_quality import quality
 from gmdist.nets.perceptual import PerceptualConfig
 
@@ -116,7 +117,7 @@ class AutoencoderKL(JudgedAutoencoder):
             scale = at_least_fp32(self.autoencoder.logvar).squeeze(0)
             nll = nll * torch.exp(-scale) + num_values * scale
             metrics["logvar"] = scale.detach()
-        kl = gaussian_kl(mean, logvar).mean()
+        kl = kl_of_dimensions(mean, logvar).flatten(1).sum(dim=1).mean()
         loss = nll + self.config.kl_weight * kl
         metrics["kl_nats"] = kl.detach()
         if judgement := self.judgement(reconstruction, nll, seen):
@@ -158,7 +159,7 @@ class AutoencoderKL(JudgedAutoencoder):
         metrics = {
             **quality(reconstruction, image),
             "l1": (reconstruction - image).abs().mean(),
-            "kl_nats": gaussian_kl(mean, logvar).mean(),
+            "kl_nats": kl_of_dimensions(mean, logvar).flatten(1).sum(dim=1).mean(),
         }
         if self.perceptual is not None:
             metrics["perceptual"] = self.perceptual(reconstruction, image).mean()
@@ -167,4 +168,4 @@ class AutoencoderKL(JudgedAutoencoder):
     def _decode_sampled(self, batch: Batch, mean: Tensor, logvar: Tensor) -> Tensor:
         """A sample of each posterior, decoded [N, C, H, W], unbounded; mean and logvar [N, Z, h, w]."""
         noise = rng.normal(self.seed, "posterior", batch["key"], self.latent_shape)
-        return self.autoencoder.decode(mean + torch.exp(0.5 * logvar) * noise)
+        return self.autoencoder.decode(reparameterized(mean, logvar, noise))

@@ -58,7 +58,7 @@ class DenoiserConfig:
         return initial_problem(self.init_from)
 
     def initial_doubt(self) -> str | None:
-        """How the pipeline that gives the first weights was trained otherwise, in words; None if not, or without one."""
+        """How the pipeline that gives the first weights was trained otherwise, in words; None if it was not."""
         return None if self.init_from is None else scheduler_doubt(self.init_from, self.diffusion)
 
     def _unet_problem(self) -> str | None:

@@ -13,6 +13,7 @@ from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
 from gmdist.families.first_stage import open_first_stage
 from gmdist.interchange.pipelines import Network, Pipeline, dit_pipeline, stable_diffusion
+from gmdist.nets.gaussian import reparameterized
 
 _PIXELS_AT_ONCE = 1 << 20  # through the first stage, whose memory they decide: some 6 GiB in fp32 at its usual widths
 _MOST_GAIN = 100.0  # of errors in a sampler's first step; what is left of them has the size of the latents
@@ -104,4 +105,4 @@ class LatentDiffusion(DenoiserFamily):
             mean, logvar = batch["moments"].float().chunk(2, dim=1)
         else:
             mean, logvar = self.first_stage.encode(batch["image"])
-        return mean + torch.exp(0.5 * logvar) * rng.normal(self.seed, "posterior", batch["key"], self.shape)
+        return reparameterized(mean, logvar, rng.normal(self.seed, "posterior", batch["key"], self.shape))

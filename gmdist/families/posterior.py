@@ -1,14 +1,9 @@
-"""Gaussian posteriors: their KL divergence from the prior, and what they tell of images."""
+"""What Gaussian posteriors tell of images."""
 
 import torch
 from torch import Tensor
 
 ACTIVE_VARIANCE = 0.01  # over images, of a posterior's mean (Burda 2015, Sec. 5.2)
-
-
-def kl_of_dimensions(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each dimension in nats (Kingma 2014, App. B): [N, Z] -> [N, Z]."""
-    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
 def moments(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:

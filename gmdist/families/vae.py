@@ -10,14 +10,14 @@ from gmdist import rng
 from gmdist.families.betas import BetaConfig, beta, capacity_nats, kl_loss
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, between_gaussians
 from gmdist.families.likelihoods import LikelihoodConfig, bits_per_dim, expected_image, log_likelihood
-from gmdist.families.posterior import active_units, kl_of_dimensions, moments, mutual_information
+from gmdist.families.posterior import active_units, moments, mutual_information
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.convolutional import BLOCKS, ConvolutionalConfig
 from gmdist.nets.finite import all_finite
+from gmdist.nets.gaussian import LOGVAR_RANGE, kl_of_dimensions, reparameterized
 from gmdist.nets.image_quality import quality
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
-_LOGVAR_RANGE = (-30.0, 20.0)
 _COLLAPSED = 0.1  # of the latent dimensions: fewer than that are active
 
 
@@ -81,7 +81,7 @@ class VAE(Family):
         """The negative ELBO with its weighted KL term, by one latent of each posterior."""
         mean, logvar = self.posterior(batch["image"])
         noise = rng.normal(self.seed, "posterior", batch["key"], (self.config.latent_dim,))
-        nll = -self.log_likelihood(batch["image"], mean + torch.exp(0.5 * logvar) * noise)
+        nll = -self.log_likelihood(batch["image"], reparameterized(mean, logvar, noise))
         kl = kl_of_dimensions(mean, logvar)
         loss = (nll + kl_loss(self.config.beta, kl, seen)).mean()
         metrics = {"loss": loss, "nll_nats": nll.mean(), "kl_nats": kl.sum(dim=1).mean()}
@@ -95,7 +95,7 @@ class VAE(Family):
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and log-variance of q(z|x), each [N, Z], of images [N, C, H, W]."""
         mean, logvar = self.autoencoder.encode(image).chunk(2, dim=1)
-        return mean, logvar.clamp(*_LOGVAR_RANGE)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def checked_posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """`posterior`; DivergedError names the first layer that gives what is not finite."""
@@ -118,7 +118,7 @@ class VAE(Family):
         likelihoods, weights = [], []
         for number in range(self.config.iwae_samples):
             noise = rng.normal(self.seed, f"importance {number}", batch["key"], (self.config.latent_dim,))
-            latent = mean + torch.exp(0.5 * logvar) * noise
+            latent = reparameterized(mean, logvar, noise)
             likelihood = self.log_likelihood(image, latent)
             # log p(x|z) + log p(z) - log q(z|x), whose constants cancel
             ratio = 0.5 * (noise.square() + logvar - latent.square()).sum(dim=1)

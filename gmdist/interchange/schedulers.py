@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmdist.diffusion.config import DISCRETE, DiffusionConfig
+from gmdist.diffusion.schedules import LINEAR_BETAS, SCALED_LINEAR_BETAS
 from gmdist.diffusion.spacings import leading_timesteps, trailing_timesteps
 from gmdist.errors import ConfigError
 
@@ -25,7 +26,6 @@ _OF_SIGMAS = ("euler", "euler_ancestral", "heun")  # they sample x / alpha
 # sigma / alpha, where we, and theirs of leading, have 1 / alpha.
 _SPACINGS = {"dpmpp_2m": ("trailing",)} | dict.fromkeys(_OF_SIGMAS, ("leading",))
 _ENDS_AT_TIMESTEP_0 = ("ddim", "dpmpp_2m")
-_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # ours, where the config has none
 
 
 def scheduler_config(config: DiffusionConfig, scales_start: bool = True, clip: float | None = None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
         raise _refusal(f"betas: {shown}; in fp32, as diffusers has them, there is {end}")
     if config.schedule == "sigmoid":  # most of theirs lack it, and all take betas one by one
         return written | {"trained_betas": betas.tolist()}
-    first, last = config.betas or _BETAS[config.schedule]
+    first, last = config.betas or (LINEAR_BETAS if config.schedule == "linear" else SCALED_LINEAR_BETAS)
     return written | {"beta_schedule": config.schedule, "beta_start": first, "beta_end": last}
 
 

@@ -16,6 +16,7 @@ from gmdist.nets.blocks import (
     norm_groups_problem,
     widths_problem,
 )
+from gmdist.nets.gaussian import LOGVAR_RANGE
 from gmdist.nets.products import Conv2d
 
 
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
             h = level(h)
         h = self.conv_out(F.silu(self.norm_out(self.middle(h))))
         mean, logvar = at_least_fp32(self.quant(h)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
 class Decoder(nn.Module):
@@ -150,15 +151,3 @@ class Autoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Latent [N, Z, h, w] -> image [N, C, H, W], unbounded."""
         return self.decoder(latent)
-
-
-def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats a sample (Kingma 2014, App. B).
-
-    Args:
-        mean, logvar: [N, Z, h, w].
-
-    Returns:
-        [N].
-    """
-    return 0.5 * torch.sum(mean.square() + logvar.exp() - 1.0 - logvar, dim=(1, 2, 3))

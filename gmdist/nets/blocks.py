@@ -59,26 +59,29 @@ def zero_init(module: Layer) -> Layer:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, *, is_causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
 ) -> Tensor:
-    """Scaled dot-product attention (Vaswani 2017, Eq. 1).
+    """Scaled dot-product attention (Vaswani 2017, Eq. 1), its heads joined again.
 
     Args:
         query: [N, heads, L, D].
         key, value: [N, heads, M, D].
-        seen: bool [N, 1, 1, M], True for what is attended to; None: everything.
-        is_causal: each query attends to keys up to its own place; without `seen`, and L is M.
+        mask: bool [N, M], True for what is attended to, at least one of each sample; None: everything.
+        is_causal: each query attends to keys up to its own place; without `mask`, and L is M.
 
     Returns:
-        [N, heads, L, D], of the query's type.
+        [N, L, heads D], of the query's type.
     """
+    seen = None if mask is None else mask[:, None, None, :]  # [N, 1, 1, M]
     is_slow = key.shape[2] <= _FEW_KEYS or not products.HAS_BF16
     if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad and is_slow:
         # Its backward takes up to five times as long as in fp32.
         with torch.autocast("cpu", enabled=False):
             exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
-        return exact.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal)
+        heads = exact.to(query.dtype)
+    else:
+        heads = F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal)
+    return heads.transpose(1, 2).flatten(2)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +167,7 @@ class SelfAttention2d(nn.Module):
         """[N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
-        attended = attention(*split_heads(self.qkv(tokens), self.num_heads))
-        attended = self.out(attended.transpose(1, 2).reshape(n, height * width, c))
+        attended = self.out(attention(*split_heads(self.qkv(tokens), self.num_heads)))
         return x + attended.transpose(1, 2).view(n, c, height, width)
 
 

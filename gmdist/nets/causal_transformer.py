@@ -63,12 +63,12 @@ def rotation_table(grid: tuple[int, int], head_channels: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def rotated(x: Tensor, rotations: Tensor) -> Tensor:
+def turned(x: Tensor, rotations: Tensor) -> Tensor:
     """Features [N, heads, L, D] with each pair of neighbours turned by rotations [2, L, D / 2]."""
     cosines, sines = rotations
     first, second = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    pairs = torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
 
 
 class Past:
@@ -100,12 +100,11 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor, rotations: Tensor, past: Past | None = None) -> Tensor:
         """Tokens [N, L, C], rotations [2, L, D / 2] -> [N, L, C]; with a past that is not empty, L is 1."""
         query, key, value = split_heads(self.qkv(x), self.num_heads)
-        query, key = rotated(query, rotations), rotated(key, rotations)
+        query, key = turned(query, rotations), turned(key, rotations)
         if past is not None:
             key, value = past.extended(key, value)
         assert x.shape[1] in (1, key.shape[2]), (x.shape, key.shape)
-        attended = attention(query, key, value, is_causal=x.shape[1] > 1)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(attention(query, key, value, is_causal=x.shape[1] > 1))
 
 
 class SwiGLU(nn.Module):

@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]; mask bool [N, L], True for tokens that are attended to."""
         query, key, value = split_heads(self.qkv(x), self.num_heads)
-        return self.out(attend(self.query_norm(query), self.key_norm(key), value, mask))
+        return self.out(attention(self.query_norm(query), self.key_norm(key), value, mask))
 
 
 class Attention(nn.Module):
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         source = x if context is None else context
         projected = (self.query(x), self.key(source), self.value(source))
         query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in projected)
-        return self.out(attend(query, key, value, mask))
+        return self.out(attention(query, key, value, mask))
 
 
 class HeadNorm(nn.Module):
@@ -68,21 +68,6 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, heads, L, C] -> [N, heads, L, C], of the same type."""
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6).to(x.dtype)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of heads, which are joined again.
-
-    Args:
-        query: [N, heads, L, C / heads].
-        key, value: [N, heads, M, C / heads].
-        mask: bool [N, M], True for what is attended to, at least one of each sample; None: everything.
-
-    Returns:
-        [N, L, C].
-    """
-    seen = None if mask is None else mask[:, None, None, :]  # [N, 1, 1, M]
-    return attention(query, key, value, seen).transpose(1, 2).flatten(2)
 
 
 class GatedFeedForward(nn.Module):

@@ -70,7 +70,7 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [N, L, C] -> [N, L, C]."""
         attended = attention(*split_heads(self.qkv(self.norm1(x)), self.num_heads))
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.out(attended)
         return x + self.down(torch.tanh(self.up(self.norm2(x))))
 
 

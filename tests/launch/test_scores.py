@@ -14,9 +14,9 @@ from PIL import Image
 from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
-from gmdist.families.posterior import kl_of_dimensions
 from gmdist.families.vae import VAE
 from gmdist.images import png
+from gmdist.nets.gaussian import kl_of_dimensions
 from gmdist.runs import open_run
 from gmdist.start import train_worker
 from tests.support import tree_bytes

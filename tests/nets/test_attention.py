@@ -8,11 +8,11 @@ from gmdist.nets.blocks import attention
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
-    """Vaswani 2017, Eq. 1."""
+    """Vaswani 2017, Eq. 1, and the heads of a token one after the other."""
     logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
     if seen is not None:
         logits = logits.masked_fill(~seen, -torch.inf)
-    return logits.softmax(dim=3) @ value
+    return torch.cat((logits.softmax(dim=3) @ value).unbind(dim=1), dim=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -21,12 +21,12 @@ def test_attention_and_its_gradients(precision: str, masked: bool) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     parts = [torch.randn(2, 3, length, 8, dtype=dtype) for length in (5, 7, 7)]
-    seen = (torch.arange(7) < torch.tensor([[4], [7]]))[:, None, None] if masked else None
+    mask = torch.arange(7) < torch.tensor([[4], [7]]) if masked else None
     found = [part.clone().requires_grad_() for part in parts]
     wanted = [part.double().requires_grad_() for part in parts]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        output = attention(*found, seen)
-    expected = defined(*wanted, seen)
+        output = attention(*found, mask)
+    expected = defined(*wanted, None if mask is None else mask[:, None, None])
     assert output.dtype == dtype
     weights = torch.randn(output.shape)
     (output.float() * weights).sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmdist.nets.causal_transformer import CausalTransformer, CausalTransformerConfig, rotated, rotation_table
+from gmdist.nets.causal_transformer import CausalTransformer, CausalTransformerConfig, rotation_table, turned
 
 
 def network(num_codes: int, grid: tuple[int, int], num_classes: int = 2) -> CausalTransformer:
@@ -87,7 +87,7 @@ def test_attention_knows_how_far_apart_two_places_are() -> None:
     query, key = torch.randn(2, 8, dtype=torch.float64)
 
     def product(first: tuple[int, int], second: tuple[int, int]) -> float:
-        turned = [rotated(x, table[:, 1 + 5 * row + column]) for x, (row, column) in ((query, first), (key, second))]
+        turned = [turned(x, table[:, 1 + 5 * row + column]) for x, (row, column) in ((query, first), (key, second))]
         return (turned[0] * turned[1]).sum().item()
 
     assert product((0, 0), (0, 0)) == pytest.approx((query * key).sum().item())
