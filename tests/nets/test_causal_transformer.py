@@ -87,8 +87,8 @@ def test_attention_knows_how_far_apart_two_places_are() -> None:
     query, key = torch.randn(2, 8, dtype=torch.float64)
 
     def product(first: tuple[int, int], second: tuple[int, int]) -> float:
-        turned = [turned(x, table[:, 1 + 5 * row + column]) for x, (row, column) in ((query, first), (key, second))]
-        return (turned[0] * turned[1]).sum().item()
+        pair = [turned(x, table[:, 1 + 5 * row + column]) for x, (row, column) in ((query, first), (key, second))]
+        return (pair[0] * pair[1]).sum().item()
 
     assert product((0, 0), (0, 0)) == pytest.approx((query * key).sum().item())
     assert product((3, 4), (1, 1)) == pytest.approx(product((2, 3), (0, 0)))
