@@ -404,6 +404,7 @@ def naming(location: str) -> Iterator[None]:
             errno.ENOSPC: "free some space or choose another folder",
             errno.EDQUOT: "the quota is used up; free some space or choose another folder",
             errno.EACCES: "check its permissions",
+            errno.EMFILE: "too few files may be open at once; raise the limit (ulimit -n)",
             errno.EROFS: "the file system is read-only; choose another folder",
             **_OTHERWISE,
         }.get(error.errno or 0, "check that the path can be read and written")

@@ -113,7 +113,7 @@ class BatchMaker:
                 raise DataError(f"{dataset.shards.name(shard, index)}: {error}") from error
             name = dataset.shards.name(shard, index)
             self._note_bad((sample.dataset, shard, index), f"{name}: {reason}")
-            line = {"number": sample.number, "shard": dataset.shards.location(shard)}
+            line = {"number": sample.number, "data_set": sample.dataset, "shard": dataset.shards.location(shard)}
             replaced.append(line | {"sample": dataset.shards.index(shard).keys[index], "reason": reason})
             shard, index = dataset.tape.replacement(sample.own, attempt)
             members = dataset.shards.read(shard, index)

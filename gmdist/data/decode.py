@@ -26,6 +26,7 @@ UInt8Array = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
 _JPEG_START = b"\xff\xd8"
+_JPEG_END = b"\xff\xd9"
 _SCAN_START = re.compile(rb"\xff\xda")
 _MAX_SCANS = 100
 _COLORSPACES = {1: "GRAY", 3: "RGB"}  # of CMYK images too, as Pillow converts them
@@ -89,18 +90,28 @@ def decode_reduced(content: Buffer, channels: int, min_side: int | None) -> Redu
         return Reduced(to_array(image, channels), image.height, image.width, 1)
 
 
+def image_format(content: Buffer) -> str | None:
+    """jpeg, png or webp, by an image's first bytes; None for any other."""
+    if content[:2] == _JPEG_START:
+        return "jpeg"
+    if content[:8] == _PNG_START:
+        return "png"
+    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
+
+
 @contextmanager
 def open_image(content: Buffer) -> Iterator[Image.Image]:
     """A JPEG, PNG or WebP image with Pillow; UndecodableError, as in `decode_image`, also while its pixels are read."""
     plugin: Any
-    if content[:2] == _JPEG_START:
+    kind = image_format(content)
+    if kind == "jpeg":
         _check_scans(content)
         plugin = JpegImagePlugin.JpegImageFile
-    elif content[:8] == _PNG_START:
+    elif kind == "png":
         if content[_BIT_DEPTH_AT : _BIT_DEPTH_AT + 1] == b"\x10":  # Pillow would cut colours to 8 bits in silence
             raise UndecodableError("16 bits a channel; images have 8 bits a channel")
         plugin = PngImagePlugin.PngImageFile
-    elif content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+    elif kind == "webp":
         plugin = WebPImagePlugin.WebPImageFile
     else:
         raise UndecodableError(NO_IMAGE)
@@ -151,7 +162,22 @@ def _decode_jpeg(content: Buffer, channels: int, min_side: int | None) -> Reduce
                 return Reduced(image, height, width, factor)
         return Reduced(simplejpeg.decode_jpeg(content, colorspace=colorspace), height, width, 1)
     except ValueError as error:
-        raise UndecodableError(str(error)) from error
+        bare = _without_padding(content)
+        if bare is None:
+            raise UndecodableError(str(error)) from error
+    return _decode_jpeg(bare, channels, min_side)
+
+
+def _without_padding(content: Buffer) -> bytes | None:
+    """A JPEG without the zeros that some cameras write before its end; None where there are none.
+
+    libjpeg warns of them as it does of damage.
+    """
+    image, end, rest = bytes(content).rpartition(_JPEG_END)
+    bare = image.rstrip(b"\0")
+    if bare.endswith(b"\xff"):  # a byte of the image's own, which is written with a zero
+        bare += b"\0"
+    return bare + end + rest if end and len(bare) < len(image) else None
 
 
 @functools.cache
@@ -199,7 +225,9 @@ def decode_array(members: Mapping[str, memoryview], extension: str) -> npt.NDArr
     if dtype.kind not in "fiub" or dtype.itemsize > 8:  # no pickled objects, and what torch has
         raise UndecodableError(f"{extension}: values of type {dtype}; arrays hold numbers of at most 64 bits, or bool")
     wanted = math.prod(shape) * dtype.itemsize
-    if min(shape, default=1) < 1 or len(shape) > 16 or wanted != len(content) - start:
+    if min(shape, default=1) < 1:
+        raise UndecodableError(f"{extension}: {dtype} {list(shape)}; no axis may be shorter than 1")
+    if len(shape) > 16 or wanted != len(content) - start:
         raise UndecodableError(
             f"{extension}: {len(content) - start} bytes of values, but {dtype} {list(shape)} take {wanted}"
         )

@@ -2,17 +2,28 @@
 
 import io
 import json
+import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from gmdist.data.config import MAX_IMAGE_SIZE
-from gmdist.data.decode import UndecodableError, center_crop_resize, decode_image, open_image, to_array
+from gmdist.data.decode import UndecodableError, center_crop_resize, decode_image, image_format, open_image, to_array
 from gmdist.data.shard import IMAGE_EXTENSIONS, parse_label
 from gmdist.errors import ConfigError, DataError
 
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}  # by format
+_TURNS = {  # by the orientation of EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _QUALITY = {"jpeg": 95, "webp": 90}  # defaults
 
 
@@ -77,19 +88,30 @@ def _check_text(extension: str, content: bytes) -> None:
 def _encode_image(extension: str, content: bytes, encoding: Encoding) -> tuple[str, bytes]:
     """An image's extension and bytes in the shard."""
     wanted = _EXTENSIONS[encoding.format or "png"]
-    is_so = encoding.image_size is None and encoding.quality is None and extension.replace("jpeg", "jpg") == wanted
+    is_so = encoding.image_size is None and encoding.quality is None and image_format(content) == encoding.format
     if encoding.keeps_files or is_so:
         decode_image(content, 3)
-        return extension, content
+        return extension if encoding.keeps_files or extension.replace("jpeg", "jpg") == wanted else wanted, content
     try:
         return wanted, _encoded(content, encoding)
     except (OSError, ValueError) as error:  # WebP has no more than 16,383 pixels a side
         raise UndecodableError(str(error)) from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """An image turned as its camera says that it was held; as it is, where that cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of tags that nobody asks for
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error):
+        return image
+    turns = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turns is None else image.transpose(turns)
+
+
 def _encoded(content: bytes, encoding: Encoding) -> bytes:
     with open_image(content) as opened:
-        upright = ImageOps.exif_transpose(opened)  # cameras store how they were held
+        upright = _upright(opened)
         grey = upright.mode in ("L", "LA", "1")
         array = to_array(upright, 1 if grey else 3)
     image = Image.fromarray(array[:, :, 0] if grey else array)

@@ -1,6 +1,7 @@
 """Checked reads of samples: the bytes of a sample's members, or an error, never wrong bytes."""
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from gmdist.data.manifest import MANIFEST_NAME, Manifest
 from gmdist.data.shard import ShardIndex, load_index
 from gmdist.errors import DataError, StorageError
 
-_OPEN_FILES = 320  # of local shards: a process may have 1024
+_OPEN_FILES = 320  # local shards, of all data sets of a process, which may have 1024
+_OPENINGS = itertools.count()
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _open(opening: int, location: str) -> FileIO:
+    """A local shard, as one opening of its data set found it. Closed when nobody has it any more."""
+    with storage.naming(location):
+        return FileIO(location)
 
 
 class Shards:
@@ -34,7 +43,7 @@ class Shards:
         self.position = 0  # about the number of the last sample that was used: where the cache's future begins
         self._is_s3 = storage.is_s3(folder)
         self.index = functools.lru_cache(num_indexes)(self._load)
-        self._file = functools.lru_cache(_OPEN_FILES)(self._open)
+        self._opening = next(_OPENINGS)
         self._versions: dict[int, storage.Stat] = {}
 
     def location(self, shard: int) -> str:
@@ -47,12 +56,6 @@ class Shards:
 
     def _load(self, shard: int) -> ShardIndex:
         return load_index(self.folder, self.manifest.shards[shard])
-
-    def _open(self, shard: int) -> FileIO:
-        """A local shard; closed when nobody has it any more."""
-        location = self.location(shard)
-        with self._explaining(shard), storage.naming(location):
-            return FileIO(location)
 
     @contextmanager
     def _explaining(self, shard: int) -> Iterator[None]:
@@ -91,7 +94,8 @@ class Shards:
                     found = storage.read_range(location, start, stop - start, version, stopped)
                 self._versions[shard] = version
                 return found
-        file = self._file(shard)  # which another thread may let go meanwhile
+        with self._explaining(shard):
+            file = _open(self._opening, self.location(shard))  # which another thread may let go meanwhile
         try:
             content = os.pread(file.fileno(), stop - start, start)
         except OSError:

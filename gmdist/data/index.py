@@ -13,7 +13,7 @@ from gmdist.checksum import crc32
 from gmdist.data.ledger import Ledger, is_unchanged
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry, unfinished
 from gmdist.data.parallel import num_cores, spread
-from gmdist.data.shard import index_name, load_index, scan
+from gmdist.data.shard import index_name, load_index, scan, shards_among
 from gmdist.data.sound import read_sound
 from gmdist.errors import DataError, StorageError
 
@@ -40,12 +40,7 @@ def index_folder(
         The manifest, and one line for each unsound shard; where there is one, no manifest is written.
     """
     stats = storage.list_stats(folder)
-    shards = {name: version for name, version in stats.items() if name.endswith(".tar")}
-    if not shards:
-        raise DataError(f"{folder}: no .tar shards here; make them with `gmdist data pack SRC DEST`")
-    for name in shards:
-        if not name.isprintable():
-            raise DataError(f"{folder}: {name!r}: a shard's name has to be printable UTF-8; rename it")
+    shards = shards_among(folder, stats)
     classes = known_classes(folder)
     if problem := unfinished(stats):
         otherwise = f", or delete its {PACK_NAME} to index what there is" if PACK_NAME in stats else ""
@@ -106,7 +101,7 @@ def check_folder(
             entries.append(entry)
     known = set(shards.columns["name"].tolist())
     for name in stats:
-        if name.endswith(".tar") and name.encode() not in known:
+        if name.lower().endswith(".tar") and not name.startswith(".") and name.encode() not in known:
             changed.add(name)
             problems[name] = f"{storage.join(folder, name)}: the manifest does not list it"
     done, total = 0, sum(entry.num_bytes for entry in entries)
@@ -184,7 +179,10 @@ def _check(folder: str, entry: ShardEntry, stopped: Event | None = None) -> tupl
         return entry, f"{location}: {len(found)} samples, but its index says {len(saved)}"
     for position in range(len(saved)):
         if found[position] != saved[position]:
-            return entry, f"{location}: sample {saved.keys[position]!r} differs from its index"
+            return entry, (
+                f"{location}: sample {saved.keys[position]!r} differs from its index; restore the shard, or delete "
+                f"{index_name(entry.name)} beside it and run `gmdist data index {folder}`"
+            )
     return entry, None
 
 

@@ -21,7 +21,7 @@ from gmdist.data.decode import UInt8Array, UndecodableError
 from gmdist.data.latents import Record
 from gmdist.data.manifest import MANIFEST_NAME, PACK_NAME, Manifest, ShardEntry
 from gmdist.data.members import image_of, mirror_name
-from gmdist.data.shard import IMAGE_EXTENSIONS, Member, Sample, ShardWriter, load_index, walk
+from gmdist.data.shard import IMAGE_EXTENSIONS, Member, Sample, ShardWriter, load_index, shards_among, walk
 from gmdist.data.sound import open_sound
 from gmdist.errors import DataError, StorageError
 
@@ -64,9 +64,7 @@ def open_source(folder: str) -> Source:
         manifest = Manifest.load(folder)
         shards = [SourceShard(folder, entry.name, entry.num_bytes, entry) for entry in manifest.shards]
         return Source(shards, manifest.classes, manifest.hash, manifest.num_samples)
-    found = {name: version for name, version in stats.items() if name.endswith(".tar")}
-    if not found:
-        raise DataError(f"{folder}: no .tar shards here; make them with `gmdist data pack SRC DEST`")
+    found = shards_among(folder, stats)
     listing = repr([(name, version.num_bytes, version.etag) for name, version in found.items()])
     shards = [SourceShard(folder, name, version.num_bytes, None) for name, version in found.items()]
     return Source(shards, (), hashlib.sha256(listing.encode()).hexdigest()[:16], None)

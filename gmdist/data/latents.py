@@ -98,7 +98,7 @@ class Record:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{location}: damaged or of another version ({error}); encode the data set again"
+                f"{location}: damaged or of another version ({error}); delete {folder} and encode the data set again"
             ) from error
 
     def difference(self, other: "Record") -> str | None:

@@ -136,13 +136,16 @@ class Manifest:
         try:
             head, parts = _read(location)
             if head["format"] != FORMAT_VERSION:
-                raise DataError(f"{location}: format {head['format']}; run `gmdist data index {folder}` again")
-            manifest = cls(_joined(parts), tuple(head["classes"]))
+                raise DataError(f"{location}: format {head['format']}; delete it and run `gmdist data index {folder}`")
+            classes = head["classes"]
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError("its classes are no list of names")
+            manifest = cls(_joined(parts), tuple(classes))
             if manifest.num_samples != head["samples"]:
                 raise ValueError(f"{manifest.num_samples} samples instead of {head['samples']}")
         except FileNotFoundError as error:
             raise DataError(f"{folder}: {_remedy(folder)}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{location}: not a manifest ({error}); restore it, or delete it and run `gmdist data index {folder}`"
             ) from error

@@ -58,8 +58,8 @@ class _Record:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{location}: damaged or of another version ({error}); run the same command again, or choose another "
-                "folder"
+                f"{location}: damaged or of another version ({error}); delete {folder} and pack anew, or choose "
+                "another folder"
             ) from error
 
     def lines(self) -> list[str]:

@@ -5,9 +5,11 @@ component) make one sample, the rest of the name says what a member holds. The i
 crc32 of every member. Reading is strict: a shard that another reader would cut short or misread is an error here.
 """
 
+import codecs
 import functools
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from gmdist.data.tape import keyed_hash
 from gmdist.errors import DataError
 
 FORMAT_VERSION = 1
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset's readers leave out
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
@@ -134,6 +137,22 @@ def index_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".index.safetensors"
 
 
+def shards_among(folder: str, stats: Mapping[str, storage.Stat]) -> dict[str, storage.Stat]:
+    """The shards among a folder's files, hidden ones left out.
+
+    DataError if there are none, or one has a name that a manifest cannot list.
+    """
+    found = {name: stat for name, stat in stats.items() if name.lower().endswith(".tar") and not name.startswith(".")}
+    if not found:
+        raise DataError(f"{folder}: no .tar shards here; make them with `gmdist data pack SRC DEST`")
+    for name in found:
+        if not name.isprintable() or "\\" in name:
+            raise DataError(f"{folder}: {name!r}: a shard's name has to be printable UTF-8 without \\; rename it")
+        if not name.endswith(".tar"):
+            raise DataError(f"{folder}: {name!r}: a shard's name has to end in .tar; rename it")
+    return found
+
+
 def load_index(folder: str, entry: ShardEntry) -> ShardIndex:
     """Read a shard's index and check it against the manifest."""
     location = storage.join(folder, index_name(entry.name))
@@ -158,7 +177,7 @@ def load_index(folder: str, entry: ShardEntry) -> ShardIndex:
 
 def parse_label(content: bytes, name: str) -> int:
     """A `.cls` member: a non-negative decimal integer."""
-    text = content.strip()
+    text = content.removeprefix(codecs.BOM_UTF8).strip()
     if not text.isdigit() or len(text) > 9:
         raise DataError(f"{name}: the class label is {text[:20]!r}; it must be a non-negative integer")
     return int(text)
@@ -246,7 +265,14 @@ def walk(file: tar.Readable, location: str) -> Iterator[tuple[str, dict[str, tup
     current = ""
     members: dict[str, tuple[int, bytes]] = {}
     for name, offset, content in tar.members(file, location):
+        if _META.match(name):
+            continue
         folder, _, base = name.rpartition("/")
+        if base.startswith("._"):
+            raise DataError(
+                f"{location}: member {name!r} is one of those that macOS's tar adds; make the archive again with "
+                "COPYFILE_DISABLE=1"
+            )
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         if not stem or not extension:

@@ -19,8 +19,8 @@ from gmdist.data.shard import IMAGE_EXTENSIONS, walk
 from gmdist.data.sound import open_sound
 from gmdist.errors import DataError
 
-TEXT_EXTENSIONS = ("txt", "json")
-OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "jxl", "tif", "tiff")  # listed as unreadable
+TEXT_EXTENSIONS = ("txt", "json", "cls")
+OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "jxl", "svg", "tif", "tiff")  # listed as unreadable
 _MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
 _NUMBERED = re.compile(r"\d{5,}")  # how img2dataset names its folders
 
@@ -172,8 +172,8 @@ class ShardFolder:
     num_samples: None = None  # it would have to be read
 
     def versions(self) -> Iterator[tuple[str, storage.Stat]]:
-        """Every shard and its version."""
-        return iter(self.shards)
+        """Every shard and its version, wherever they lie."""
+        return ((posixpath.basename(location), version) for location, version in self.shards)
 
     def tasks(self, shard_bytes: float, probe: Probe, resized: bool) -> list[ShardTask]:
         """Shards that follow each other, as many as fill at least one, and how many they will fill."""
@@ -233,6 +233,11 @@ def _open_images(source: str) -> ImageFolder:
             f"{os.path.join(source, name)}: no images in this class folder; it would take a label: delete it"
         )
     labels = {name: label for label, name in enumerate(classes)}
+    labelled = (name for name, versions in found if any(text.lower() == "cls" for text, _ in versions[1:]))
+    if classes and (one := next(labelled, None)) is not None:
+        raise DataError(
+            f"{source}: has both subfolders, which would be classes, and .cls files (beside {one}); keep one of the two"
+        )
     files, taken = [], set[str]()
     for name, versions in found:
         key = key_of(name)

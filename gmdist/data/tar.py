@@ -14,6 +14,7 @@ MAX_MEMBER_BYTES = 1 << 30
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20
 BLOCK = 512
 _MAX_DIGITS = 20
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
@@ -30,8 +31,8 @@ def members(file: Readable, location: str) -> Iterator[tuple[str, int, bytes]]:
     extended: dict[str, Any] = {}  # path and size of the next member
     while True:
         header = file.read(BLOCK)
-        if position == 0 and header[:2] == b"\x1f\x8b":
-            raise DataError(f"{location}: compressed with gzip; shards are plain tar files, decompress it first")
+        if position == 0:
+            _check_plain(header, location)
         _check_size(header, BLOCK, location, position)
         if header == bytes(BLOCK):
             if _exactly(file, BLOCK, location, position + BLOCK) != bytes(BLOCK):
@@ -72,6 +73,12 @@ def _exactly(file: Readable, size: int, location: str, position: int) -> bytes:
     content = file.read(size)
     _check_size(content, size, location, position)
     return content
+
+
+def _check_plain(header: bytes, location: str) -> None:
+    for start, program in _COMPRESSED.items():
+        if header.startswith(start):
+            raise DataError(f"{location}: compressed with {program}; shards are plain tar files, decompress it first")
 
 
 def _check_size(content: bytes, size: int, location: str, position: int) -> None:

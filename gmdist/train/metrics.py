@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import posixpath
 import tempfile
 from typing import Any
 
@@ -184,8 +185,8 @@ class Quarantine:
 
 
 def _sample(line: dict[str, Any]) -> tuple[Any, ...]:
-    """Which sample a line of the quarantine is about."""
-    return line.get("domain"), line["shard"], line["sample"]
+    """Which sample a line of the quarantine is about, wherever its data set has moved since."""
+    return line.get("domain"), line.get("data_set", 0), posixpath.basename(line["shard"]), line["sample"]
 
 
 def read_lines(run_dir: str) -> list[dict[str, Any]]:

@@ -94,6 +94,22 @@ def test_palettes_and_bits_become_pixels() -> None:
     assert np.array_equal(decode_image(encode(Image.fromarray(bits), "PNG"), 1)[:, :, 0], bits * np.uint8(255))
 
 
+@pytest.mark.parametrize("min_side", [None, 16])
+@pytest.mark.parametrize("ends_in_ff", [False, True])
+def test_zeros_before_the_end_of_a_jpeg_are_no_damage(ends_in_ff: bool, min_side: int | None) -> None:
+    for seed in range(2000):  # one image in 256 or so ends in that byte
+        content = encode(noise(40, 48, 3, seed=seed), "JPEG")
+        if content.endswith(b"\xff\x00\xff\xd9") == ends_in_ff:
+            break
+    padded = content[:-2] + bytes(12) + content[-2:]
+    assert np.array_equal(decode_reduced(padded, 3, min_side).image, decode_reduced(content, 3, min_side).image)
+    out = np.empty((40, 48, 3), np.uint8)
+    assert np.array_equal(decode_image(padded, 3, out), decode_image(content, 3))
+    for cut in (content[:-30] + bytes(12) + content[-2:], content[:-2] + b"\1" * 12 + content[-2:]):
+        with pytest.raises(UndecodableError):
+            decode_image(cut, 3)
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_transparent_parts_become_white(form: str) -> None:
     rgba = np.zeros((4, 3, 4), np.uint8)

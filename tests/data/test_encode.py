@@ -2,6 +2,7 @@
 
 import struct
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -86,6 +87,33 @@ def test_photos_are_turned_upright(tmp_path: Path) -> None:
     image = Loader(config, config.train).first(1).batch["image"][0]
     assert image[0, :, -1].min() > 0.9  # red on the right
     assert image[2, :, 0].min() > 0.9  # blue on the left
+
+
+def test_a_photo_whose_camera_writes_what_nobody_can_read_is_packed(tmp_path: Path) -> None:
+    # A description that is a ratio, and the orientation.
+    entries = struct.pack("<HHHIIHHIHHI", 2, 270, 5, 1, 38, 274, 3, 1, 6, 0, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<II", 3, 2)
+    odd = Image.Exif()
+    odd[0x0112] = 60000
+    (tmp_path / "photos").mkdir()
+    for name, said in (("a", exif), ("b", odd)):
+        Image.new("RGB", (16, 8), "blue").save(tmp_path / f"photos/{name}.jpg", exif=said)
+    with warnings.catch_warnings(action="error"):
+        packed = pack(str(tmp_path / "photos"), str(tmp_path / "packed"), Encoding(format="png"))
+    assert packed.unreadable == []
+    found = samples(tmp_path / "packed")
+    assert [opened(found[key]["png"]).size for key in ("a", "b")] == [(8, 16), (16, 8)]
+
+
+def test_an_image_is_of_the_format_of_its_bytes(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", ["a.png", "b.jpg"])
+    (source / "a.png").rename(source / "a.jpg")
+    pack(str(source), str(tmp_path / "out"), Encoding(format="jpeg"))
+    found = samples(tmp_path / "out")
+    assert opened(found["a"]["jpg"]).format == "JPEG"
+    assert found["b"]["jpg"] == (source / "b.jpg").read_bytes()
+    pack(str(source), str(tmp_path / "png"), Encoding(format="png"))
+    assert samples(tmp_path / "png")["a"]["png"] == (source / "a.jpg").read_bytes()
 
 
 def test_the_reason_is_told_when_no_image_can_be_read(tmp_path: Path) -> None:

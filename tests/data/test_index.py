@@ -136,8 +136,37 @@ def test_indexing_again_keeps_the_classes_and_mends_the_manifest(tmp_path: Path)
 def test_a_name_that_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
     shards(tmp_path)
     (tmp_path / "shard-000000.tar").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar"))
-    with pytest.raises(DataError, match=r"'\\udcff\.tar': a shard's name has to be printable UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"'\\udcff\.tar': a shard's name .* printable UTF-8 without .*; rename it"):
         index_folder(str(tmp_path))
+
+
+def test_files_that_are_no_shards_are_passed_over_or_named(tmp_path: Path) -> None:
+    wanted = plain(tmp_path)
+    shard = (tmp_path / "shard-000000.tar").read_bytes()
+    (tmp_path / "._shard-000000.tar").write_bytes(b"what macOS leaves")
+    (tmp_path / ".old.tar").write_bytes(shard)
+    manifest, problems = index_folder(str(tmp_path))
+    assert (manifest.hash, problems) == (wanted, [])
+    assert check_folder(str(tmp_path)) == []
+    for name, words in (("b.TAR", "has to end in .tar"), ("a\\b.tar", "has to be printable UTF-8 without")):
+        (tmp_path / name).write_bytes(shard)
+        assert any("does not list it" in line for line in check_folder(str(tmp_path)))
+        with pytest.raises(DataError, match=words):
+            index_folder(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_a_shard_that_was_replaced_under_its_old_time_can_be_indexed(tmp_path: Path) -> None:
+    shards(tmp_path)
+    shard = tmp_path / "shard-000001.tar"
+    times = shard.stat()
+    rewrite(shard, b"1" * 400, b"7" * 400)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (line,) = check_folder(str(tmp_path))
+    assert "differs from its index; restore the shard, or delete shard-000001.index.safetensors beside it and" in line
+    (tmp_path / "shard-000001.index.safetensors").unlink()
+    index_folder(str(tmp_path))
+    assert check_folder(str(tmp_path)) == []
 
 
 def test_uploads_of_others_go_on_while_a_bucket_is_indexed(bucket, tmp_path: Path) -> None:
@@ -207,7 +236,8 @@ def test_checking_finds_what_changed(tmp_path: Path) -> None:
     assert check_folder(str(tmp_path)) == []
 
     rewrite(shard, b"2" * 400, b"2" * 399 + b"3")
-    assert check_folder(str(tmp_path)) == [f"{shard}: sample 'k002' differs from its index"]
+    (line,) = check_folder(str(tmp_path))
+    assert line.startswith(f"{shard}: sample 'k002' differs from its index; restore the shard, or delete ")
 
     shard.write_bytes(sound + bytes(10240))
     assert check_folder(str(tmp_path)) == [
@@ -246,7 +276,8 @@ def test_checking_lists_every_unsound_shard(tmp_path: Path) -> None:
         f"{tmp_path}/more.tar: the manifest does not list it",
         f"{tmp_path}/shard-000000.tar: missing, but the manifest lists it; put it back, or run `gmdist data index "
         f"{tmp_path}`",
-        f"{tmp_path}/shard-000002.tar: sample 'k002' differs from its index",
+        f"{tmp_path}/shard-000002.tar: sample 'k002' differs from its index; restore the shard, or delete "
+        f"shard-000002.index.safetensors beside it and run `gmdist data index {tmp_path}`",
         f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`",
     ]
 

@@ -120,7 +120,7 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path, version: int) ->
     record().save(str(tmp_path))
     file = str(tmp_path / "encoded.json")
     storage.write_json(file, storage.read_json(file) | {"format": version})
-    with pytest.raises(DataError, match=rf"damaged or of another version \(format {version}\); encode the data set"):
+    with pytest.raises(DataError, match=rf"damaged or of another version \(format {version}\); delete .* and encode"):
         Record.load(str(tmp_path))
 
 

@@ -1,9 +1,11 @@
 """Shards: what is written is what is read, by us and by stock webdataset; whatever is unsound is refused by name."""
 
+import bz2
 import dataclasses
 import gzip
 import io
 import json
+import lzma
 import random
 import shutil
 import tarfile
@@ -20,6 +22,7 @@ from gmdist.data.shard import (
     ShardWriter,
     index_name,
     load_index,
+    parse_label,
     scan,
 )
 from gmdist.data.tar import MAX_MEMBER_BYTES
@@ -202,6 +205,10 @@ UNSOUND = {
     "not UTF-8": (archive(A, member("b\udcff.png")), "is unsafe"),
     "gzip": (gzip.compress(archive(member("a.png", random.Random(0).randbytes(2000)))), "compressed with gzip"),
     "small gzip": (gzip.compress(archive(member("a.png"))), "compressed with gzip"),
+    "bzip2": (bz2.compress(archive(A)), "compressed with bzip2"),
+    "xz": (lzma.compress(archive(A)), "compressed with xz"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
+    "of macOS": (archive(A, member("./._a.png")), r"'\._a\.png' is one of those .* with COPYFILE_DISABLE=1"),
     "a folder with content": (archive(A, member("d", bytes(512), type=tarfile.DIRTYPE)), "folder 'd' says 512 bytes"),
     "upwards and back": (archive(A, member("x/../b.png")), r"'x/\.\./b\.png' is unsafe"),
     "one name for all": (
@@ -307,7 +314,7 @@ def test_no_data_set_says_what_to_do(tmp_path: Path) -> None:
         manifest.write_bytes(content)
         refusal(f"not a manifest.*gmdist data index {folder}")
     manifest.write_text(json.dumps(sound | {"format": 1, "shards": [{"name": "x"}]}))
-    refusal("format 1; run `gmdist data index")
+    refusal("format 1; delete it and run `gmdist data index")
     for shards in ([], [first | {"samples": [0]}]):
         manifest.write_text(json.dumps(sound | {"samples": 0, "shards": shards}))
         refusal("no samples")
@@ -355,3 +362,12 @@ def test_shards_without_samples_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}: the shards hold no samples"):
         index_folder(str(tmp_path))
     assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+def test_members_about_the_archive_are_no_samples() -> None:
+    content = archive(member("__meta__/i.json"), A, member("__stats__"))
+    assert scan(io.BytesIO(content), "a.tar")[0].keys == ["a"]
+
+
+def test_a_mark_before_utf8_is_no_part_of_a_label() -> None:
+    assert parse_label(b"\xef\xbb\xbf7\r\n", "a.cls") == 7

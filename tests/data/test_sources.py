@@ -91,6 +91,20 @@ def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_beside_images_go_with_them_where_folders_give_none(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", ["a.png", "b.png"])
+    for name, label in (("a", 3), ("b", 0)):
+        (source / f"{name}.cls").write_text(f"{label}\n")
+    manifest = pack(str(source), str(tmp_path / "out")).manifest
+    assert manifest.num_labels == 4
+    assert {key: int(members["cls"]) for key, members in samples(tmp_path / "out").items()} == {"a": 3, "b": 0}
+    (source / "d").mkdir()
+    for path in list(source.glob("?.*")):
+        path.rename(source / "d" / path.name)
+    with pytest.raises(DataError, match=r"subfolders, which would be classes, and \.cls files \(beside d/[ab]\.png\)"):
+        pack(str(source), str(tmp_path / "again"))
+
+
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     hidden = [".thumbnails/a.png", "cat/.a.png", "cat/.cache/a.png", "cat/._a.png"]
     source = fill(tmp_path / "in", ["cat/a.png", *hidden])
@@ -204,7 +218,9 @@ def test_shards_are_packed_anew_sample_for_sample(tmp_path: Path, form: int, sha
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_large_shard_is_gone_on_with_in_its_middle(tmp_path: Path, processes: int) -> None:
+def test_a_large_shard_is_gone_on_with_in_its_middle(
+    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = theirs(tmp_path / "in", stream(120), 2, tarfile.USTAR_FORMAT)
     wanted = pack(str(source), str(tmp_path / "whole"), shard_mib=0.02).manifest
     told: list[int] = []
@@ -218,7 +234,8 @@ def test_a_large_shard_is_gone_on_with_in_its_middle(tmp_path: Path, processes: 
         pack(str(source), str(tmp_path / "out"), shard_mib=0.02, processes=processes, on_progress=stop)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     assert len(wanted.shards) == 28
-    finished = pack(str(source), str(tmp_path / "out"), shard_mib=0.02, processes=processes)
+    monkeypatch.chdir(tmp_path)  # from another place, under another name
+    finished = pack(f"./{source.name}", "out", shard_mib=0.02, processes=processes)
     assert finished.manifest.hash == wanted.hash
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert any(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())

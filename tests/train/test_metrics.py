@@ -89,6 +89,20 @@ def test_bad_samples_are_counted_over_workers_and_starts(tmp_path: Path) -> None
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_bad_sample_of_a_data_set_that_has_moved_counts_once(tmp_path: Path) -> None:
+    def meet(shard: str, data_set: int) -> None:
+        quarantine = Quarantine(str(tmp_path), 1)
+        line = {"number": 1, "data_set": data_set, "shard": shard, "sample": "k", "reason": "cut"}
+        quarantine.add([line])
+        quarantine.write(quarantine.gather())
+        quarantine.check()
+
+    meet("/old/s.tar", 0)
+    meet("s3://bucket/new/s.tar", 0)
+    with pytest.raises(DataError, match="2 samples cannot be decoded"):
+        meet("/old/s.tar", 1)
+
+
 def _each_adds(rank: int, world_size: int) -> None:
     averages = Averages(CPU)
     averages.add({"both": torch.full((2, 3), float(rank))}, weight=1.0 + rank)
