@@ -19,19 +19,15 @@ from gmdist.evaluation.measure import Captions, Evaluator, Images
 from gmdist.families.family import Batch, Condition, captions
 
 
-def reference_of(config: Config) -> str:
-    """Where the real images are: the config's, else data.test, else the (first) training data."""
-    return config.evaluation.reference or config.data.test or config.data.trained_on[0].train
+def references(config: Config) -> list[str]:
+    """Where the real images are: the config's, else data.test, else all training data."""
+    named = _reference(config)
+    return [named] if isinstance(named, str) else [one.train for one in named]
 
 
 def _reference(config: Config) -> str | list[MixedConfig]:
     named = config.evaluation.reference or config.data.test
     return config.data.trained_on if named is None else named
-
-
-def _folders(config: Config) -> list[str]:
-    named = _reference(config)
-    return [named] if isinstance(named, str) else [one.train for one in named]
 
 
 def check_reference(config: Config) -> None:
@@ -41,7 +37,7 @@ def check_reference(config: Config) -> None:
         ConfigError: they are latents.
         DataError: there are none, or none with captions where the run reads captions.
     """
-    for folder in _folders(config):
+    for folder in references(config):
         if Record.load(storage.absolute(folder)) is not None:
             raise ConfigError(
                 f"evaluation.reference: {config.evaluation.reference or 'null'}; {folder} holds latents: name shards "
@@ -59,7 +55,7 @@ def open_features(config: Config) -> Features:
         ConfigError: there are none, or they describe images of another size.
     """
     given = config.evaluation.features
-    features = load_features(given or beside(reference_of(config)), is_given=given is not None)
+    features = load_features(given or beside(references(config)[0]), is_given=given is not None)
     features.check(config.data.image_size, config.data.channels)
     return features
 
@@ -110,7 +106,9 @@ def open_captions(config: Config, device: torch.device) -> Captions | None:
     if config.data.caption is None:
         return None
     classes = config.data.num_classes
-    if not all(0 < Manifest.load(storage.absolute(folder)).num_labels <= (classes or 0) for folder in _folders(config)):
+    if not all(
+        0 < Manifest.load(storage.absolute(folder)).num_labels <= (classes or 0) for folder in references(config)
+    ):
         classes = None
     data = replace(config.data, image=False, num_classes=classes, arrays=(), cache_dir=None)
     loader = Loader(data, _reference(config))

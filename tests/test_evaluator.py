@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from gmdist.config import Config, load
+from gmdist.data.config import MixedConfig
 from gmdist.data.loader import Loader
 from gmdist.data.pack import write_shards
 from gmdist.data.samples import digits
 from gmdist.evaluation.features import save_classifier
-from gmdist.evaluator import open_captions, open_evaluator
+from gmdist.evaluator import open_captions, open_evaluator, references
 from gmdist.families.family import Condition, Family
 from gmdist.nets.classifier import Classifier, ClassifierSizes
 from tests.test_cli import CONFIG, TINY
@@ -75,3 +76,12 @@ def test_where_there_are_more_images_than_captions_these_come_again(config: Conf
     open_evaluator(config, None, CPU)(family)
     assert len(family.asked) == there + 8
     assert [family.asked[there + number] for number in range(8)] == [family.asked[number] for number in range(8)]
+
+
+def test_without_test_data_all_data_sets_of_a_mix_are_the_reference(config: Config, tmp_path: Path) -> None:
+    assert references(config) == [f"{tmp_path}/test"]
+    config.data.test = config.data.train = None
+    config.data.mix = {"a": MixedConfig(f"{tmp_path}/train"), "b": MixedConfig(f"{tmp_path}/test")}
+    assert references(config) == [f"{tmp_path}/train", f"{tmp_path}/test"]
+    config.evaluation.reference = "elsewhere"
+    assert references(config) == ["elsewhere"]

@@ -7,11 +7,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from gmdist.data import tape
-from gmdist.data.tape import Int64Array, keyed_hash, permute
+from gmdist.data.tape import Int64Array, Purpose, keyed_hash, permute
 from gmdist.errors import DataError
-
-# Purpose of a hash beside those of the tape and of the transforms.
-_MIX = 6
 
 UNPAIRED = "unpaired"  # where fingerprints have a second domain's
 
@@ -70,7 +67,7 @@ class Mix:
         periods = -(-lanes // period)
         self.lanes = tuple(weight * periods for weight in self.weights)  # of each data set
         slot = np.arange(period * periods)
-        keys = keyed_hash(seed, _MIX, slot // period)
+        keys = keyed_hash(seed, Purpose.MIX, slot // period)
         place = permute(slot % period, np.full(len(slot), period), keys)
         self._dataset = np.searchsorted(np.cumsum(self.weights), place, side="right")  # by the slot in a round
         self._rank = np.empty_like(slot)  # among the slots of the same data set

@@ -12,6 +12,7 @@ when it is asked for.
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,18 @@ def _mix(x: _Uint64Array) -> _Uint64Array:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+class Purpose(IntEnum):
+    """What a hash of the seed draws: each its own."""
+
+    SHARDS = 1  # their order
+    BLOCK = 2  # the order within
+    REPLACEMENT = 3
+    FLIP = 4
+    CROP = 5
+    MIX = 6  # the order of data sets in a period
+    FIRST_PLACE = 7  # of a rotated tape
 
 
 def keyed_hash(*words: int | npt.NDArray[np.integer]) -> _Uint64Array:
@@ -156,7 +169,7 @@ class Tape:
 
     def _draw_shard_order(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The shards in the epoch's order, and where on the tape each of them ends."""
-        keys = keyed_hash(self.fingerprint.seed, 1, epoch, np.arange(len(self._samples)))
+        keys = keyed_hash(self.fingerprint.seed, Purpose.SHARDS, epoch, np.arange(len(self._samples)))
         order = np.argsort(keys, kind="stable")
         return order, np.cumsum(self._samples[order])
 
@@ -164,7 +177,7 @@ class Tape:
         """Where on the tape the epoch's first lane begins; after the tape's last sample its first one follows."""
         if not self._rotated:
             return 0
-        return int(keyed_hash(self.fingerprint.seed, 7, epoch)[0] % np.uint64(self.num_samples))
+        return int(keyed_hash(self.fingerprint.seed, Purpose.FIRST_PLACE, epoch)[0] % np.uint64(self.num_samples))
 
     def locate(self, numbers: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
         """Where the samples with these numbers are.
@@ -186,7 +199,7 @@ class Tape:
         block_number, index = np.divmod(place, block)
         block_start = block_number * block
         block_size = np.minimum(block, lane_size - block_start)
-        key = keyed_hash(self.fingerprint.seed, 2, epochs, lane, block_number)
+        key = keyed_hash(self.fingerprint.seed, Purpose.BLOCK, epochs, lane, block_number)
         position = lane_start + block_start + permute(index, block_size, key)
         return self._on_tape(epochs, position)
 
@@ -244,7 +257,7 @@ class Tape:
 
     def replacement(self, number: int, attempt: int) -> tuple[int, int]:
         """The sample (shard, index) that stands in for number t when its own cannot be decoded, at the n-th attempt."""
-        position = keyed_hash(self.fingerprint.seed, 3, number, attempt) % np.uint64(self.num_samples)
+        position = keyed_hash(self.fingerprint.seed, Purpose.REPLACEMENT, number, attempt) % np.uint64(self.num_samples)
         shard, index = self._on_tape(np.array([number // self.num_samples]), position.astype(np.int64))
         return int(shard[0]), int(index[0])
 

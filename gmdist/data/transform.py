@@ -5,7 +5,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from gmdist.data.decode import Buffer, Reduced, UInt8Array, decode_reduced
-from gmdist.data.tape import Int64Array, keyed_hash
+from gmdist.data.tape import Int64Array, Purpose, keyed_hash
 
 # The filter, and to how many times the target plain averages may shrink an image before it. Three times is not seen in
 # what Lanczos makes, and takes half its time where images are eight times as large; boxes are fast without.
@@ -17,18 +17,15 @@ FILTERS: dict[str, tuple[Image.Resampling, float | None]] = {
 # 28 to 50 dB; with 2, by 45 or more.
 _DECODED_AT_LEAST = 2
 
-# Purposes of hashes beside those of the tape.
-_FLIP, _CROP = 4, 5
-
 
 def flips(seed: int, numbers: Int64Array) -> npt.NDArray[np.bool_]:
     """Which of the samples with these numbers [N] are mirrored, each with probability one half: [N]."""
-    return keyed_hash(seed, _FLIP, numbers) >> np.uint64(63) == 1
+    return keyed_hash(seed, Purpose.FLIP, numbers) >> np.uint64(63) == 1
 
 
 def places(seed: int, numbers: Int64Array) -> npt.NDArray[np.float64]:
     """Where along the longer side the samples with these numbers [N] are cut, uniform in [0, 1): [N]."""
-    return (keyed_hash(seed, _CROP, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (keyed_hash(seed, Purpose.CROP, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def decode_square(content: Buffer, channels: int, size: int, method: str, place: float | None) -> UInt8Array:

@@ -11,7 +11,7 @@ from gmdist.config import Config
 from gmdist.data.unpaired import open_held_out
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import METRICS
-from gmdist.evaluator import open_evaluator, reference_of
+from gmdist.evaluator import open_evaluator, references
 from gmdist.train.checkpoint import folder_name
 from gmdist.train.config import micro_batch_size
 from gmdist.train.held_out import held_out_means
@@ -65,7 +65,7 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
         "overrides": list(overrides),
         "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
         "num_images": config.evaluation.num_images,
-        "reference": reference_of(config),
+        "reference": ", ".join(references(config)),
         "features": evaluator.features.location,
         "features_fingerprint": evaluator.features.fingerprint,
     }

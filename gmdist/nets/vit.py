@@ -21,7 +21,7 @@ class ViTConfig:
     depth: int = 8  # blocks
     num_heads: int = 8
     hidden_channels: int = 2048  # width of the feed-forward
-    head_channels: int = 64  # of queries, keys and values; 0: channels / num_heads
+    head_channels: int | None = 64  # of queries, keys and values; None: channels / num_heads
 
     @property
     def attention_channels(self) -> int:
@@ -34,9 +34,9 @@ class ViTConfig:
             return f"channels: {self.channels}; must be divisible by 4, from 4 to {_MAX_WIDTH}"
         if self.num_heads < 1:
             return f"num_heads: {self.num_heads}; must be at least 1"
-        if self.head_channels < 0:
-            return f"head_channels: {self.head_channels}; must be at least 1, or 0 for channels / num_heads"
-        if not self.head_channels and (problem := heads_problem(self.channels, self.num_heads)):
+        if self.head_channels is not None and self.head_channels < 1:
+            return f"head_channels: {self.head_channels}; must be at least 1, or null for channels / num_heads"
+        if self.head_channels is None and (problem := heads_problem(self.channels, self.num_heads)):
             return problem
         if self.depth < 1:
             return f"depth: {self.depth}; must be at least 1"

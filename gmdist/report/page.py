@@ -18,7 +18,7 @@ from gmdist.data.config import MixedConfig
 from gmdist.data.loader import Loader
 from gmdist.evaluation.neighbors import Novelty, novelty
 from gmdist.runs import read_config, split_run
-from gmdist.train.checkpoint import step_of
+from gmdist.train.checkpoint import folder_name, step_of
 from gmdist.train.metrics import read_lines
 
 _MAX_GRIDS = 5
@@ -142,7 +142,7 @@ def _section(folder: str, config: Config) -> dict[str, Any]:
         "summary": summary,
         "curves": _curves(lines),
         "grids": [
-            {"step": step, "source": uri_of(storage.read(storage.join(folder, "samples", f"step-{step:08d}.png")))}
+            {"step": step, "source": uri_of(storage.read(storage.join(folder, "samples", f"{folder_name(step)}.png")))}
             for step in dict.fromkeys(chosen)
         ],
         "config": config.to_yaml(),

@@ -143,14 +143,18 @@ def test_the_limit_holds_while_others_write(tmp_path: Path) -> None:
 
 
 def test_one_worker_fetches_for_all(tmp_path: Path) -> None:
-    caches, fetches = [cache_of(tmp_path, 10) for _ in range(4)], []
+    caches, fetches, together = [cache_of(tmp_path, 10) for _ in range(4)], [], threading.Barrier(4)
 
     def fetch() -> bytearray:
         fetches.append(1)
         time.sleep(0.05)
         return content_of(1, 0)
 
-    threads = [threading.Thread(target=cache.keep, args=(part(1), SIZE, fetch)) for cache in caches]
+    def keep(cache: Cache) -> None:
+        together.wait()
+        cache.keep(part(1), SIZE, fetch)
+
+    threads = [threading.Thread(target=keep, args=(cache,)) for cache in caches]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -71,7 +71,7 @@ def test_a_cluster_is_examined_within_seconds(
     settings = [f"data.train={digits}/train", f"data.test={digits}/test", f"run.dir={tmp_path}/new/run"]
     began_s = time.monotonic()
     findings = examine_cluster(load(CONFIG, settings))
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 60
     assert {finding.what for finding in findings} == {
         *("room", "versions", "data.train", "data.test", "run.dir", "disk")
     }

@@ -40,7 +40,7 @@ def has_ended(pid: int) -> bool:
 
 
 def test_a_worker_that_goes_on_is_left_alone() -> None:
-    worker, watchdog = start(0.5, 12)
+    worker, watchdog = start(3.0, 40)  # a sign every 0.1 s, for longer than that
     assert worker.wait(timeout=60) == 0
     assert has_ended(watchdog)
 

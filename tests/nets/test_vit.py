@@ -66,8 +66,8 @@ def test_a_block_by_hand() -> None:
     [
         (ViTConfig(channels=6), "channels: 6; must be divisible by 4"),
         (ViTConfig(num_heads=0), "num_heads: 0"),
-        (ViTConfig(num_heads=3, head_channels=0), "num_heads: 3; must divide the width 512"),
-        (ViTConfig(head_channels=-1), "head_channels: -1"),
+        (ViTConfig(num_heads=3, head_channels=None), "num_heads: 3; must divide the width 512"),
+        (ViTConfig(head_channels=0), "head_channels: 0; must be at least 1, or null"),
         (ViTConfig(depth=0), "depth: 0"),
         (ViTConfig(hidden_channels=0), "hidden_channels: 0"),
     ],

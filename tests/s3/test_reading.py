@@ -99,7 +99,7 @@ def test_an_interrupted_index_ends_at_once(
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         index_folder(f"{bucket}/slow", interrupt)
-    assert time.monotonic() - began_s < 10.0
+    assert time.monotonic() - began_s < 30.0
     proxy.decide = lambda path, count: None
     assert index_folder(f"{bucket}/slow")[1] == []
 
