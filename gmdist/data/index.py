@@ -65,7 +65,7 @@ def index_folder(
     if problems:
         ledger.save()
         return ledger.manifest(()), [problems[name] for name in sorted(problems)]
-    return ledger.finish(classes), []
+    return ledger.finish(classes, made_here=False), []
 
 
 def check_folder(

@@ -31,7 +31,7 @@ def is_unchanged(folder: str, entry: ShardEntry, listed: storage.Stat | None) ->
 
 
 def timeless(entry: ShardEntry) -> ShardEntry:
-    """A shard's line of the manifest without a file's time: the same source makes the same bytes."""
+    """A shard's line of the manifest without a file's time."""
     return replace(entry, etag="") if storage.Stat(0, entry.etag).is_local else entry
 
 
@@ -86,8 +86,15 @@ class Ledger:
         now_s = time.monotonic()
         self._next_save_s = now_s + (now_s - began_s) / _SAVING_MOST
 
-    def finish(self, classes: tuple[str, ...]) -> Manifest:
-        """Write the manifest and delete the ledger; DataError, and no manifest, if there is no sample."""
+    def finish(self, classes: tuple[str, ...], *, made_here: bool) -> Manifest:
+        """Write the manifest and delete the ledger; DataError, and no manifest, if there is no sample.
+
+        Args:
+            classes: names of the labels.
+            made_here: whether the shards are of this command's making: the same source makes the same bytes.
+        """
+        if made_here:
+            self.entries = {name: timeless(entry) for name, entry in self.entries.items()}
         manifest = self.manifest(classes)
         if manifest.num_samples == 0:
             raise DataError(f"{self.folder}: the shards hold no samples")

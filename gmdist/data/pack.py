@@ -147,8 +147,7 @@ def pack(
     if samples == 0:
         raise DataError("; ".join([f"{destination}: none of the images can be read", *unreadable[:1]]))
     _check_budget(source, record, samples + len(unreadable), max_unreadable)
-    ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
-    return Packed(ledger.finish(listing.classes), unreadable)
+    return Packed(ledger.finish(listing.classes, made_here=True), unreadable)
 
 
 def _fingerprint(listing: ImageFolder | ShardFolder, encoding: Encoding, shard_mib: float) -> str:

@@ -13,7 +13,7 @@ from gmdist import runs, storage
 from gmdist.config import Config
 from gmdist.data.latent_shards import as_stored, open_source
 from gmdist.data.latents import Record, Transform
-from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
+from gmdist.data.ledger import LEDGER_NAME, Ledger
 from gmdist.data.manifest import ENCODED_NAME, MANIFEST_NAME, Manifest
 from gmdist.errors import ConfigError, DataError, StorageError
 from gmdist.families.family import Family
@@ -110,8 +110,7 @@ def encode(
     record.sample_bytes = total / max(1, num_samples)
     ledger.save()
     _check_budget(config, source, record, num_samples)
-    ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
-    return Encoded(ledger.finish(listing.classes), record)
+    return Encoded(ledger.finish(listing.classes, made_here=True), record)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

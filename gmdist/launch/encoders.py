@@ -1,6 +1,5 @@
 """Encoding the shards of a latent cache: what each worker has to know."""
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from gmdist.config import Config
 from gmdist.data.batch import as_floats
 from gmdist.data.latent_shards import ShardEncoder
 from gmdist.data.latents import Record
-from gmdist.errors import ConfigError
 from gmdist.families.family import Family
-from gmdist.launch.shard_workers import device_of
+from gmdist.launch.shard_workers import device_of, not_shared
 from gmdist.train.engine import computing
 
 _BATCH_SIZE = 32  # where the run has no micro-batch size
@@ -37,10 +35,7 @@ class EncodingWork:
         device = device_of(config)
         found = Record.load(self.destination)
         if found is None or self.record.difference(found) is not None:
-            raise ConfigError(
-                f"DEST: {self.destination}; a worker on {os.uname().nodename} does not see what is in it: on several "
-                "machines, use a shared folder or s3://"
-            )
+            raise not_shared("DEST", self.destination)
         return ShardEncoder(
             config.data,
             encoding(self.family, config.train.precision, device),

@@ -1,6 +1,5 @@
 """Generated images as a data set: shards that the workers of a cluster draw, and that are gone on with."""
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -10,13 +9,13 @@ from typing import Any
 from gmdist import images, runs, storage
 from gmdist.checksum import crc32
 from gmdist.config import Config
-from gmdist.data.ledger import LEDGER_NAME, Ledger, timeless
+from gmdist.data.ledger import LEDGER_NAME, Ledger
 from gmdist.data.manifest import MANIFEST_NAME, PACKED_NAMES, SAMPLED_NAME, Manifest, ShardEntry
 from gmdist.data.shard import ShardWriter
-from gmdist.errors import ConfigError, DataError, StorageError
+from gmdist.errors import DataError, StorageError
 from gmdist.launch.lease import LEASE_NAME, Lease, held
 from gmdist.launch.sample import Drawer, SampleRequest
-from gmdist.launch.shard_workers import device_of, make_shards
+from gmdist.launch.shard_workers import device_of, make_shards, not_shared
 
 _FORMAT = 1
 _SHARD_BYTES = 64 << 20  # of pixels in a shard at most
@@ -75,10 +74,7 @@ class DrawingWork:
         """Set this process up to draw: its storage and its device."""
         runs.use_storage(self.config)
         if not storage.exists(storage.join(self.destination, SAMPLED_NAME)):
-            raise ConfigError(
-                f"--out: {self.destination}; a worker on {os.uname().nodename} does not see what is in it: on several "
-                "machines, use a shared folder or s3://"
-            )
+            raise not_shared("--out", self.destination)
         return ShardDrawer(self.drawer.to(device_of(self.config)), self.destination)
 
 
@@ -154,8 +150,7 @@ def _draw(
                 ledger.save()
             done += entry.samples
             on_progress(done, request.num_images)
-    ledger.entries = {name: timeless(entry) for name, entry in ledger.entries.items()}
-    return ledger.finish(())
+    return ledger.finish((), made_here=True)
 
 
 def _whole(out: str, there: dict[str, storage.Stat]) -> Manifest:

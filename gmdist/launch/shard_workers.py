@@ -1,5 +1,6 @@
 """Who makes the shards of a data set, each by itself: this process, or the workers of a Ray cluster."""
 
+import os
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 Task = TypeVar("Task", contravariant=True)
 Made = TypeVar("Made", covariant=True)
 _SHARDS_AT_ONCE = 2  # of a worker: one is read or written while the other goes through the networks
+
+
+def not_shared(key: str, location: str) -> ConfigError:
+    """What a worker says of a folder that is one of the driver's machine, where this is another."""
+    return ConfigError(
+        f"{key}: {location}; a worker on {os.uname().nodename} does not see what is in it: on several machines, use a "
+        "shared folder or s3://"
+    )
 
 
 class Maker(Protocol[Task, Made]):

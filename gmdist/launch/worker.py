@@ -17,10 +17,9 @@ from ray.exceptions import RayActorError, RayError
 
 from gmdist import runs, start, storage
 from gmdist.config import Config, from_yaml
-from gmdist.errors import ConfigError
 from gmdist.launch.lease import LEASE_NAME
 from gmdist.launch.mailbox import Failure, News, Wishes
-from gmdist.launch.shard_workers import device_of
+from gmdist.launch.shard_workers import device_of, not_shared
 from gmdist.launch.watchdog import Watchdog
 from gmdist.train.hooks import Hooks, Outcome, Progress
 
@@ -128,7 +127,4 @@ def check_reach(config: Config) -> None:
     """ConfigError if the run's folder is one of the driver's machine, and this is another."""
     runs.use_storage(config)
     if not storage.exists(storage.join(config.run.dir, LEASE_NAME)):
-        raise ConfigError(
-            f"run.dir: {config.run.dir}; a worker on {os.uname().nodename} does not see what is in it: on several "
-            "machines, use a shared folder or s3://"
-        )
+        raise not_shared("run.dir", config.run.dir)
