@@ -24,7 +24,7 @@ from gpu_table import print_table
 from in_memory import Synthetic, free_memory, one_line, train
 from torch import Tensor
 
-from gmdist.diffusion.process import DiffusionConfig
+from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import MemoryExceededError
 from gmdist.families.ddpm import DDPM, DDPMConfig
 from gmdist.families.family import Surroundings

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gmdist import rng, s3
 from gmdist.data.tape import Tape, digest, owned
-from gmdist.diffusion.process import DiffusionConfig, SamplerConfig
+from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
 from gmdist.families.adversarial import DiscriminatorConfig
 from gmdist.families.augmentation import AugmentConfig

@@ -17,12 +17,9 @@ from gmdist.diffusion.config import (
     SAMPLERS,
     TIMESTEP_SPACINGS,
     DiffusionConfig,
-    SamplerConfig,
 )
 from gmdist.diffusion.noising import DiscreteNoise, Noising
 from gmdist.diffusion.predictions import Prediction, Scalar
-
-__all__ = ["Diffusion", "DiffusionConfig", "Noised", "Predict", "PredictBoth", "SamplerConfig"]
 
 # A network on its scaled input [N, ...] and what it is told of the time [N]: the output [N, ...].
 Predict = Callable[[Tensor, Tensor], Tensor]

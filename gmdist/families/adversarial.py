@@ -1,4 +1,4 @@
-"""What families that reconstruct share: a perceptual distance, and a discriminator that judges their images."""
+"""What families that reconstruct share: a perceptual distance, and a discriminator of their images."""
 
 import math
 from dataclasses import dataclass, field
@@ -74,8 +74,8 @@ class DiscriminatorConfig:
         return None
 
 
-class JudgedAutoencoder(Family):
-    """A family that reconstructs by its child `autoencoder`, which a discriminator may judge: two optimizers."""
+class ReconstructionFamily(Family):
+    """A family that reconstructs by its child `autoencoder`, with or without a discriminator: one optimizer, or two."""
 
     averaged = ("autoencoder",)
 
@@ -83,18 +83,18 @@ class JudgedAutoencoder(Family):
         self,
         autoencoder: nn.Module,
         perceptual: PerceptualConfig,
-        judge: DiscriminatorConfig | None,
+        adversary: DiscriminatorConfig | None,
         surroundings: Surroundings,
     ) -> None:
         super().__init__()
         self.seed = surroundings.seed
         self.image_size, self.image_channels = surroundings.image_size, surroundings.image_channels
-        self._perceptual, self._judge = perceptual, judge
-        if judge is not None and judge.name == "stylegan2":
-            self.compared = max(judge.stylegan2.minibatch_std_group, 1)
+        self._perceptual, self._adversary = perceptual, adversary
+        if adversary is not None and adversary.name == "stylegan2":
+            self.compared = max(adversary.stylegan2.minibatch_std_group, 1)
         self.autoencoder = autoencoder
         self.perceptual = make_perceptual(perceptual)
-        self.discriminator = None if judge is None else judge.build(self.image_size, self.image_channels)
+        self.discriminator = None if adversary is None else adversary.build(self.image_size, self.image_channels)
 
     def initialize(self, batch: Batch) -> None:
         """Read the perceptual network. From then on it is in the checkpoints, and a run opens without the files."""
@@ -104,7 +104,7 @@ class JudgedAutoencoder(Family):
 
     def check_files(self) -> None:
         """Read the perceptual network, on the meta device: what is missing is refused before any worker starts."""
-        JudgedAutoencoder.initialize(self, {})
+        ReconstructionFamily.initialize(self, {})
 
     @property
     def last_layer(self) -> Tensor:
@@ -121,28 +121,28 @@ class JudgedAutoencoder(Family):
 
     def phases(self) -> list[Phase]:
         """The autoencoder, then the discriminator where there is one."""
-        if self._judge is None:
+        if self._adversary is None:
             return [Phase("autoencoder", "autoencoder", self.loss)]
-        start = self._judge.start_images
+        start = self._adversary.start_images
         return [
-            Phase("autoencoder", "autoencoder", self.loss, revisits=self._judge.adaptive, changes_at=start),
+            Phase("autoencoder", "autoencoder", self.loss, revisits=self._adversary.adaptive, changes_at=start),
             Phase("discriminator", "discriminator", self.discriminator_loss, begins_at=start),
         ]
 
     def discriminator_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """Images against reconstructions, through which no gradient goes."""
         assert self.discriminator is not None
-        assert self._judge is not None
+        assert self._adversary is not None
         image = batch["image"]
         with torch.no_grad():
             reconstruction = self.reconstruction(batch)
         # Apart: where it compares samples with each other, neither may be told from the other by its company.
-        real, fake = (at_least_fp32(self.discriminator(judged)) for judged in (image, reconstruction))
-        loss = 0.5 * discriminator_loss(LOSSES[self._judge.loss], real, fake)  # as in VQGAN (Esser 2021)
+        real, fake = (at_least_fp32(self.discriminator(shown)) for shown in (image, reconstruction))
+        loss = 0.5 * discriminator_loss(LOSSES[self._adversary.loss], real, fake)  # as in VQGAN (Esser 2021)
         metrics = {"loss": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
         return loss, metrics
 
-    def judgement(self, reconstruction: Tensor, error: Tensor, seen: int) -> tuple[Tensor, Metrics] | None:
+    def adversarial_loss(self, reconstruction: Tensor, error: Tensor, seen: int) -> tuple[Tensor, Metrics] | None:
         """The loss that asks the discriminator to take reconstructions for images; None where it does not take part.
 
         Args:
@@ -153,12 +153,12 @@ class JudgedAutoencoder(Family):
         Returns:
             The weighted loss, a scalar, and what to log of it.
         """
-        if self._judge is None or seen < self._judge.start_images:
+        if self._adversary is None or seen < self._adversary.start_images:
             return None
         assert self.discriminator is not None
         adversarial = -at_least_fp32(self.discriminator(reconstruction)).mean()
-        weight = torch.full_like(error, self._judge.weight_at(seen)).detach()
-        if self._judge.adaptive:
+        weight = torch.full_like(error, self._adversary.weight_at(seen)).detach()
+        if self._adversary.adaptive:
             weight = weight * adaptive_weight(error, adversarial, self.last_layer)
         return weight * adversarial, {"adversarial": adversarial.detach(), "adversarial_weight": weight}
 

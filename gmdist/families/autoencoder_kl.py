@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmdist import rng
-from gmdist.families.adversarial import DiscriminatorConfig, JudgedAutoencoder
+from gmdist.families.adversarial import DiscriminatorConfig, ReconstructionFamily
 from gmdist.families.family import Batch, Condition, Metrics, Surroundings
 from gmdist.interchange.initial import check_initial, initial_problem, initial_state
 from gmdist.interchange.pipelines import Network
@@ -51,17 +51,18 @@ class AutoencoderKLConfig:
         return initial_problem(self.init_from)
 
 
-class AutoencoderKL(JudgedAutoencoder):
+class AutoencoderKL(ReconstructionFamily):
     """Encoder, decoder, and a Gaussian posterior held near the standard normal.
 
     The loss of a sample is that of latent diffusion's first stages (Rombach 2022, App. G; Esser 2021, Eq. 7):
 
-        D (|x - x'| + w d(x, x')) / exp(s) + D s  +  kl_weight KL(q(z|x) || N(0, 1))  -  lambda judged(x')
+        D (|x - x'| + w d(x, x')) / exp(s) + D s  +  kl_weight KL(q(z|x) || N(0, 1))  -  lambda logit(x')
 
     where D is the number of pixels times channels, |x - x'| their mean absolute error, d the perceptual distance with
     its weight w, and s = logvar a learned scalar: without d and apart from a constant, the first part is the negative
     log likelihood of a Laplace distribution of scale exp(s). Error and KL are sums over a sample and means over the
-    batch, so published weights have their published meaning. lambda is 0 until `discriminator.start_images`.
+    batch, so published weights have their published meaning. The discriminator's logit counts from
+    `discriminator.start_images` on.
     """
 
     blocks = (ResBlock, SelfAttention2d, *stylegan2_discriminator.BLOCKS)
@@ -101,7 +102,7 @@ class AutoencoderKL(JudgedAutoencoder):
         return self._decode_sampled(batch, *self.autoencoder.encode(batch["image"]))
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """The reconstruction from the sampled posterior, the weighted KL term, and the discriminator's judgement."""
+        """The reconstruction from the sampled posterior, the weighted KL term, and the adversarial term."""
         image = batch["image"]
         mean, logvar = self.autoencoder.encode(image)
         reconstruction = self._decode_sampled(batch, mean, logvar)
@@ -120,9 +121,9 @@ class AutoencoderKL(JudgedAutoencoder):
         kl = kl_of_dimensions(mean, logvar).flatten(1).sum(dim=1).mean()
         loss = nll + self.config.kl_weight * kl
         metrics["kl_nats"] = kl.detach()
-        if judgement := self.judgement(reconstruction, nll, seen):
-            adversarial, judged = judgement
-            loss, metrics = loss + adversarial, metrics | judged
+        if term := self.adversarial_loss(reconstruction, nll, seen):
+            adversarial, logged = term
+            loss, metrics = loss + adversarial, metrics | logged
         return loss, metrics | {"loss": loss.detach()}
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:

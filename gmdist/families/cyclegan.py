@@ -27,7 +27,7 @@ class CycleGANConfig:
     loss: str = "least_squares"
     cycle_weight: float = 10.0  # of an image's difference from what comes back
     identity_weight: float = 5.0  # of an image's difference from what is made of it where it is of the target already
-    pool_size: int = 50  # translations that a worker keeps of each domain: half of those judged are of them; 0: none
+    pool_size: int = 50  # translations that a worker keeps of each domain, half of what discriminators see; 0: none
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
@@ -55,7 +55,7 @@ class CycleGAN(Family):
 
     Both generators minimise, of images a and b (Zhu 2017, Eq. 3 and Sec. 5.2),
 
-        judged(a2b(a)) + judged(b2a(b))  +  cycle |b2a(a2b(a)) - a|  +  cycle |a2b(b2a(b)) - b|
+        adversarial(a2b(a)) + adversarial(b2a(b))  +  cycle |b2a(a2b(a)) - a|  +  cycle |a2b(b2a(b)) - b|
         +  identity |a2b(b) - b|  +  identity |b2a(a) - a|
     """
 
@@ -90,12 +90,13 @@ class CycleGAN(Family):
             translated = there(image)
             network = self.discriminators[direction[-1]]
             real = at_least_fp32(network(target)) if self.config.loss == "relativistic" else None
-            judged = generator_loss(self.config.loss, at_least_fp32(network(translated)), real)
+            adversarial = generator_loss(self.config.loss, at_least_fp32(network(translated)), real)
             if self.config.loss == "least_squares":
-                judged = 2.0 * judged  # without the half of Mao 2017 (Zhu 2017, Sec. 4), which the weights are for
+                # Without the half of Mao 2017 (Zhu 2017, Sec. 4), which the weights are for.
+                adversarial = 2.0 * adversarial
             cycle = (back(translated) - image).abs().mean()
-            loss = loss + judged + self.config.cycle_weight * cycle
-            metrics |= {f"{direction}_judged": judged.detach(), f"{direction}_cycle": cycle.detach()}
+            loss = loss + adversarial + self.config.cycle_weight * cycle
+            metrics |= {f"{direction}_adversarial": adversarial.detach(), f"{direction}_cycle": cycle.detach()}
             if self.config.identity_weight:
                 identity = (there(target) - target).abs().mean()
                 loss = loss + self.config.identity_weight * identity

@@ -125,7 +125,7 @@ class GAN(Family):
         latent = rng.normal(self.seed, f"latent/{purpose}", keys, (self.latent_channels,))
         return at_least_fp32(self.generator(latent, label))
 
-    def judge(self, image: Tensor, label: Tensor | None, keys: Tensor, purpose: str) -> Tensor:
+    def logits(self, image: Tensor, label: Tensor | None, keys: Tensor, purpose: str) -> Tensor:
         """Logits [N, ...], at least fp32, of images as the augmentation changes them."""
         image = self.augmentation(image, keys, f"augment/{purpose}")
         return at_least_fp32(self.discriminator(image, label))
@@ -135,8 +135,8 @@ class GAN(Family):
         keys, image, label = batch["key"], batch["image"], self._label(batch)
         with torch.no_grad():
             generated = self.generate(keys, label, "d")
-        fake = self.judge(generated, label, keys, "d/fake")
-        real = self.judge(image, label, keys, "d/real")
+        fake = self.logits(generated, label, keys, "d/fake")
+        real = self.logits(image, label, keys, "d/real")
         self.augmentation.observe(real - undecided(self.objective.loss))
         loss = discriminator_loss(self.objective.loss, real, fake)
         real_sign, fake_sign = mean_signs(self.objective.loss, real.detach(), fake.detach())
@@ -144,7 +144,7 @@ class GAN(Family):
         if self.objective.interpolation_weight:
             share = rng.uniform(self.seed, "interpolation", keys)
             penalty = interpolation_penalty(
-                lambda points: self.judge(points, label, keys, "d/real"), image, generated, share
+                lambda points: self.logits(points, label, keys, "d/real"), image, generated, share
             )
             loss = loss + self.objective.interpolation_weight * penalty
             metrics["interpolation"] = penalty.detach()
@@ -158,13 +158,13 @@ class GAN(Family):
         keys, label = batch["key"], self._label(batch)
         terms, metrics = [], {}
         if self.objective.r1_gamma:
-            real = squared_gradients(lambda image: self.judge(image, label, keys, "r1"), batch["image"])
+            real = squared_gradients(lambda image: self.logits(image, label, keys, "r1"), batch["image"])
             terms.append(0.5 * self.objective.r1_gamma * real[0].mean() + 0.0 * real[1].mean())
             metrics["r1"] = real[0].detach().mean()
         if self.objective.r2_gamma:
             with torch.no_grad():
                 generated = self.generate(keys, label, "r2")
-            fake = squared_gradients(lambda image: self.judge(image, label, keys, "r2"), generated)
+            fake = squared_gradients(lambda image: self.logits(image, label, keys, "r2"), generated)
             terms.append(0.5 * self.objective.r2_gamma * fake[0].mean() + 0.0 * fake[1].mean())
             metrics["r2"] = fake[0].detach().mean()
         # The logits themselves count nothing, and let a gradient of zero reach every parameter, as ZeRO asks.
@@ -174,11 +174,11 @@ class GAN(Family):
     def g_loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """That the discriminator takes generated images for real ones."""
         keys, label = batch["key"], self._label(batch)
-        fake = self.judge(self.generate(keys, label, "g"), label, keys, "g/fake")
+        fake = self.logits(self.generate(keys, label, "g"), label, keys, "g/fake")
         real = None
         if self.objective.loss == "relativistic":
             with torch.no_grad():
-                real = self.judge(batch["image"], label, keys, "g/real")
+                real = self.logits(batch["image"], label, keys, "g/real")
         loss = generator_loss(self.objective.loss, fake, real)
         return loss, {"loss": loss.detach()}
 

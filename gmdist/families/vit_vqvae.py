@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gmdist.families.adversarial import DiscriminatorConfig, JudgedAutoencoder
+from gmdist.families.adversarial import DiscriminatorConfig, ReconstructionFamily
 from gmdist.families.codes import CodedAutoencoder, start_problem
 from gmdist.families.family import Batch, Metrics, Surroundings
 from gmdist.nets import stylegan2_discriminator, vit
@@ -58,15 +58,15 @@ class ViTVQVAEConfig:
         return None
 
 
-class ViTVQVAE(JudgedAutoencoder, CodedAutoencoder):
+class ViTVQVAE(ReconstructionFamily, CodedAutoencoder):
     """Encoder, codebook, decoder; a code for each patch.
 
     The decoder gives logits, of which x' are the pixels. The loss of a sample is (Yu 2022, Sec. 3.3)
 
-        l MSE(x', x) + m logit-Laplace(x) + w d(x', x) + commitment_weight MSE(z, sg[e]) + MSE(sg[z], e) - a judged(x')
+        l MSE(x', x) + m logit-Laplace(x) + w d(x', x) - a logit(x') + commitment_weight MSE(z, sg[e]) + MSE(sg[z], e)
 
-    with d the perceptual distance, z the encoder's projected features and e the codes nearest to them; `discriminator`
-    says when a begins and how it grows.
+    with d the perceptual distance, z the encoder's projected features, e the codes nearest to them, and the logit of
+    the discriminator; `discriminator` says when a begins and how it grows.
     """
 
     blocks = (*vit.BLOCKS, *stylegan2_discriminator.BLOCKS)
@@ -101,7 +101,7 @@ class ViTVQVAE(JudgedAutoencoder, CodedAutoencoder):
         return self.decoded(self.quantizer.quantize(self.features(batch["image"])).features)
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
-        """The reconstruction from the nearest codes, what draws features and codes together, and the judgement."""
+        """Errors of what the nearest codes give, what draws features and codes together, and the adversarial term."""
         image, found = batch["image"], self.quantized(batch, seen)
         logits = self._logits(found.features)
         reconstruction = pixels(logits)
@@ -114,9 +114,9 @@ class ViTVQVAE(JudgedAutoencoder, CodedAutoencoder):
         error = torch.stack([weight * part for weight, part in parts.values()]).sum()
         metrics = {name: part.detach() for name, (_, part) in parts.items()} | {"commitment": found.commitment}
         loss = error + found.loss
-        if judgement := self.judgement(reconstruction, error, seen):
-            adversarial, judged = judgement
-            loss, metrics = loss + adversarial, metrics | judged
+        if term := self.adversarial_loss(reconstruction, error, seen):
+            adversarial, logged = term
+            loss, metrics = loss + adversarial, metrics | logged
         return loss, metrics | {"loss": loss.detach()}
 
     def features(self, image: Tensor) -> Tensor:
