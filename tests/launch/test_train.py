@@ -92,6 +92,25 @@ def test_too_few_cpus_are_said_at_once(ray_cluster, digits: Path, tmp_path: Path
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_trial_of_a_sweep_waits_for_machines_that_were_lost(ray_cluster, digits: Path, tmp_path: Path) -> None:
+    stopper = Stopper(print)
+    messages: list[str] = []
+
+    def tell(message: str) -> None:
+        messages.append(message)
+        stopper.ask()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(digits, tmp_path, "cluster.num_workers=4"), print, tell, stopper=stopper)
+    assert messages == ["waiting: the run needs 4 workers, and the cluster has room for 2"]
+
+
+def test_the_folder_of_a_sweep_is_no_runs(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").touch()
+    with pytest.raises(ConfigError, match=rf"^run\.dir: {tmp_path}; holds a sweep \(sweep\.json\); choose another"):
+        watch(config_of(digits, tmp_path))
+
+
 def test_other_failures_end_after_the_restarts(ray_cluster, digits: Path, tmp_path: Path) -> None:
     # A checkpoint folder that is a file: an error of nobody's making that no restart mends.
     (tmp_path / "run").mkdir()
