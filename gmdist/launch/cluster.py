@@ -101,7 +101,7 @@ def _start(num_cpus: int) -> None:
 
 def _probe(address: str) -> None:
     """ConfigError if nothing listens at host:port: Ray itself would try for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return
     try:
