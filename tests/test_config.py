@@ -110,7 +110,7 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be from 1 to 31536000, a year"),
         ("cluster.timeout_s=1e10", "cluster.timeout_s: 10000000000.0; must be from 1 to 31536000, a year"),
         ("cluster.address=ray://head:10001", "cluster.address: 'ray://head:10001'; use host:port of the head"),
-        ("data=0", "data: 0; must be a mapping"),
+        ("family=0", "family: 0; must be a mapping"),
         ("cluster=false", "cluster: False; must be a mapping"),
         ("optim=[]", "optim: []; must be a mapping"),
         ("train.num_steps=010", "train.num_steps=010: 010: YAML reads it as another number"),

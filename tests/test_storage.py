@@ -45,7 +45,7 @@ def test_what_is_written_is_read(folder: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["s3", "https", "redis"])
 def test_credentials_in_a_location_are_refused_and_not_repeated(scheme: str) -> None:
-    with pytest.raises(ConfigError, match="must not hold credentials, .*; use s3://bucket/prefix") as error:
+    with pytest.raises(ConfigError, match="must not hold credentials: .*; use s3://bucket/prefix") as error:
         storage.is_s3(f"{scheme}://key:sesame@bucket/run")
     assert "sesame" not in str(error.value)
     assert storage.is_s3("s3://bucket/a@b")
