@@ -440,6 +440,11 @@ def test_the_command_prints_the_best_and_complains_in_one_line(
     [
         ({"space": {"optim.autoencoder.lrate": {"choice": [1.0]}}}, "optim.autoencoder.lrate: no such key"),
         ({"space": {"family.likelihood.name": {"choice": ["gaussian", "cauchy"]}}}, "'cauchy'; .*likelihood.name"),
+        (
+            {"space": {"family.latent_dim": {"choice": [4]}, LR: {"choice": [-1.0]}}},
+            "^optim.autoencoder.lr: -1.0",
+        ),
+        ({"train": {"num_step": 5}}, "^train.num_step: no such key"),
         ({"space": {"family.likelihood.name": {"choice": []}}}, "must have at least one value"),
         ({"space": {"cluster.num_workers": {"choice": [1]}}}, "cannot be searched over"),
         ({"space": {"train.num_steps": {"choice": [4, 6]}}}, "has 2 values of train.num_steps, which all trials share"),

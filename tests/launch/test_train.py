@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import ControllerError
 
 from gmdist.config import Config, load
 from gmdist.errors import ConfigError, DataError, FolderLostError, MemoryExceededError, RunFailedError
@@ -109,6 +111,13 @@ def test_the_folder_of_a_sweep_is_no_runs(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "sweep.json").touch()
     with pytest.raises(ConfigError, match=rf"^run\.dir: {tmp_path}; holds a sweep \(sweep\.json\); choose another"):
         watch(config_of(digits, tmp_path))
+
+
+def test_what_a_task_of_rays_raised_is_said_without_its_colours() -> None:
+    raised = RayTaskError("work", "\x1b[36mray::work()\x1b[39m (pid=1)", DataError("data.train: damaged"))
+    failure = attempt._explain(ControllerError(raised.as_instanceof_cause()))
+    assert (failure.kind, failure.message) == ("DataError", "data.train: damaged")
+    assert isinstance(failure.for_user(), DataError)
 
 
 def test_other_failures_end_after_the_restarts(ray_cluster, digits: Path, tmp_path: Path) -> None:
