@@ -16,9 +16,9 @@ from gmdist import storage
 from gmdist.errors import ConfigError, FolderLostError, StorageError
 
 LEASE_NAME = "lease.json"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RENEWED_S = 5.0
 _SETTLES_S = 0.5  # longer than it takes from looking at a lease to having written one
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machines are not asked
 
 
@@ -51,7 +51,7 @@ def held(
 def without_empty_folders(folder: str) -> Iterator[None]:
     """Delete a local folder, and those that it is in, if they are made while this holds and are empty afterwards."""
     path = Path(folder).absolute()
-    made = [] if storage.is_s3(folder) else [place for place in (path, *path.parents) if not place.exists()]
+    made = [] if storage.is_s3(folder) else [place for place in (path, *path.parents) if not os.path.exists(place)]
     try:
         yield
     finally:
