@@ -54,7 +54,7 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
             )
-        if self.address.startswith("ray://"):  # Ray's clients cannot ask for nodes
+        if "://" in self.address:  # ray:// among them: Ray's clients cannot ask for nodes
             raise ConfigError(
                 f"cluster.address: '{self.address}'; use host:port of the head, from a machine of the cluster, or "
                 "`gmdist submit`"
