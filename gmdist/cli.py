@@ -80,19 +80,19 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(parsers, "train", commands.train, "train a run, or go on with it")
     train.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/digits/autoencoder_kl.yaml")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="such as train.num_steps=100")
+    _add_settings(train, "such as train.num_steps=100")
 
     sweep = _command(parsers, "sweep", commands.sweep, "train a config with many settings, and find the best")
     sweep.add_argument("config", type=_location, metavar="CONFIG", help="such as configs/sweeps/digits_vae_betas.yaml")
-    sweep.add_argument("overrides", metavar="key=value", nargs="*", help="such as sweep.num_trials=4")
+    _add_settings(sweep, "such as sweep.num_trials=4")
 
     submit = _command(parsers, "submit", commands.submit, "train or sweep a config as a job on a cluster")
     submit.add_argument("config", type=_location, metavar="CONFIG", help="inside this folder, which is uploaded")
-    submit.add_argument("overrides", metavar="key=value", nargs="*", help="such as run.dir=s3://bucket/runs/a")
+    _add_settings(submit, "such as run.dir=s3://bucket/runs/a")
     submit.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
-        help="of the job server; default: RAY_API_SERVER_ADDRESS, or %(default)s",
+        help="of the job server; default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265",
     )
 
     sample = _command(parsers, "sample", commands.sample, "draw images from a run")
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--translate", metavar="DIRECTION", help="a2b or b2a: real images, into the other domain")
     sample.add_argument("--images", type=_location, metavar="SRC", help="those: a folder of images, or shards")
-    _add_settings(sample, "family.diffusion.sampler.name=ddim")
+    _add_settings(sample, "of RUN's config, such as family.diffusion.sampler.name=ddim")
 
     evaluate = _command(parsers, "evaluate", commands.evaluate, "compare a run's images with real ones")
     evaluate.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
@@ -133,12 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--scores", type=_location, metavar="OUT", help="instead, write each real image's log-likelihood to a CSV file"
     )
-    _add_settings(evaluate, "evaluation.reference=data/digits/test")
+    _add_settings(evaluate, "of RUN's config, such as evaluation.reference=data/digits/test")
 
     export = _command(parsers, "export", commands.export, "write a run's averaged weights for other programs")
     export.add_argument("run", type=_location, metavar="RUN", help="a run's folder, or one of its checkpoints")
     export.add_argument("destination", type=_location, metavar="DEST", help="a new folder or s3://bucket/prefix")
-    _add_settings(export, "family.diffusion.sampler.name=ddim")
+    _add_settings(export, "of RUN's config, such as family.diffusion.sampler.name=ddim")
     export.add_argument("--format", required=True, help="safetensors, or diffusers for what it has a place for")
 
     report = _command(parsers, "report", commands.report, "write RUN/report.html: curves and images on one page")
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("source", type=_location, metavar="SRC", help="shards, in a folder or s3://bucket/prefix")
     encode.add_argument("destination", type=_location, metavar="DEST", help="a folder or s3://bucket/prefix")
-    _add_settings(encode, "cluster.address=auto")
+    _add_settings(encode, "of RUN's config, such as cluster.address=auto")
     encode.add_argument(
         "--workers", type=int, help="default: RUN's cluster.num_workers; 1: without Ray, if cluster.address is local"
     )
@@ -189,13 +189,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "config", type=_location, metavar="CONFIG", nargs="?", help="of a run whose cluster is examined"
     )
-    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="such as cluster.address=auto")
+    _add_settings(doctor, "such as cluster.address=auto")
     return parser
 
 
-def _add_settings(command: argparse.ArgumentParser, example: str) -> None:
-    """Other settings for a run that there is."""
-    command.add_argument("overrides", metavar="key=value", nargs="*", help=f"of RUN's config, such as {example}")
+def _add_settings(command: argparse.ArgumentParser, help_: str) -> None:
+    """Other settings than those of a file or a run."""
+    # With a default, argparse does not say that they are required.
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=help_)
 
 
 def _location(text: str) -> str:

@@ -60,9 +60,11 @@ def sweep(options: argparse.Namespace) -> int:
         found = sweep(asked, display.standing, display.message)
     best = next(trial for trial in found["trials"] if trial["trial"] == found["best"])
     saved = 1.0 - found["steps"] / found["steps_of_all"]
+    failed = [trial["state"] for trial in found["trials"]].count("failed")
     print(
         f"{asked.folder}/{BEST_NAME}: trial {best['trial']}, {asked.plan.sweep.metric} {best['metric']:.6g}; "
-        f"{len(found['trials'])} trials, {found['steps']} steps ({saved:.0%} saved)"
+        f"{len(found['trials'])} trials{f' ({failed} failed)' if failed else ''}, {found['steps']} steps "
+        f"({saved:.0%} saved)"
     )
     return EXIT_DONE
 

@@ -23,12 +23,16 @@ from gmdist.structured import plain, refuse_unknown, structured
 from gmdist.train.config import TrainConfig
 from gmdist.train.optim import OptimConfig
 
+_YEAR_S = 31_536_000
+# Plain numbers that YAML 1.1 takes for octal ones, or for minutes and seconds.
+_READ_AS_ANOTHER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
 
 @dataclass
 class ClusterConfig:
     """The Ray cluster and what the run takes of it."""
 
-    address: str = "local"  # "local" starts one; "auto" finds the one this machine belongs to; or ray://..., host:port
+    address: str = "local"  # "local" starts one; "auto" finds the one this machine belongs to; or host:port of its head
     num_workers: Any = 1  # or [least, most]: as many as the cluster has room for and as divide data.batch_size
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
@@ -50,8 +54,13 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.gpus_per_worker: {self.gpus_per_worker}; must be 0 or 1: a worker drives one GPU"
             )
-        if not 1.0 <= self.timeout_s < math.inf:
-            raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be a number of at least 1")
+        if "://" in self.address:  # ray:// among them: Ray's clients cannot ask for nodes
+            raise ConfigError(
+                f"cluster.address: '{self.address}'; use host:port of the head, from a machine of the cluster, or "
+                "`gmdist submit`"
+            )
+        if not 1.0 <= self.timeout_s <= _YEAR_S:
+            raise ConfigError(f"cluster.timeout_s: {self.timeout_s}; must be from 1 to {_YEAR_S}, a year")
         if not 0.0 <= self.backoff_s < math.inf:
             raise ConfigError(f"cluster.backoff_s: {self.backoff_s}; must be a number of at least 0")
         if self.autoscale and self.address == "local":
@@ -195,7 +204,7 @@ def _built(tree: dict[str, Any]) -> Config:
         raise ConfigError("sweep: no key of a run; `gmdist sweep CONFIG` takes it")
     refuse_unknown(tree, list(_TOP_KEYS), "")
     for key in ("family", "optim", *_SECTIONS):
-        if not isinstance(tree.get(key) or {}, dict):
+        if tree.get(key) is not None and not isinstance(tree[key], dict):
             raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
     if tree.get("family") is None:
         raise ConfigError("family: missing")
@@ -315,12 +324,21 @@ def _parse(text: str, location: str) -> dict[str, Any]:
         # OmegaConf's loader refuses duplicate keys and reads 1e-4 as a number, which YAML 1.1 does not.
         node = OmegaConf.create(text)
         tree = OmegaConf.to_container(node, resolve=False)
+        tokens = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
     except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, RecursionError) as error:
         raise ConfigError(f"{location}: not a valid YAML config: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig) or not isinstance(tree, dict):
         raise ConfigError(f"{location}: not a valid YAML config: must be a mapping of keys to values")
     if "${" in str(tree):
         raise ConfigError(f"{location}: '${{' has no meaning here: values are written out")  # oc.env would read secrets
+    for token in tokens:
+        if token.plain and _READ_AS_ANOTHER.fullmatch(token.value):
+            raise ConfigError(
+                f"{location}: {token.value}: YAML reads it as another number; write a number without leading zeros and "
+                "colons, and a text in quotes"
+            )
+        if token.value == "???":
+            raise ConfigError(f"{location}: '???': stands for a value that is missing: write the value")
     return {str(key): value for key, value in tree.items()}
 
 

@@ -132,6 +132,14 @@ def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
             f"train.evaluate_every: {train.evaluate_every}; nothing is evaluated without data.test or "
             "evaluation.metrics"
         )
+    for num_workers in config.cluster.sizes(config.data.batch_size):
+        part, size = config.data.batch_size // num_workers, micro_batch_size(train, config.data.batch_size, num_workers)
+        if 2 * size < min(train.micro_batch_size or part, part):
+            found.append(
+                f"train.micro_batch_size: {train.micro_batch_size}; {num_workers} workers pass {size} samples through "
+                f"at once: take a divisor of the {part} that each has of the batch, or another data.batch_size"
+            )
+            break
     if train.best_order == "min" and (train.best_metric or "").removeprefix("test/") in LARGER_IS_BETTER:
         found.append(f"train.best_order: min; keeps the checkpoint of the least {train.best_metric}: set it to max")
     if isinstance(config.family, DenoiserConfig) and (doubt := config.family.diffusion.doubt()):

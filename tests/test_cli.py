@@ -58,6 +58,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["trian"])
     assert ended.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
 
 
 def test_wrong_configs_are_usage_errors(digits: Path, tmp_path: Path, capsys) -> None:

@@ -107,7 +107,17 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("train.seed=99999999999999999999999", "train.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.seed=99999999999999999999999", "data.seed: 99999999999999999999999; must fit into 64 bits"),
         ("data.image_size=100000", "data.image_size: 100000; must be at most"),
-        ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be a number of at least 1"),
+        ("cluster.timeout_s=0", "cluster.timeout_s: 0.0; must be from 1 to 31536000, a year"),
+        ("cluster.timeout_s=1e10", "cluster.timeout_s: 10000000000.0; must be from 1 to 31536000, a year"),
+        ("cluster.address=ray://head:10001", "cluster.address: 'ray://head:10001'; use host:port of the head"),
+        ("family=0", "family: 0; must be a mapping"),
+        ("cluster=false", "cluster: False; must be a mapping"),
+        ("optim=[]", "optim: []; must be a mapping"),
+        ("train.num_steps=010", "train.num_steps=010: 010: YAML reads it as another number"),
+        ("train.num_steps=1:30", "train.num_steps=1:30: 1:30: YAML reads it as another number"),
+        ("optim.autoencoder.betas=[0.5, 1:30.5]", "1:30.5: YAML reads it as another number"),
+        ("train.num_steps=???", "train.num_steps=???: '???': stands for a value that is missing"),
+        ("name='???'", "name='???': '???': stands for a value that is missing"),
         ("run.dir=''", "run.dir: ''; must be a folder"),
     ],
 )
@@ -171,6 +181,9 @@ def test_missing_keys_are_named(base: Path) -> None:
 def test_files_that_are_no_configs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.yaml: no such config file"):
         load(str(tmp_path / "no.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: {b: -017}\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: -017: YAML reads it as another number; write a number without"):
+        load(str(tmp_path / "bad.yaml"))
     for text in ("- a\n- b\n", "a: [", "a: 1\na: 2\n"):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"bad\.yaml: not a valid YAML config"):
@@ -264,7 +277,9 @@ def test_best_metrics_that_nothing_measures_are_refused() -> None:
     load(digits, [*every, "train.best_metric=test/recall", "evaluation.metrics=[pr]"])
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1e3", "1_000", "0x10", "12:30", ".5", "no", "null", "2024-01-05", "-"])
+@pytest.mark.parametrize(
+    "text", ["1e-4", "010", "127.0.0.1:6379", "1e3", "1_000", "0x10", "12:30", ".5", "no", "null", "2024-01-05", "-"]
+)
 def test_texts_that_look_like_something_else_come_back(text: str) -> None:
     config = load(CONFIGS[0], [f"name='{text}'", "data.train=null", f"data.mix={{'{text}': {{train: here}}}}"])
     found = from_yaml(config.to_yaml(), "config")

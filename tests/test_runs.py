@@ -48,6 +48,17 @@ def test_evaluations_that_are_hardly_meant_are_warned_of(tmp_path: Path) -> None
         assert [warning.removesuffix(": set it to max") for warning in warnings] == words
 
 
+def test_micro_batches_that_come_out_small_are_warned_of(tmp_path: Path) -> None:
+    data = [f"data.train={write(tmp_path / 'data', 0)}", "data.test=null", "data.image_size=32", "data.channels=1"]
+    settings = [*data, f"run.dir={tmp_path}/run", "evaluation.metrics=[]", "train.evaluate_every=null"]
+    settings += ["train.best_metric=null", "cluster.num_workers=2"]
+    small = ["train.micro_batch_size: 32; 2 workers pass 1 samples through at once"]
+    for batch, micro, words in ((74, 32, small), (74, "null", []), (74, 64, []), (60, 16, []), (62, 2, [])):
+        more = [f"data.batch_size={batch}", f"train.micro_batch_size={micro}"]
+        warnings = check_start(load(CONFIG, [*settings, *more]))[1]
+        assert [warning.partition(": take a divisor of the 37 ")[0] for warning in warnings] == words
+
+
 def test_a_schedule_that_ends_short_of_noise_is_warned_of(tmp_path: Path) -> None:
     data = [f"data.train={write(tmp_path / 'data', 0)}", "data.test=null", "data.image_size=32", "data.channels=1"]
     config = str(Path(CONFIG).parent / "ddpm.yaml")

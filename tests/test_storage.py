@@ -43,6 +43,15 @@ def test_what_is_written_is_read(folder: str) -> None:
         assert storage.stat(location).num_bytes == len(content)
 
 
+@pytest.mark.parametrize("scheme", ["s3", "https", "redis"])
+def test_credentials_in_a_location_are_refused_and_not_repeated(scheme: str) -> None:
+    with pytest.raises(ConfigError, match="must not hold credentials: .*; use s3://bucket/prefix") as error:
+        storage.is_s3(f"{scheme}://key:sesame@bucket/run")
+    assert "sesame" not in str(error.value)
+    assert storage.is_s3("s3://bucket/a@b")
+    assert not storage.is_s3("runs/ada@home")
+
+
 def test_ranges(folder: str) -> None:
     location = storage.join(folder, "x")
     content = bytes(range(200))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import (
@@ -181,6 +181,7 @@ def _explain(error: Exception) -> Failure:
         causes = list(error.worker_failures.values())
     elif isinstance(error, ControllerError):
         causes = [error.controller_failure]
+    causes = [cause.cause if isinstance(cause, RayTaskError) else cause for cause in causes]
     if "running low on memory" in text:
         reason = "a machine ran out of memory, and Ray killed a worker; set a smaller train.micro_batch_size"
         return Failure(LOST, reason, text)
@@ -188,4 +189,4 @@ def _explain(error: Exception) -> Failure:
         return Failure(NO_ROOM, f"no room for the workers within {START_TIMEOUT_S} s", text)
     if any(isinstance(cause, _DEATHS) for cause in causes):
         return Failure(LOST, _NO_ANSWER, text)
-    return Failure(type(causes[0]).__name__, (str(causes[0]).splitlines() or [""])[0], text)
+    return Failure.of(causes[0], text)

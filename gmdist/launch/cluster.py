@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -73,11 +74,15 @@ def _connect(config: ClusterConfig) -> None:
         with _own_address(), _groups_of_their_own(), _no_api_server():
             _start(max(os.cpu_count() or 1, config.worker_range[0] * config.cpus_per_worker))
         return
-    _probe(config.address)
+    address = config.address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address  # as Ray itself does
+        replace(config, address=address).validate()
+    _probe(address)
     try:
-        ray.init(address=config.address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, ValueError) as error:
-        raise _unreachable(config.address, str(error).splitlines()[0]) from error
+        raise _unreachable(address, str(error).splitlines()[0]) from error
 
 
 def _start(num_cpus: int) -> None:
@@ -101,7 +106,7 @@ def _start(num_cpus: int) -> None:
 
 def _probe(address: str) -> None:
     """ConfigError if nothing listens at host:port: Ray itself would try for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return
     try:

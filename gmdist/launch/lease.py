@@ -16,6 +16,7 @@ from gmdist import storage
 from gmdist.errors import ConfigError, FolderLostError, StorageError
 
 LEASE_NAME = "lease.json"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RENEWED_S = 5.0
 _SETTLES_S = 0.5  # longer than it takes from looking at a lease to having written one
 _EXPIRES_S = 20.0  # after the last renewal that was seen: clocks of other machines are not asked
@@ -38,15 +39,25 @@ def held(
     """
     location = storage.join(run_dir, LEASE_NAME)
     _wait_until_free(location, on_message)
-    is_new = not storage.is_s3(run_dir) and not os.path.isdir(run_dir)
-    lease = Lease(location, on_lost)
+    with without_empty_folders(run_dir):
+        lease = Lease(location, on_lost)
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+
+@contextmanager
+def without_empty_folders(folder: str) -> Iterator[None]:
+    """Delete a local folder, and those that it is in, if they are made while this holds and are empty afterwards."""
+    path = Path(folder).absolute()
+    made = [] if storage.is_s3(folder) else [place for place in (path, *path.parents) if not os.path.exists(place)]
     try:
-        yield lease
+        yield
     finally:
-        lease.release()
-        if is_new:
-            with suppress(OSError):  # nothing was written
-                os.rmdir(run_dir)
+        with suppress(OSError):  # something was written
+            for place in made:
+                place.rmdir()
 
 
 class Lease:
@@ -165,9 +176,9 @@ def _user() -> str:
 
 
 def _namespace() -> str:
-    """Tells the process numbers of containers apart."""
+    """Tells the process numbers of containers apart, and of machines of the same name."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return f"{_BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
@@ -175,7 +186,7 @@ def _namespace() -> str:
 def _process_key(pid: int) -> str | None:
     """Tells a process from others of the same number; None if there is none."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = _BOOT_ID.read_text().strip()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return None if Path("/proc/self").exists() else _key_without_proc(pid)

@@ -4,7 +4,6 @@ import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from gmdist.config import Config
 from gmdist.data.manifest import Manifest
 from gmdist.errors import ConfigError, GmdistError
 from gmdist.launch.cluster import check_resources
+from gmdist.launch.lease import without_empty_folders
 from gmdist.launch.probe import Expected, Finding, probe, versions
 
 _HERE = "this machine"
@@ -34,28 +34,19 @@ def examine_cluster(config: Config) -> list[Finding]:
             data.append((key, folder, Manifest.load(storage.absolute(folder)).hash))
         except GmdistError as error:
             findings.append(Finding(_HERE, key, str(error), "without it nothing can be read"))
-    made = [] if storage.is_s3(config.run.dir) else _missing(config.run.dir)
     mark = storage.join(config.run.dir, f"probe-{uuid.uuid4().hex[:8]}")
     expected = Expected(os.getcwd(), config.run.dir, mark, data, config.data.s3, versions())
-    try:
-        storage.write(mark, b"driver")
-        return [*findings, *_ask_nodes(expected)]
-    except GmdistError as error:
-        return [*findings, Finding(_HERE, "run.dir", str(error), "use a folder that can be written to")]
-    finally:
-        with suppress(GmdistError):
-            for name in storage.list_names(config.run.dir):
-                if storage.join(config.run.dir, name).startswith(mark):
-                    storage.delete(storage.join(config.run.dir, name))
-        with suppress(OSError):
-            for place in made:
-                place.rmdir()
-
-
-def _missing(folder: str) -> list[Path]:
-    """A local folder and those that it is in, as far as they are not there, the innermost first."""
-    path = Path(folder).absolute()
-    return [place for place in (path, *path.parents) if not place.exists()]
+    with without_empty_folders(config.run.dir):
+        try:
+            storage.write(mark, b"driver")
+            return [*findings, *_ask_nodes(expected)]
+        except GmdistError as error:
+            return [*findings, Finding(_HERE, "run.dir", str(error), "use a folder that can be written to")]
+        finally:
+            with suppress(GmdistError):
+                for name in storage.list_names(config.run.dir):
+                    if storage.join(config.run.dir, name).startswith(mark):
+                        storage.delete(storage.join(config.run.dir, name))
 
 
 def check_cluster(config: Config) -> None:

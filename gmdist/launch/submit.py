@@ -43,6 +43,11 @@ def submit(
         ConfigError: a config that cannot be, one outside the folder, no server there, or too much to upload.
         RunFailedError: the cluster could not run the job, or its server went away.
     """
+    if "@" in address:  # it is not shown
+        raise ConfigError(
+            "--address: must not hold credentials; it is http://HEAD:8265, and of a token RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH say where it is"
+        )
     tree = compose(path, overrides)
     config = load_run(path, overrides)
     if "sweep" in tree:
@@ -107,7 +112,7 @@ def _follow(client: JobSubmissionClient, job: str, address: str, on_log: Callabl
         return info.driver_exit_code
     if info.status == JobStatus.STOPPED:
         return EXIT_STOPPED
-    raise RunFailedError(f"{job}: {info.status}: {(info.message or '').splitlines()[:1]}")
+    raise RunFailedError(f"{job}: {info.status}: {(info.message or 'Ray does not say why').splitlines()[0]}")
 
 
 def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
@@ -116,7 +121,8 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
     found = []
 
     def compare(written: Any, resolved: Any, key: str) -> None:
-        if isinstance(written, dict) and isinstance(resolved, dict):
+        is_named = isinstance(written, dict) and not any("." in name for name in written)  # and a key says which
+        if is_named and isinstance(resolved, dict):
             for name in written.keys() & resolved.keys():
                 compare(written[name], resolved[name], f"{key}.{name}" if key else name)
         elif _is_elsewhere(written, resolved):
@@ -131,6 +137,8 @@ def _absolute(tree: dict[str, Any], config: Config) -> list[str]:
 
 def _is_elsewhere(written: Any, resolved: Any) -> bool:
     """Whether what is written, or an item of it, means another location in another folder, or to another user."""
+    if isinstance(written, dict) and isinstance(resolved, dict):
+        return any(_is_elsewhere(written[name], resolved[name]) for name in written.keys() & resolved.keys())
     if isinstance(written, list) and isinstance(resolved, list):
         return any(map(_is_elsewhere, written, resolved))
     return isinstance(written, str) and written != resolved == os.path.abspath(os.path.expanduser(written))

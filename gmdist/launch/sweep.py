@@ -100,7 +100,12 @@ def _check_start(asked: Sweep) -> None:
         ConfigError, DataError, CheckpointError: as `start.check_start`; values of pbt that checkpoints do not outlive;
             a folder that holds something else.
     """
-    start.check_start(asked.base)
+    checked: list[Any] = []
+    for config in asked.bases:
+        needs = config.data, getattr(config.family, "first_stage", None)
+        if needs not in checked:
+            start.check_start(config)
+            checked.append(needs)
     names = storage.list_names(asked.folder)
     if FILE_NAME not in names and (others := sorted({runs.CONFIG_NAME, "checkpoints"} & set(names))):
         raise ConfigError(f"run.dir: {asked.folder}; holds a run ({others[0]}); choose another folder for the sweep")
@@ -283,7 +288,10 @@ class _Watch:
         if not evaluations:
             raise _NoMetricError(f"sweep.metric: '{self._metric}'; nothing was evaluated: set data.test")
         if all(line["step"] != step for line in evaluations):
-            raise StorageError(f"{self._run_dir}: has come to step {step}, and its metrics have no evaluation there")
+            raise StorageError(
+                f"{self._run_dir}: has come to step {step}, and its metrics have no evaluation there; delete that "
+                "folder, and the same command trains it again"
+            )
         if value is None or not math.isfinite(value):
             return Result(None, f"{self._metric} at step {step} is not a finite number", seconds=seconds)
         speeds = [line["images_per_s"] for line in read_lines(self._run_dir) if "images_per_s" in line]
@@ -291,13 +299,18 @@ class _Watch:
 
 
 def _begin_from(source: str, step: int, config: Config) -> None:
-    """Begin a run with the checkpoint of another at a step, and with the metrics that led to it."""
+    """Begin a run with the checkpoint of another at a step, and with the metrics that led to it.
+
+    Raises:
+        CheckpointError: the other has no sound one of that step.
+    """
     found, _ = checkpoint.find_newest(config.run.dir)
     if found is not None and found.meta["step"] >= step:  # it was begun, and may have deleted that checkpoint since
         return
     name = checkpoint.folder_name(step)
     target = storage.join(config.run.dir, "checkpoints", name)
     origin = storage.join(source, "checkpoints", name)
+    checkpoint.verify(origin, checkpoint.read_meta(origin))
     names = sorted(storage.list_names(origin), key=lambda name: name == checkpoint.META_NAME)  # it makes it complete
     storage.write(storage.join(config.run.dir, runs.CONFIG_NAME), config.to_yaml().encode())
     lines = [json.dumps(line) for line in read_lines(source) if line["step"] <= step]

@@ -8,12 +8,13 @@ from functools import partial
 
 from gmdist import start, storage
 from gmdist.config import Config
-from gmdist.errors import CheckpointError, RunFailedError, StorageError
+from gmdist.errors import CheckpointError, ConfigError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected
 from gmdist.launch.lease import held
 from gmdist.launch.mailbox import Failure, WorkersFailedError
 from gmdist.launch.preflight import check_cluster
 from gmdist.launch.watch import Stopper, choose_size
+from gmdist.sweep.record import FILE_NAME as SWEEP_NAME
 from gmdist.train import checkpoint
 from gmdist.train.hooks import Outcome, Progress
 
@@ -37,7 +38,7 @@ def train(
         on_progress: called with where the run stands, about once a logging interval.
         on_message: called with a line that the user should read.
         last_step: where it pauses with a checkpoint, to go on another time; None: it trains to its end.
-        stopper: asks the workers to stop; None: SIGINT and SIGTERM do.
+        stopper: of a sweep, whose trial this is: it asks the workers to stop; None: SIGINT and SIGTERM do.
 
     Returns:
         Where the run ended; `finished` is False if it was stopped or pauses.
@@ -52,14 +53,17 @@ def train(
         on_message(warning)
     if finished is not None:
         return finished
+    own = stopper is None
+    if own and storage.exists(storage.join(config.run.dir, SWEEP_NAME)):
+        raise ConfigError(f"run.dir: {config.run.dir}; holds a sweep ({SWEEP_NAME}); choose another folder for the run")
     # Ray Train takes a second to import: that is done while Ray starts.
     threading.Thread(target=importlib.import_module, args=("gmdist.launch.attempt",), daemon=True).start()
-    own = stopper is None
     stopper = stopper or Stopper(on_message)
     with (
         stopper.installed() if own else nullcontext(),
         held(config.run.dir, on_message, partial(stopper.lose, config.run.dir)) as lease,
-        connected(config.cluster),
+        # Whether the cluster is large enough, a sweep has looked: a trial waits for machines that were lost since.
+        connected(config.cluster, may_be_small=not own),
     ):
         if own and config.cluster.address != "local":  # with the lease: the folder is nobody else's
             check_cluster(config)

@@ -66,10 +66,12 @@ def write_page(title: str, folder: str, sweep: SweepConfig, found: Mapping[str, 
         for part in trial["lineage"]
         if part["donor"] is not None
     ]
+    failed = [trial["state"] for trial in found["trials"]].count("failed")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_TEMPLATE).render(
         title=title,
-        summary=f"{len(trials)} trials; {found['steps']:,} steps; all to their end take {found['steps_of_all']:,}.",
+        summary=f"{len(trials)} trials{f' ({failed} failed)' if failed else ''}; {found['steps']:,} steps; "
+        f"all to their end take {found['steps_of_all']:,}.",
         keys=keys,
         metric=sweep.metric,
         trials=trials,

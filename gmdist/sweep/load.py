@@ -70,11 +70,7 @@ def load_sweep(path: str, overrides: Sequence[str] | None = None) -> Sweep:
                 "checkpoint, with its samples"
             )
     drawn = [{key: domain.draw(keyed(i, key)) for key, domain in domains.items()} for i in range(_COMBINATIONS)]
-    bases = [
-        _combined(tree, f"sweep.space.{key}: {value!r}", [others | {key: value} for others in (first, *drawn)])
-        for key, domain in domains.items()
-        for value in domain.values
-    ]
+    bases = [_combined(tree, key, value, (first, *drawn)) for key, domain in domains.items() for value in domain.values]
     base = bases[0]
     for name in _SHARED:
         found = {getattr(config.train, name) for config in bases}
@@ -94,15 +90,23 @@ def load_run(path: str, overrides: Sequence[str] | None = None) -> Config:
     return load_sweep(path, overrides).base if "sweep" in compose(path, overrides) else load(path, overrides)
 
 
-def _combined(tree: dict[str, Any], place: str, combinations: Sequence[Mapping[str, Any]]) -> Config:
-    """The first of these combinations of values that can be; ConfigError about a value with which none can."""
+def _combined(tree: dict[str, Any], key: str, value: Any, combinations: Sequence[dict[str, Any]]) -> Config:
+    """The config of the first of these combinations that can be with this value of a key.
+
+    ConfigError if none can: about the value, unless without it the first fails as well.
+    """
     errors = []
     for settings in combinations:
         try:
-            return _with(tree, settings)
+            return _with(tree, settings | {key: value})
         except ConfigError as error:
             errors.append(error)
-    raise ConfigError(f"{place}; {errors[0]}") from errors[0]
+    try:
+        _with(tree, {name: other for name, other in combinations[0].items() if name != key})
+    except ConfigError as error:
+        if str(error) == str(errors[0]):
+            raise
+    raise ConfigError(f"sweep.space.{key}: {value!r}; {errors[0]}") from errors[0]
 
 
 def _with(tree: dict[str, Any], settings: Mapping[str, Any]) -> Config:

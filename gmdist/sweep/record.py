@@ -91,11 +91,13 @@ class Record:
             )
         furthest = [one for one in finished if one.stretch.last_step == plan.stops[-1]]
         best = best_first(plan, furthest)[:1]
+        failed = {trial["trial"] for trial in trials if trial["state"] == "failed"}
         self._content |= {
             "trials": trials,
             "best": best[0].stretch.trial if best else None,
-            "steps": sum(one.stretch.num_steps for one in finished if one.result.error is None),
-            "steps_of_all": len(trials) * plan.stops[-1],
+            # Of those that did not fail: what a failure left undone is no saving.
+            "steps": sum(one.stretch.num_steps for one in finished if one.stretch.trial not in failed),
+            "steps_of_all": (len(trials) - len(failed)) * plan.stops[-1],
         }
         self._write()
         return self._content

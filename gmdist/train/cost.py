@@ -127,21 +127,23 @@ def speed(
 
 
 @contextmanager
-def explaining_memory(step: int, micro_batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory into a MemoryExceededError that says what to set."""
+def explaining_memory(step: int, what: str, advice: str) -> Iterator[None]:
+    """Turn a lack of memory into a MemoryExceededError that says where, and what to set."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         on_host = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not on_host and not isinstance(error, torch.OutOfMemoryError):
             raise
-        if micro_batch_size > 1:
-            advice = f"set train.micro_batch_size={micro_batch_size // 2}"
-        else:
-            advice = "set train.activation_checkpointing=true or train.zero_stage=3, or take more workers"
-        raise MemoryExceededError(
-            f"out of memory on worker {rank()}, step {step}, with micro-batches of {micro_batch_size} samples; {advice}"
-        ) from error
+        raise MemoryExceededError(f"out of memory on worker {rank()}, step {step}, {what}; {advice}") from error
+
+
+def of_micro_batches(size: int) -> tuple[str, str]:
+    """What `explaining_memory` says of micro-batches of so many samples, and its advice."""
+    advice = "set train.activation_checkpointing=true or train.zero_stage=3, or take more workers"
+    if size > 1:
+        advice = f"set train.micro_batch_size={size // 2}"
+    return f"with micro-batches of {size} samples", advice
 
 
 class Profile:

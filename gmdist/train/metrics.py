@@ -119,9 +119,11 @@ class MetricsLog:
                     self._events.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
-        """Hand what was written to the system, or to object storage."""
+        """Hand what was written to the disk, or to object storage."""
         with storage.naming(self._location):
             self._file.flush()
+            if self._scratch is None:  # as checkpoints: after a power cut none is ahead of the metrics
+                os.fsync(self._file.fileno())
             self._events.flush()
         if self._scratch is not None:
             for name in os.listdir(self._folder):

@@ -78,6 +78,7 @@ class Saver:
         keep: int | None,
         is_sound: Callable[[dict[str, Any]], bool] = lambda meta: True,
         best_metric: str | None = None,
+        begun_at: int = 0,
         *,
         largest: bool = False,
     ) -> None:
@@ -88,10 +89,13 @@ class Saver:
             keep: how many of the newest checkpoints stay; None keeps all.
             is_sound: whether a run could go back to one with such a meta.json; the newest such one stays too.
             best_metric: of the evaluation; the checkpoint with its best value stays too.
+            begun_at: the step that the run goes on from. Later checkpoints that are there cannot be used, or it would
+                go on from them: they do not count among those that stay.
             largest: whether the best value is the largest.
         """
         self._folder = storage.join(run_dir, "checkpoints")
         self._keep, self._is_sound, self._best_metric, self._largest = keep, is_sound, best_metric, largest
+        self._begun_at = begun_at
         self._complete: dict[int, tuple[bool, float]] = {}  # by step: whether it is sound, and the metric's value
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._staging: Future[Staging] | None = None
@@ -199,9 +203,11 @@ class Saver:
     def _prune(self, newest: int, keep: int) -> None:
         complete: dict[int, tuple[bool, float]] = {}
         for step in [step for step in self._steps() if step <= newest]:
-            found = self._complete.get(step) or self._look_at(step)
+            found = self._complete.get(step)
+            if found is None and (step == newest or step <= self._begun_at):
+                found = self._look_at(step)
             if found is None:
-                self._delete(step)  # left by a save that was interrupted
+                self._delete(step)  # left by a save that was interrupted, or damaged
             else:
                 complete[step] = found
         kept = set(sorted(complete)[-keep:])

@@ -18,7 +18,7 @@ from gmdist.train.blocks import prepare
 from gmdist.train.checkpoint import Reader
 from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.control import Clock, Control, Skips, is_sound
-from gmdist.train.cost import FlopCount, Profile, explaining_memory, speed
+from gmdist.train.cost import FlopCount, Profile, explaining_memory, of_micro_batches, speed
 from gmdist.train.ema import EMA
 from gmdist.train.engine import Unit, computing, make_unit
 from gmdist.train.held_out import Measure, held_out_means
@@ -108,9 +108,8 @@ class Trainer:
         self._flops = FlopCount()
         if found is not None:
             self._load(found)
-        self._saver = Saver(
-            run_dir, config.keep_checkpoints, is_sound, config.best_metric, largest=config.best_order == "max"
-        )
+        best, largest = config.best_metric, config.best_order == "max"
+        self._saver = Saver(run_dir, config.keep_checkpoints, is_sound, best, self.step, largest=largest)
         self._saver.prepare(state_tensors(family, self.units, self.ema))
         self._evaluated: tuple[int, dict[str, float]] = -1, {}  # a step, and the metrics of its evaluation
         self._control = Control()
@@ -177,7 +176,7 @@ class Trainer:
                 asked_s = time.monotonic()
                 loaded = next(batches)
                 self._waited_s += time.monotonic() - asked_s
-                with explaining_memory(self.step, self.micro_batch_size):
+                with explaining_memory(self.step, *of_micro_batches(self.micro_batch_size)):
                     self.train_step(loaded)
                 self.hooks.beat()
                 profile.step()
@@ -326,7 +325,9 @@ class Trainer:
         return {f"data/{name}": torch.tensor(value - before.get(name, 0.0)) for name, value in now.items()}
 
     def _write_preview(self) -> None:
-        with self._averaged_weights():
+        what = f"at a preview of {self.config.num_preview_images} images"
+        advice = "set a smaller train.num_preview_images, or train.sample_every=null"
+        with explaining_memory(self.step, what, advice), self._averaged_weights():
             picture = preview(self.family, self.test_data or self.data, self.config.num_preview_images, self.device)
         if rank() == 0:
             name = f"{checkpoint.folder_name(self.step)}.png"
@@ -336,14 +337,18 @@ class Trainer:
     def _evaluate(self) -> None:
         with self._averaged_weights():
             found: dict[str, float] = {}
+            size, beat = self.micro_batch_size, self.hooks.beat
             if self.test_data is not None:
-                found = held_out_means(self.family, self.test_data, self.micro_batch_size, self.device, self.hooks.beat)
+                with explaining_memory(self.step, *of_micro_batches(size)):
+                    found = held_out_means(self.family, self.test_data, size, self.device, beat)
             if self._measure is not None:
-                found |= self._measure(self.family, self.hooks.beat)
+                what = "at an evaluation of generated images"
+                with explaining_memory(self.step, what, "set a smaller evaluation.batch_size"):
+                    found |= self._measure(self.family, beat)
         if rank() == 0:
             for concern in self.family.concerns(found):
                 self.hooks.on_message(f"step {self.step}: {concern}")
-        line = {f"test/{name}": value for name, value in found.items()}
+        line = {f"test/{name}": float(value) for name, value in found.items()}  # a family may count
         best = self.config.best_metric
         if best is not None:
             self._check_measured(best, line)

@@ -36,7 +36,7 @@ CALLS = (  # of each kind of server
     "ObjectManagerService/Push",
     "CoreWorkerService/GetCoreWorkerStats",
     "LogService/ListLogs",  # of a node's agent
-    "RayletDriver/ClusterInfo",  # of ray://
+    "RayletDriver/ClusterInfo",  # of Ray's clients
 )
 
 

@@ -15,14 +15,26 @@ from gmdist.launch.cluster import _connect, _probe, connected
 
 
 def test_a_cluster_that_does_not_answer_is_said_at_once() -> None:
-    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
-        with pytest.raises(
-            ConfigError, match=rf"cluster\.address: '{address}'; no Ray cluster answers there .*'local'"
-        ):
-            _probe(address)
+    with pytest.raises(
+        ConfigError, match=r"cluster\.address: '127\.0\.0\.1:1'; no Ray cluster answers there .*'local'"
+    ):
+        _probe("127.0.0.1:1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         _probe(f"127.0.0.1:{server.getsockname()[1]}")
     _probe("auto")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"), [("ray://127.0.0.1:1", "use host:port of the head"), ("127.0.0.1:1", "no Ray cluster")]
+)
+def test_the_address_that_the_environment_has_is_looked_at_too(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=rf"cluster\.address: '{address}'; {message}"):
+        _connect(ClusterConfig("auto"))
 
 
 def test_a_cluster_of_its_own_has_processors_for_the_least_workers_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,20 @@ def test_a_run_on_another_machine_is_watched_before_it_is_believed_dead(tmp_path
     assert "left by a command on machine-7; waiting" in messages[0]
 
 
+def test_a_machine_of_the_same_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(str(tmp_path), ignore, ignore):
+        content = (tmp_path / LEASE_NAME).read_text()
+    (tmp_path / LEASE_NAME).write_text(content)
+    other_boot = tmp_path / "boot_id"
+    other_boot.write_text("5ac1d0de\n")
+    monkeypatch.setattr(lease, "_BOOT_ID", other_boot)
+    messages: list[str] = []
+    with held(str(tmp_path), messages.append, ignore):
+        pass
+    assert len(messages) == 1
+    assert "waiting" in messages[0]
+
+
 def test_a_run_on_another_machine_that_lives_is_not_disturbed(tmp_path: Path) -> None:
     elsewhere(tmp_path, 1)
     beating = threading.Timer(0.3, elsewhere, (tmp_path, 2))
@@ -120,13 +134,14 @@ def test_a_user_without_a_name_has_a_number(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_folder_that_was_made_for_it_alone_goes_with_it(tmp_path: Path) -> None:
     for there, written in ((False, False), (False, True), (True, False)):
-        run_dir = tmp_path / f"{there}-{written}"
+        run_dir = tmp_path / f"{there}-{written}/in/run"
         if there:
-            run_dir.mkdir()
+            run_dir.mkdir(parents=True)
         with held(str(run_dir), ignore, ignore):
             if written:
                 (run_dir / "config.yaml").touch()
-        assert run_dir.exists() == (there or written)
+        assert run_dir.exists() == run_dir.parent.parent.exists() == (there or written)
+    assert tmp_path.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"pid": 1}'])

@@ -5,6 +5,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from ray.dashboard.modules.job.common import JobInfo
+from ray.job_submission import JobStatus
 
 from gmdist.config import compose, load
 from gmdist.errors import ConfigError, RunFailedError
@@ -30,6 +32,12 @@ def test_no_server_is_said_at_once() -> None:
         probe.bind(("127.0.0.1", 0))
         message = refused(CONFIG, [], f"http://127.0.0.1:{probe.getsockname()[1]}")
     assert "no job server of Ray answers there" in message
+
+
+def test_an_address_with_a_password_is_not_repeated() -> None:
+    message = refused(CONFIG, [], "http://ada:sesame@head:8265")
+    assert "--address: must not hold credentials; " in message
+    assert "sesame" not in message
 
 
 def test_a_config_that_cannot_be_is_refused_here() -> None:
@@ -60,6 +68,9 @@ def test_relative_locations_mean_what_they_mean_here() -> None:
     meant = load(CONFIG, [*overrides, *found])
     assert meant.to_yaml() == load(CONFIG, overrides).to_yaml()
     assert f"data.mix.a.train={os.getcwd()}/here/a" in found
+    overrides = ["data.test=null", "data.train=null", "data.mix={a.b: {train: here/a}, c: {train: /c, weight: 2}}"]
+    meant = load(CONFIG, [*overrides, *_absolute(compose(CONFIG, overrides), load(CONFIG, overrides))])
+    assert meant.to_yaml() == load(CONFIG, overrides).to_yaml()
     overrides = ["run.dir=../elsewhere/run", "data.train=~/train", f"data.test={os.getcwd()}/test"]
     found = _absolute(compose(CONFIG, overrides), load(CONFIG, overrides))
     assert f"run.dir={os.path.dirname(os.getcwd())}/elsewhere/run" in found
@@ -85,6 +96,21 @@ def test_a_server_that_goes_away_is_no_end_of_the_job() -> None:
     with pytest.raises(RunFailedError, match=r"the job goes on .* `ray job logs --follow --address http://HEAD job-1`"):
         _follow(Client(), "job-1", "http://HEAD", seen.append)
     assert seen == ["job-1 begins\n"]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"), [("no such image\nTraceback", "no such image"), ("", "Ray does not say why")]
+)
+def test_a_job_that_could_not_be_run_says_why(message: str, said: str) -> None:
+    class Client:
+        async def tail_job_logs(self, job: str):
+            yield ""
+
+        def get_job_info(self, job: str) -> JobInfo:
+            return JobInfo(status=JobStatus.FAILED, entrypoint="", message=message)
+
+    with pytest.raises(RunFailedError, match=f"^job-1: FAILED: {said}$"):
+        _follow(Client(), "job-1", "http://HEAD", print)
 
 
 def test_too_much_to_upload_names_the_largest_files(tmp_path: Path) -> None:

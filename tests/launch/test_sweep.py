@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from gmdist import storage
 from gmdist.cli import main
 from gmdist.config import Config, load
 from gmdist.errors import (
+    CheckpointError,
     ClusterLostError,
     ConfigError,
     DataError,
@@ -223,7 +225,11 @@ def test_a_bucket_holds_a_sweep_as_a_folder_does(
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
-    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    without_ray: list[Config],
+    asked: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = launched.train
 
@@ -240,6 +246,9 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     trained = len(without_ray)
     assert results(run(path)) == results(found)
     assert len(without_ray) == trained
+    assert main(["sweep", path]) == 0
+    assert "3 trials (1 failed), 12 steps (0% saved)" in capsys.readouterr().out
+    assert "3 trials (1 failed); 12 steps" in (tmp_path / "sweep/report.html").read_text()
 
 
 def test_values_that_do_not_go_together_fail_their_trial_alone(
@@ -284,6 +293,41 @@ def test_what_every_trial_would_be_refused_for_is_no_trials_failure(
         run(path, f"data.train={tmp_path}/later")
     (tmp_path / "later").symlink_to(digits / "train")
     assert [trial["state"] for trial in run(path, f"data.train={tmp_path}/later")["trials"]] == ["done"] * 3
+
+
+def test_data_that_any_value_names_and_is_not_there_ends_the_sweep_before_it_starts(
+    without_ray: list[Config], asked: Callable[..., str], digits: Path, tmp_path: Path
+) -> None:
+    space = {"data.train": {"choice": [f"{digits}/train", f"{tmp_path}/later"]}}
+    with pytest.raises(DataError, match=r"data.train: .*later: no such data set"):
+        run(asked(space=space))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_donor_without_its_checkpoint_is_said(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    run(asked(num_trials=1))
+    donor, config = tmp_path / "sweep/trials/000", load(str(tmp_path / "sweep/best.yaml"))
+    (donor / "checkpoints/step-00000006/meta.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000006: incomplete, it has no meta\.json"):
+        launched._begin_from(str(donor), 6, config)
+    assert not Path(config.run.dir).exists()
+
+
+def test_a_trial_without_the_metrics_of_its_checkpoint_says_what_to_delete(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
+) -> None:
+    path = asked(num_trials=1)
+    found = run(path)
+    (tmp_path / "sweep/sweep.json").unlink()
+    metrics = tmp_path / "sweep/trials/000/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:2]))  # as a power cut may leave it
+    with pytest.raises(StorageError, match=r"trials/000: has come to step 6, .* delete that folder"):
+        run(path)
+    shutil.rmtree(metrics.parent)
+    assert results(run(path)) == results(found)
 
 
 @pytest.mark.parametrize(
@@ -396,6 +440,11 @@ def test_the_command_prints_the_best_and_complains_in_one_line(
     [
         ({"space": {"optim.autoencoder.lrate": {"choice": [1.0]}}}, "optim.autoencoder.lrate: no such key"),
         ({"space": {"family.likelihood.name": {"choice": ["gaussian", "cauchy"]}}}, "'cauchy'; .*likelihood.name"),
+        (
+            {"space": {"family.latent_dim": {"choice": [4]}, LR: {"choice": [-1.0]}}},
+            "^optim.autoencoder.lr: -1.0",
+        ),
+        ({"train": {"num_step": 5}}, "^train.num_step: no such key"),
         ({"space": {"family.likelihood.name": {"choice": []}}}, "must have at least one value"),
         ({"space": {"cluster.num_workers": {"choice": [1]}}}, "cannot be searched over"),
         ({"space": {"train.num_steps": {"choice": [4, 6]}}}, "has 2 values of train.num_steps, which all trials share"),

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import ControllerError
 
 from gmdist.config import Config, load
 from gmdist.errors import ConfigError, DataError, FolderLostError, MemoryExceededError, RunFailedError
@@ -90,6 +92,32 @@ def test_too_few_cpus_are_said_at_once(ray_cluster, digits: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"2 workers with 1 GPU each need 2; the cluster has 0"):
         watch(config_of(digits, tmp_path, "cluster.gpus_per_worker=1"))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_trial_of_a_sweep_waits_for_machines_that_were_lost(ray_cluster, digits: Path, tmp_path: Path) -> None:
+    stopper = Stopper(print)
+    messages: list[str] = []
+
+    def tell(message: str) -> None:
+        messages.append(message)
+        stopper.ask()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(digits, tmp_path, "cluster.num_workers=4"), print, tell, stopper=stopper)
+    assert messages == ["waiting: the run needs 4 workers, and the cluster has room for 2"]
+
+
+def test_the_folder_of_a_sweep_is_no_runs(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").touch()
+    with pytest.raises(ConfigError, match=rf"^run\.dir: {tmp_path}; holds a sweep \(sweep\.json\); choose another"):
+        watch(config_of(digits, tmp_path))
+
+
+def test_what_a_task_of_rays_raised_is_said_without_its_colours() -> None:
+    raised = RayTaskError("work", "\x1b[36mray::work()\x1b[39m (pid=1)", DataError("data.train: damaged"))
+    failure = attempt._explain(ControllerError(raised.as_instanceof_cause()))
+    assert (failure.kind, failure.message) == ("DataError", "data.train: damaged")
+    assert isinstance(failure.for_user(), DataError)
 
 
 def test_other_failures_end_after_the_restarts(ray_cluster, digits: Path, tmp_path: Path) -> None:

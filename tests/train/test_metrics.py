@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_line_is_json_whatever_was_measured(tmp_path: Path) -> None:
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 1, "a": None, "b": None, "c": 0.5, "order_digest": "00"}
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    log = MetricsLog(str(tmp_path), 0)
+    log.write({"step": 1, "loss": 0.5})
+    synced.clear()
+    log.flush()
+    assert synced == [f"{tmp_path}/metrics.jsonl"]
+    log.close()
 
 
 def test_steps_that_are_made_again_are_in_no_log_twice(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gmdist.errors import CheckpointError, ConfigError, DataError
+from gmdist.errors import CheckpointError, ConfigError, DataError, MemoryExceededError
 from gmdist.families.family import Family, Phase
+from gmdist.train.checkpoint import read_meta
 from gmdist.train.config import TrainConfig, micro_batch_size
 from gmdist.train.hooks import Hooks
 from gmdist.train.state import RunIdentity, check_identity
@@ -142,6 +143,54 @@ def test_frozen_children_and_buffers_come_back(tmp_path: Path) -> None:
     assert second.latent_scale == first.latent_scale
     for a, b in zip(first.first_stage.parameters(), second.first_stage.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def lack(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        ("train_step", "with micro-batches of 8 samples; set train.micro_batch_size=4"),
+        ("preview", "at a preview of 40 images; set a smaller train.num_preview_images, or train.sample_every=null"),
+        ("evaluate", "with micro-batches of 8 samples; set train.micro_batch_size=4"),
+        ("measure", "at an evaluation of generated images; set a smaller evaluation.batch_size"),
+    ],
+)
+def test_a_lack_of_memory_says_what_to_set_wherever_it_is_met(tmp_path: Path, at: str, words: str) -> None:
+    trainer = make_trainer(Linear(), tmp_path, sample_every=2, evaluate_every=2)
+    trainer.test_data = MemorySource(8, 8)
+    trainer._measure = lambda family, beat: {}
+    place, name = {"train_step": (trainer, at), "measure": (trainer, "_measure")}.get(at, (trainer.family, at))
+    setattr(place, name, lack)
+    with pytest.raises(MemoryExceededError, match=rf"^out of memory on worker 0, step [02], {words}$"):
+        trainer.fit()
+    trainer.close()
+
+
+def test_a_metric_that_is_a_count_does_not_spoil_checkpoints(tmp_path: Path) -> None:
+    class Counting(Linear):
+        def summarize(self, means):
+            return {"used": 3}
+
+    settings = {"evaluate_every": 2, "checkpoint_every": 2, "best_metric": "test/used"}
+    trainer = make_trainer(Counting(), tmp_path, num_steps=2, **settings)
+    trainer.test_data = MemorySource(8, 8)
+    trainer.fit()
+    trainer.close()
+    meta = read_meta(str(tmp_path / "checkpoints/step-00000002"))
+    assert meta["evaluation"] == {"test/used": 3.0}
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fit(Linear(), tmp_path, num_steps=4, checkpoint_every=1, keep_checkpoints=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
+    (folder / "step-00000004/shard-00000-of-00001.safetensors").write_bytes(b"damaged")
+    # It goes on from step 3, and is not at step 4 again when it saves.
+    fit(Linear(), tmp_path, num_steps=5, checkpoint_every=5, keep_checkpoints=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000005"]
 
 
 def test_a_stop_leaves_a_checkpoint_of_the_last_step(tmp_path: Path) -> None:
