@@ -61,13 +61,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             run folder that holds another run.
     """
     use_storage(config)
-    manifests = {}
-    for key, folder in config.data.folders:
-        try:
-            manifests[key] = Manifest.load(storage.absolute(folder))
-            check_labels(config.data, manifests[key], folder)
-        except DataError as error:
-            raise DataError(f"{key}: {error}") from error
+    manifests = _manifests(config)
     opened: list[Opened] = []
     with torch.device("meta"):
         family = build_family(config, opened.append)
@@ -75,6 +69,40 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     for one in opened:
         if storage.absolute(split_run(one.run)[0]) == run_dir:
             raise ConfigError(f"run.dir: {config.run.dir}; is the folder of family.first_stage: choose another")
+    _check_family(config, family)
+    found, warnings = None, list[str]()
+    if not config.run.overwrite:
+        found, warnings = checkpoint.find_newest(run_dir)
+    if found is None:
+        family.check_files()
+        _check_cached(config, family, opened)
+        return None, _doubts(config, manifests) + _initial_doubts(config)
+    _check_cached(config, family, [])  # its first stage is in its own checkpoints
+    data = open_training(config.data)
+    check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
+    checkpoint.check_shapes(found.location, found.meta["shapes"], shapes_of(family))
+    checkpoint.check_shapes(found.location, found.meta["worker_shapes"], worker_shapes_of(family))
+    if found.meta["step"] >= config.train.num_steps:
+        return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
+    for one in opened:
+        _check_unchanged(one, run_dir)
+    return None, _changes(config) + _doubts(config, manifests)
+
+
+def _manifests(config: Config) -> dict[str, Manifest]:
+    """Those of all data sets by their keys; DataError names the key of one that is not there, or has other labels."""
+    manifests = {}
+    for key, folder in config.data.folders:
+        try:
+            manifests[key] = Manifest.load(storage.absolute(folder))
+            check_labels(config.data, manifests[key], folder)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+    return manifests
+
+
+def _check_family(config: Config, family: Family) -> None:
+    """Whether a family can be trained as the config says: in that precision, in such parts of a batch, and measured."""
     check_precision(family, trained_children(family, config.optim), config.train.precision)
     for num_workers in config.cluster.sizes(config.data.batch_size):
         size = micro_batch_size(config.train, config.data.batch_size, num_workers)
@@ -92,31 +120,17 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             )
         check_reference(config)
         open_features(config)
-    found, warnings = None, list[str]()
-    if not config.run.overwrite:
-        found, warnings = checkpoint.find_newest(run_dir)
-    if found is None:
-        family.check_files()
-    first_stages = []
-    if found is None and not config.data.image:
-        first_stages = [identify(one.run, one.family, one.step, one.config) for one in opened]
+
+
+def _check_cached(config: Config, family: Family, opened: list[Opened]) -> None:
+    """Whether latents may stand for images: made by a first stage that is opened, if any is, and not beside images."""
+    first_stages = [] if config.data.image else [identify(one.run, one.family, one.step, one.config) for one in opened]
     check_latents(config.data, config.data.folders, first_stages)
     if config.data.image and (twice := set(config.data.batch_keys).intersection(family.cached)):
         raise ConfigError(
             f"data.arrays: {list(config.data.arrays)}; {', '.join(twice)} would take the place of the images beside "
             "them, and nobody knows what made them: leave them out, or set data.image=false"
         )
-    if found is not None:
-        data = open_training(config.data)
-        check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
-        checkpoint.check_shapes(found.location, found.meta["shapes"], shapes_of(family))
-        checkpoint.check_shapes(found.location, found.meta["worker_shapes"], worker_shapes_of(family))
-        if found.meta["step"] >= config.train.num_steps:
-            return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
-        for one in opened:
-            _check_unchanged(one, run_dir)
-        return None, _changes(config) + _doubts(config, manifests)
-    return None, _doubts(config, manifests) + _initial_doubts(config)
 
 
 def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
