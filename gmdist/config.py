@@ -25,7 +25,7 @@ from gmdist.train.optim import OptimConfig
 
 _YEAR_S = 31_536_000
 # Plain numbers that YAML 1.1 takes for octal ones, or for minutes and seconds.
-_READ_AS_ANOTHER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_READ_AS_ANOTHER = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
 
 
 @dataclass

@@ -49,9 +49,3 @@ class RunFailedError(GmdistError):
 
 class FolderLostError(GmdistError):
     """A folder that another command has taken, as this one did not get to renew its lease. Exit code 1."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(
-            f"{folder}: another command has taken the folder, as this one did not get to say that it is there for 20 s;"
-            " what it had finished is there, and the other goes on from it"
-        )

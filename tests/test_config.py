@@ -278,7 +278,8 @@ def test_best_metrics_that_nothing_measures_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-4", "010", "127.0.0.1:6379", "1e3", "1_000", "0x10", "12:30", ".5", "no", "null", "2024-01-05", "-"]
+    "text",
+    ["1e-4", "010", "127.0.0.1:6379", "1e3", "1_000", "0x10", "12:30", "08:30", ".5", "no", "null", "2024-01-05", "-"],
 )
 def test_texts_that_look_like_something_else_come_back(text: str) -> None:
     config = load(CONFIGS[0], [f"name='{text}'", "data.train=null", f"data.mix={{'{text}': {{train: here}}}}"])

@@ -3,7 +3,6 @@
 import io
 import json
 import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,8 +100,7 @@ def _encode_image(extension: str, content: bytes, encoding: Encoding) -> tuple[s
 def _upright(image: Image.Image) -> Image.Image:
     """An image turned as its camera says that it was held; as it is, where that cannot be read."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of tags that nobody asks for
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error):
         return image
     turns = _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -111,6 +109,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _encoded(content: bytes, encoding: Encoding) -> bytes:
     with open_image(content) as opened:
+        opened.load()  # damage is met here, and not where its EXIF is looked for
         upright = _upright(opened)
         grey = upright.mode in ("L", "LA", "1")
         array = to_array(upright, 1 if grey else 3)

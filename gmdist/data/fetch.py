@@ -4,6 +4,8 @@ import functools
 import itertools
 import os
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -20,11 +22,35 @@ _OPEN_FILES = 320  # local shards, of all data sets of a process, which may have
 _OPENINGS = itertools.count()
 
 
-@functools.lru_cache(_OPEN_FILES)
-def _open(opening: int, location: str) -> FileIO:
-    """A local shard, as one opening of its data set found it. Closed when nobody has it any more."""
-    with storage.naming(location):
-        return FileIO(location)
+class _OpenFiles:
+    """Local shards of every data set that is open: those that were asked for last. Any number of threads may ask."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.files: OrderedDict[tuple[int, str], FileIO] = OrderedDict()
+        self._lock = threading.RLock()  # the garbage collector may call `forget` from within
+
+    def get(self, opening: int, location: str) -> FileIO:
+        """A shard, as one opening of its data set found it; closed when nobody has it any more."""
+        with self._lock:
+            file = self.files.pop((opening, location), None)
+        if file is None:
+            with storage.naming(location):
+                file = FileIO(location)
+        with self._lock:
+            self.files[opening, location] = file
+            if len(self.files) > self._most:
+                self.files.popitem(last=False)
+        return file
+
+    def forget(self, opening: int) -> None:
+        """A data set is gone."""
+        with self._lock:
+            for key in [key for key in self.files if key[0] == opening]:
+                del self.files[key]
+
+
+_FILES = _OpenFiles(_OPEN_FILES)
 
 
 class Shards:
@@ -44,6 +70,7 @@ class Shards:
         self._is_s3 = storage.is_s3(folder)
         self.index = functools.lru_cache(num_indexes)(self._load)
         self._opening = next(_OPENINGS)
+        weakref.finalize(self, _FILES.forget, self._opening)
         self._versions: dict[int, storage.Stat] = {}
 
     def location(self, shard: int) -> str:
@@ -95,7 +122,7 @@ class Shards:
                 self._versions[shard] = version
                 return found
         with self._explaining(shard):
-            file = _open(self._opening, self.location(shard))  # which another thread may let go meanwhile
+            file = _FILES.get(self._opening, self.location(shard))  # which another thread may let go meanwhile
         try:
             content = os.pread(file.fileno(), stop - start, start)
         except OSError:

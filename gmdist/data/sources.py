@@ -20,7 +20,7 @@ from gmdist.data.sound import open_sound
 from gmdist.errors import DataError
 
 TEXT_EXTENSIONS = ("txt", "json", "cls")
-OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "jxl", "svg", "tif", "tiff")  # listed as unreadable
+OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "jfif", "jp2", "jxl", "tif", "tiff")  # listed as unreadable
 _MAX_KEY_BYTES = 80  # USTAR names end at 100, with the extension
 _NUMBERED = re.compile(r"\d{5,}")  # how img2dataset names its folders
 

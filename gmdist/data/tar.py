@@ -4,6 +4,7 @@ The standard library's reader takes a damaged header for the end of an archive, 
 """
 
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -14,7 +15,13 @@ MAX_MEMBER_BYTES = 1 << 30
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20
 BLOCK = 512
 _MAX_DIGITS = 20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+# By first bytes, which in a plain archive are a member's name.
+_COMPRESSED = {
+    re.compile(rb"\x1f\x8b"): "gzip",
+    re.compile(rb"BZh[1-9]1AY&SY"): "bzip2",
+    re.compile(rb"\xfd7zXZ\x00"): "xz",
+    re.compile(rb"\x28\xb5\x2f\xfd"): "zstd",
+}
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
@@ -77,7 +84,7 @@ def _exactly(file: Readable, size: int, location: str, position: int) -> bytes:
 
 def _check_plain(header: bytes, location: str) -> None:
     for start, program in _COMPRESSED.items():
-        if header.startswith(start):
+        if start.match(header):
             raise DataError(f"{location}: compressed with {program}; shards are plain tar files, decompress it first")
 
 

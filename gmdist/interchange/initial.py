@@ -90,9 +90,18 @@ def scheduler_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
     file = Path(path) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return None
-    theirs = read_json(file)
+    try:
+        theirs = read_json(file)
+    except ConfigError as error:
+        return f"init_from: {error}"
+    kind = str(theirs.get("_class_name"))
+    is_discrete = not any(word in kind for word in ("FlowMatch", "EDM"))
+    if is_discrete != diffusion.is_discrete:
+        return f"init_from: {path}; its scheduler is a {kind}, and diffusion.schedule is '{diffusion.schedule}' here"
+    if not is_discrete:
+        return None
     found = {
-        "prediction": (PREDICTIONS.get(diffusion.prediction), theirs.get("prediction_type", PREDICTIONS["eps"])),
+        "prediction": (PREDICTIONS[diffusion.prediction], theirs.get("prediction_type", PREDICTIONS["eps"])),
         "num_timesteps": (diffusion.num_timesteps, theirs.get("num_train_timesteps", 1000)),
         "zero_terminal_snr": (diffusion.zero_terminal_snr, theirs.get("rescale_betas_zero_snr", False)),
     }

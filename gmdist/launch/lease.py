@@ -96,7 +96,7 @@ class Lease:
     def check(self) -> None:
         """FolderLostError if somebody else has taken it."""
         if self._lost.is_set():
-            raise FolderLostError(_folder(self._location))
+            raise folder_lost(_folder(self._location))
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEWED_S):
@@ -116,6 +116,14 @@ class Lease:
             found = _read(self._location)
             if found is not None and found.get("id") == self._own["id"]:
                 storage.delete(self._location)
+
+
+def folder_lost(folder: str) -> FolderLostError:
+    """What a command says whose lease another one has taken."""
+    return FolderLostError(
+        f"{folder}: another command has taken the folder, as this one did not get to say that it is there for "
+        f"{_EXPIRES_S:.0f} s; what it had finished is there, and the other goes on from it"
+    )
 
 
 def _wait_until_free(location: str, on_message: Callable[[str], None]) -> None:

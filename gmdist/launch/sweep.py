@@ -12,7 +12,7 @@ from typing import Any
 
 from gmdist import runs, start, storage
 from gmdist.config import Config
-from gmdist.errors import ClusterLostError, ConfigError, GmdistError, RunFailedError, StorageError
+from gmdist.errors import CheckpointError, ClusterLostError, ConfigError, GmdistError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected, room
 from gmdist.launch.lease import held
 from gmdist.launch.preflight import check_cluster
@@ -179,7 +179,11 @@ class _Executor:
             failed = self._add(stretch, Result(None, str(error)))
             return lambda: failed
         if stretch.donor is not None:
-            _begin_from(self._asked.run_dir(stretch.donor), stretch.first_step, config)
+            try:
+                _begin_from(self._asked.run_dir(stretch.donor), stretch.first_step, config)
+            except CheckpointError as error:
+                lost = self._add(stretch, Result(None, str(error)))
+                return lambda: lost
         future = self._pool.submit(self._run, stretch, config)
         return lambda: self._wait(future)
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from gmdist.config import Config
-from gmdist.errors import FolderLostError
 from gmdist.launch.cluster import free_room, leaving, room
+from gmdist.launch.lease import folder_lost
 
 _POLL_S = 0.25
 _EXIT_STOPPED = 130
@@ -51,6 +51,8 @@ class Stopper:
             sys.stderr.flush()
             os._exit(_EXIT_STOPPED)
         self.ask()
+        if self.mailbox is None:  # nobody is there yet who would say it
+            os.write(sys.stderr.fileno(), b"gmdist: stopping; once more to stop at once\n")
 
     @property
     def asked(self) -> bool:
@@ -91,7 +93,7 @@ class Stopper:
     def check_lost(self) -> None:
         """FolderLostError if another command has the folder now."""
         if self.lost is not None:
-            raise FolderLostError(self.lost)
+            raise folder_lost(self.lost)
 
 
 class ClusterWatch:

@@ -2,7 +2,6 @@
 
 import struct
 import tarfile
-import warnings
 import zlib
 from pathlib import Path
 
@@ -98,11 +97,21 @@ def test_a_photo_whose_camera_writes_what_nobody_can_read_is_packed(tmp_path: Pa
     (tmp_path / "photos").mkdir()
     for name, said in (("a", exif), ("b", odd)):
         Image.new("RGB", (16, 8), "blue").save(tmp_path / f"photos/{name}.jpg", exif=said)
-    with warnings.catch_warnings(action="error"):
-        packed = pack(str(tmp_path / "photos"), str(tmp_path / "packed"), Encoding(format="png"))
+    packed = pack(str(tmp_path / "photos"), str(tmp_path / "packed"), Encoding(format="png"))
     assert packed.unreadable == []
     found = samples(tmp_path / "packed")
     assert [opened(found[key]["png"]).size for key in ("a", "b")] == [(8, 16), (16, 8)]
+
+
+@pytest.mark.parametrize("encoding", [Encoding(64), Encoding(format="jpeg")])
+def test_a_damaged_png_is_left_out_however_it_is_encoded(tmp_path: Path, encoding: Encoding) -> None:
+    source = fill(tmp_path / "in", ["b.png"])
+    image(0, 100, 100, 3).save(source / "a.png")
+    content = bytearray((source / "a.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (source / "a.png").write_bytes(content)
+    packed = pack(str(source), str(tmp_path / "out"), encoding, max_unreadable=0.5)
+    assert [line.partition(": ")[0] for line in packed.unreadable] == ["a.png"]
 
 
 def test_an_image_is_of_the_format_of_its_bytes(tmp_path: Path) -> None:

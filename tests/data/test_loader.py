@@ -1,7 +1,7 @@
 """Batches: the same samples for any number of workers and threads, from any start, of one data set or several."""
 
 import dataclasses
-import functools
+import gc
 import io
 import json
 import threading
@@ -280,9 +280,12 @@ def test_closing_leaves_no_threads(plain: str) -> None:
 
 
 def test_data_sets_share_the_files_that_a_process_may_open(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = functools.lru_cache(2)(fetch._open.__wrapped__)
-    monkeypatch.setattr(fetch, "_open", few)
+    few = fetch._OpenFiles(2)
+    monkeypatch.setattr(fetch, "_FILES", few)
     loaders = [Loader(settings(plain), plain) for _ in range(3)]
     found = [[part.digest for part in loader.sweep(8)] for loader in loaders]
     assert found[0] == found[1] == found[2]
-    assert few.cache_info().currsize == 2
+    assert len(few.files) == 2
+    del loaders
+    gc.collect()
+    assert not few.files

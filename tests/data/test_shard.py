@@ -364,6 +364,10 @@ def test_shards_without_samples_are_no_data_set(tmp_path: Path) -> None:
     assert not (tmp_path / MANIFEST_NAME).exists()
 
 
+def test_a_member_may_have_the_name_of_a_compressor() -> None:
+    assert scan(io.BytesIO(archive(member("BZhang-1.png"))), "a.tar")[0].keys == ["BZhang-1"]
+
+
 def test_members_about_the_archive_are_no_samples() -> None:
     content = archive(member("__meta__/i.json"), A, member("__stats__"))
     assert scan(io.BytesIO(content), "a.tar")[0].keys == ["a"]

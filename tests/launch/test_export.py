@@ -208,6 +208,17 @@ def test_a_pipeline_that_was_trained_otherwise_is_warned_of(exported: Path, star
     _, (line,) = check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
     words = "diffusion.prediction is v here, and its scheduler's is sample"
     assert line == f"family.init_from: {folder}; {words}"
+    for content, words in (
+        ('{"_class_name": "PNDMScheduler", "prediction_type": "v_prediction"}', None),  # of the same process
+        (
+            '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
+            "its scheduler is a FlowMatchEulerDiscrete",
+        ),
+        ("[]", "scheduler_config.json: not a mapping of keys to values"),
+    ):
+        scheduler.write_text(content)
+        _, lines = check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
+        assert [words in line for line in lines] == [True] * (words is not None)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])

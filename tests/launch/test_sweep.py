@@ -315,6 +315,20 @@ def test_a_donor_without_its_checkpoint_is_said(
     assert not Path(config.run.dir).exists()
 
 
+def test_a_damaged_donor_is_the_failure_of_who_goes_on_from_it(
+    without_ray: list[Config], asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*arguments: Any) -> None:
+        raise CheckpointError("step-00000002: damaged (its crc32 differs)")
+
+    monkeypatch.setattr(launched, "_begin_from", damaged)
+    found = run(asked(scheduler=PBT, num_trials=4))
+    states = [trial["state"] for trial in found["trials"]]
+    assert states.count("failed") in (1, 2)
+    assert states[found["best"]] == "done"
+    assert "its crc32 differs" in next(trial["error"] for trial in found["trials"] if trial["state"] == "failed")
+
+
 def test_a_trial_without_the_metrics_of_its_checkpoint_says_what_to_delete(
     without_ray: list[Config], asked: Callable[..., str], tmp_path: Path
 ) -> None:
