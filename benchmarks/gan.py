@@ -85,7 +85,7 @@ def ours(image_side: int, channels_last: bool, run: str) -> Callable[[int], obje
     batch_size = BATCH[image_side]
     source = Synthetic(batch_size, lambda count: {"image": images(image_side)[:count] * 2 - 1})
     optim = {"generator": OPTIM, "discriminator": OPTIM}
-    trainer = Trainer(model(image_side), config, optim, RunIdentity("stylegan2", batch_size), None, run, source)
+    trainer = Trainer(model(image_side), config, optim, RunIdentity("stylegan2", batch_size), run, source)
     parts = source.batches(0)
     return lambda number: trainer.train_step(next(parts))
 

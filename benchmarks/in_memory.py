@@ -72,7 +72,7 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory(prefix="gmdist-gpu-") as run:
         identity = RunIdentity("in_memory", source.batch_size)
-        trainer = Trainer(family, config, optim, identity, None, run, source, device=device)
+        trainer = Trainer(family, config, optim, identity, run, source, device=device)
         try:
             trainer.fit()
         finally:

@@ -79,7 +79,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         return None, _doubts(config, manifests) + _initial_doubts(config)
     _check_cached(config, family, [])  # its first stage is in its own checkpoints
     data = open_training(config.data)
-    check_identity(found, _identity(config, data), config.train.seed, data.fingerprint)
+    check_identity(found, _identity(config, data), config.train.seed)
     checkpoint.check_shapes(found.location, found.meta["shapes"], shapes_of(family))
     checkpoint.check_shapes(found.location, found.meta["worker_shapes"], worker_shapes_of(family))
     if found.meta["step"] >= config.train.num_steps:
@@ -202,7 +202,7 @@ def clear(run_dir: str) -> None:
 
 
 def _identity(config: Config, data: Loader | Unpaired) -> RunIdentity:
-    return RunIdentity(config.family_name, config.data.batch_size, data.fingerprint.to_dict())
+    return RunIdentity(config.family_name, config.data.batch_size, data.fingerprint)
 
 
 def _check_agreement(split: str, data: Loader | Unpaired) -> None:
@@ -241,7 +241,6 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
         config.train,
         config.optim,
         _identity(config, data),
-        data.fingerprint,
         run_dir,
         data,
         test,

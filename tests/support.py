@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from gmdist import rng, s3
+from gmdist.data.mix import Fingerprint
 from gmdist.data.tape import Tape, digest, owned
 from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.families import CATALOGUE
@@ -235,14 +236,13 @@ def make_trainer(
         "keep_checkpoints": None,
     }
     source = MemorySource(num_samples, batch_size, rank, world_size)
-    identity = RunIdentity("test", batch_size, dataclasses.asdict(source.tape.fingerprint))
+    identity = RunIdentity("test", batch_size, Fingerprint((1,), (source.tape.fingerprint,)))
     config = TrainConfig(**(settings | train))
     return Trainer(
         family,
         config,
         optimizers(family, optim),
         identity,
-        source.tape.fingerprint,
         str(run_dir),
         source,
         source,

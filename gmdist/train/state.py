@@ -1,7 +1,7 @@
 """The whole state of a run as named tensors, and back: what a checkpoint holds, and what it must agree with."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,9 @@ class Fingerprint(Protocol):
     def check(self, saved: dict[str, Any]) -> None:
         """Raise DataError if a run with the saved fingerprint cannot go on with this one."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it is saved."""
+
 
 @dataclass
 class RunIdentity:
@@ -29,7 +32,7 @@ class RunIdentity:
 
     family: str
     batch_size: int  # samples a step, over all workers
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the order
+    order: Fingerprint | None = None  # of the samples; None: of no data set
 
 
 def state_tensors(family: Family, units: Mapping[str, Unit], ema: EMA) -> dict[str, Tensor]:
@@ -118,7 +121,7 @@ def load_tensor(reader: Reader, kind: str, name: str, tensor: Tensor) -> None:
     tensor.copy_(flat.view(tensor.shape))
 
 
-def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int, fingerprint: Fingerprint | None) -> None:
+def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int) -> None:
     """Raise if a run cannot go on from a checkpoint: another family, data set, seed or batch size."""
     meta = found.meta
     if meta["family"] != identity.family:
@@ -126,8 +129,8 @@ def check_identity(found: checkpoint.Found, identity: RunIdentity, seed: int, fi
             f"{found.location}: of family '{meta['family']}', the config's is '{identity.family}'; "
             "choose another run.dir, or set run.overwrite=true to start anew"
         )
-    if fingerprint is not None:
-        fingerprint.check(meta["data"])
+    if identity.order is not None:
+        identity.order.check(meta["data"])
     for key, saved, now in (
         ("train.seed", meta["train_seed"], seed),
         ("data.batch_size", meta["batch_size"], identity.batch_size),

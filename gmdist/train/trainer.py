@@ -29,7 +29,6 @@ from gmdist.train.preview import preview
 from gmdist.train.saver import Saver
 from gmdist.train.source import Loaded, Source, moved_ahead, split
 from gmdist.train.state import (
-    Fingerprint,
     RunIdentity,
     check_identity,
     load_state,
@@ -50,7 +49,6 @@ class Trainer:
         config: TrainConfig,
         optim: dict[str, OptimConfig],
         identity: RunIdentity,
-        fingerprint: Fingerprint | None,
         run_dir: str,
         data: Source,
         test_data: Source | None = None,
@@ -79,7 +77,7 @@ class Trainer:
 
         found = checkpoint.find_together(run_dir, self.hooks.on_message)
         if found is not None:
-            check_identity(found, identity, config.seed, fingerprint)
+            check_identity(found, identity, config.seed)
 
         self.family = family.to(self.device)
         self.phases = family.phases()
@@ -397,7 +395,7 @@ class Trainer:
             "batch_size": self.batch_size,
             "order_digest": self._total_digest(),
             "evaluation": self._evaluated[1] if self._evaluated[0] == self.step else {},
-            "data": self.identity.data,
+            "data": {} if self.identity.order is None else self.identity.order.to_dict(),
             "train_seed": self.config.seed,
             "world_size": world_size(),
             "updates": {name: unit.num_updates for name, unit in self.units.items()},

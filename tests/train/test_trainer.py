@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from gmdist.data.mix import Fingerprint
 from gmdist.errors import CheckpointError, ConfigError, DataError, MemoryExceededError
 from gmdist.families.family import Family, Phase
 from gmdist.train.checkpoint import read_meta
@@ -267,11 +268,11 @@ def test_another_family_or_data_set_is_refused(tmp_path: Path) -> None:
 
     found, _ = find_newest(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"of family 'test', the config's is 'ddpm'.*run\.overwrite"):
-        check_identity(found, RunIdentity("ddpm", 8), 0, None)
+        check_identity(found, RunIdentity("ddpm", 8), 0)
     other = MemorySource(50, 8).tape
     other.fingerprint.__dict__["manifest"] = "another"
     with pytest.raises(DataError, match="data set was memory"):
-        check_identity(found, RunIdentity("test", 8), 0, other.fingerprint)
+        check_identity(found, RunIdentity("test", 8, Fingerprint((1,), (other.fingerprint,))), 0)
 
     class Wider(Linear):
         def __init__(self):
