@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gmdist import __version__, commands
-from gmdist.commands import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from gmdist.errors import ConfigError, GmdistError
+from gmdist.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, ConfigError, GmdistError
 
 
 class _Piped(io.FileIO):

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gmdist.errors import CheckpointError, ConfigError, DataError, DivergedError
+from gmdist.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+)
 
 if TYPE_CHECKING:
     from gmdist.data.progress import Meter
@@ -25,7 +33,6 @@ _OF_DRAWN_IMAGES = (
     "mix_styles",
 )  # options of `sample`
 _OTHER_PICTURES = ("translate", "show", "interpolate", "mix_styles")  # options of `sample`, too
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
 # Each command imports what it needs: `gmdist --help` answers at once, and `data` works where Ray is not installed.

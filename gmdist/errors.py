@@ -1,4 +1,6 @@
-"""The errors that are meant for users: one line that says what, where, and what would be right."""
+"""The errors that are meant for users: one line that says what, where, and what would be right; and exit codes."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
 
 
 class GmdistError(Exception):

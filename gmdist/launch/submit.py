@@ -16,12 +16,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gmdist.config import Config, compose, files_of
 from gmdist.data.latents import flat
-from gmdist.errors import ConfigError, RunFailedError
+from gmdist.errors import EXIT_STOPPED, ConfigError, RunFailedError
 from gmdist.sweep.load import Sweep, load_run, load_sweep
 
 _JOBS = "jobs"  # the folder of the scripts that jobs run
 _SHOWN = 5  # of the largest files, where there is too much to upload
-EXIT_STOPPED = 130
 
 
 def submit(

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from gmdist.config import Config
+from gmdist.errors import EXIT_STOPPED
 from gmdist.launch.cluster import free_room, leaving, room
 from gmdist.launch.lease import folder_lost
 
 _POLL_S = 0.25
-_EXIT_STOPPED = 130
 _WATCHED_S = 2.0  # how often the cluster is looked at
 
 
@@ -49,7 +49,7 @@ class Stopper:
             # Ray is in the middle of something, and would end with a complaint of its own.
             sys.stderr.write("gmdist: stopped\n")
             sys.stderr.flush()
-            os._exit(_EXIT_STOPPED)
+            os._exit(EXIT_STOPPED)
         self.ask()
         if self.mailbox is None:  # nobody is there yet who would say it
             os.write(sys.stderr.fileno(), b"gmdist: stopping; once more to stop at once\n")
