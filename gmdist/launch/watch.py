@@ -52,7 +52,7 @@ class Stopper:
             os._exit(EXIT_STOPPED)
         self.ask()
         if self.mailbox is None:  # nobody is there yet who would say it
-            os.write(sys.stderr.fileno(), b"gmdist: stopping; once more to stop at once\n")
+            os.write(2, b"gmdist: stopping; once more to stop at once\n")  # no lock, as a stream has
 
     @property
     def asked(self) -> bool:
