@@ -128,9 +128,8 @@ class Conditioner(nn.Module):
         if self.kind == "class":
             return Told(torch.where(is_dropped, self.num_classes, batch["label"]))
         if self.kind == "text":
-            tokens, _ = self._tokenize(captions(batch))
-            empty, _ = self._tokenize([""])
-            return self._encode(torch.where(is_dropped[:, None], empty.to(keys.device), tokens.to(keys.device)))
+            tokens = _moved(self._tokenize(["", *captions(batch)])[0], keys.device)
+            return self._encode(torch.where(is_dropped[:, None], tokens[:1], tokens[1:]))
         return Told()
 
     def of_training(self, batch: Batch) -> Told:
@@ -146,7 +145,7 @@ class Conditioner(nn.Module):
             tokens, is_cut = self._tokenize(list(prompts or [""] * len(keys)))
             for prompt in dict.fromkeys(text for text, cut in zip(prompts or (), is_cut, strict=False) if cut):
                 _log.warning("a prompt is cut to the %d tokens that the encoder takes: %.60s", tokens.shape[1], prompt)
-            return self._encode(tokens.to(keys.device))
+            return self._encode(_moved(tokens, keys.device))
         return Told()
 
     def nothing(self, count: int, device: torch.device) -> Told | None:
@@ -154,7 +153,7 @@ class Conditioner(nn.Module):
         if self.kind == "class":
             return Told(torch.full((count,), self.num_classes, device=device))
         if self.kind == "text":
-            return self._encode(self._tokenize([""])[0].expand(count, -1).to(device))
+            return self._encode(_moved(self._tokenize([""])[0], device).expand(count, -1))
         return None
 
     def _tokenize(self, texts: list[str]) -> tuple[Tensor, list[bool]]:
@@ -164,6 +163,11 @@ class Conditioner(nn.Module):
 
     def _encode(self, tokens: Tensor) -> Told:
         return Told(tokens=tokens) if self.clip is None else Told(context=self.clip(tokens))
+
+
+def _moved(tokens: Tensor, device: torch.device) -> Tensor:
+    """The tokens on a device: a GPU fetches them when it comes to that, and the host does not wait for it."""
+    return tokens.to(device) if device.type == "cpu" else tokens.pin_memory().to(device, non_blocking=True)
 
 
 class Denoiser(nn.Module):

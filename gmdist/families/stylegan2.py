@@ -150,7 +150,7 @@ class StyleGAN2(GAN):
         image = at_least_fp32(self.generator.synthesis(styles, self._noise(keys, "path_length")))
         lengths = path_lengths(image, styles, rng.normal(self.seed, "path_length/image", keys, image.shape[1:]))
         with torch.no_grad():
-            self.length_sum += torch.stack([lengths.sum(), lengths.new_tensor(float(count))])
+            self.length_sum += torch.stack([lengths.sum(), lengths.new_full((), count)])
         # The pixels themselves count nothing, and let a gradient of zero reach every parameter, as ZeRO asks.
         penalty = (lengths - self.mean_length).square().mean()
         loss = self.path_length.weight * penalty + 0.0 * image.mean()

@@ -12,6 +12,8 @@ from gmdist.data.unpaired import open_held_out
 from gmdist.errors import ConfigError
 from gmdist.evaluation.config import METRICS
 from gmdist.evaluator import open_evaluator, references
+from gmdist.families import CATALOGUE
+from gmdist.families.family import Family
 from gmdist.train.checkpoint import folder_name
 from gmdist.train.config import micro_batch_size
 from gmdist.train.held_out import held_out_means
@@ -38,8 +40,8 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
         overrides: `key=value` of the run's config, such as another sampler.
 
     Returns:
-        What is written: checkpoint, step, overrides, metrics by name, num_images, reference, features and their
-        fingerprint.
+        What is written: checkpoint, step, overrides, metrics by name; and where images were drawn, num_images,
+        reference, features and their fingerprint.
 
     Raises:
         ConfigError: no such run, no features, a metric or a number that cannot be.
@@ -49,7 +51,10 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
     runs.use_storage(config)
     device = runs.device()
     test = open_held_out(config.data)
-    evaluator = open_evaluator(config, test, device)
+    draws = CATALOGUE[config.family_name][0].sample is not Family.sample
+    if not draws:
+        _check_held_out(config, request)
+    evaluator = open_evaluator(config, test, device) if draws else None
     meta, family = runs.open_run(run, config, [] if config.data.test is None else [("data.test", config.data.test)])
     family = family.to(device)
     found = {}
@@ -57,20 +62,35 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
         # As many at once as a worker of the run takes.
         size = micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
         found = held_out_means(family, test, size, device)
-    found |= evaluator(family)
+    if evaluator is not None:
+        found |= evaluator(family)
     run_dir, _ = runs.split_run(run)
     report = {
         "checkpoint": storage.join(run_dir, "checkpoints", folder_name(meta["step"])),
         "step": meta["step"],
         "overrides": list(overrides),
         "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
-        "num_images": config.evaluation.num_images,
-        "reference": ", ".join(references(config)),
-        "features": evaluator.features.location,
-        "features_fingerprint": evaluator.features.fingerprint,
     }
+    if evaluator is not None:
+        report |= {
+            "num_images": config.evaluation.num_images,
+            "reference": ", ".join(references(config)),
+            "features": evaluator.features.location,
+            "features_fingerprint": evaluator.features.fingerprint,
+        }
     storage.write(storage.join(run_dir, _FILE_NAME), (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def _check_held_out(config: Config, request: EvaluationRequest) -> None:
+    """ConfigError where a family that draws no images is asked for them, or has no held-out ones to be measured on."""
+    family = f"family '{config.family_name}' draws no images"
+    of_images = {"metrics": request.metrics, "num-images": request.num_images, "features": request.features}
+    for option, value in of_images.items():
+        if value is not None:
+            raise ConfigError(f"--{option}: {family} to compare with real ones: leave it out, for what data.test gives")
+    if config.data.test is None:
+        raise ConfigError(f"data.test: null; {family}, and is measured on held-out ones alone")
 
 
 def _asked(config: Config, request: EvaluationRequest) -> Config:
@@ -99,7 +119,10 @@ def table(report: dict[str, Any]) -> str:
     names = list(report["metrics"])
     width = max(map(len, names), default=0)
     values = ["-" if value is None else f"{value:.6g}" for value in report["metrics"].values()]
-    lines = [f"{report['checkpoint']}: {report['num_images']} generated images"]
-    lines += [f"compared with {report['reference']} by {report['features']}"]
+    if "features" in report:
+        lines = [f"{report['checkpoint']}: {report['num_images']} generated images"]
+        lines += [f"compared with {report['reference']} by {report['features']}"]
+    else:
+        lines = [f"{report['checkpoint']}: held-out images"]
     lines += [f"  {name:<{width}}  {value}" for name, value in zip(names, values, strict=True)]
     return "\n".join(lines)

@@ -134,6 +134,28 @@ def test_without_test_data_the_training_data_is_the_reference(data: Path, tmp_pa
     assert report["metrics"] == pytest.approx(logged(run)[2], rel=1e-6)
 
 
+def test_of_a_family_that_draws_nothing_the_held_out_images_are_measured(digits: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    domains = [f"data.{key}={digits}/{split}" for split in ("train", "test") for key in (split, f"unpaired.{split}")]
+    networks = ["family.translator={channels: 4, num_blocks: 1}", "family.discriminator_channels=4"]
+    settings = ["train.num_steps=1", "train.evaluate_every=1", "train.sample_every=null", "data.batch_size=8"]
+    config = load("configs/digits/cyclegan.yaml", [*domains, *networks, *settings, "data.channels=1", f"run.dir={run}"])
+    train_worker(config, torch.device("cpu"))
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert main(["evaluate", str(run)]) == 0
+    report = json.loads((run / "evaluation.json").read_text())
+    assert set(report) == {"checkpoint", "step", "overrides", "metrics"}
+    assert {f"test/{name}": pytest.approx(value, rel=1e-5) for name, value in report["metrics"].items()} == {
+        name: value for name, value in line.items() if name.startswith("test/")
+    }
+    assert f"{run}/checkpoints/step-00000001: held-out images" in capsys.readouterr().out
+    for option in (["--metrics", "fid"], ["--num-images", "8"], ["--features", "classifier"]):
+        words = f"{option[0]}: family 'cyclegan' draws no images to compare with real ones"
+        assert words in refused(capsys, 2, "evaluate", str(run), *option)
+    words = "data.test: null; family 'cyclegan' draws no images, and is measured on held-out ones alone"
+    assert words in refused(capsys, 2, "evaluate", str(run), "data.test=null", "data.unpaired.test=null")
+
+
 def test_data_make_trains_a_classifier_once(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     from gmdist.evaluation import classifier
     from gmdist.launch import classifier as launched

@@ -1,0 +1,57 @@
+"""That a family keeps to its device: found here on any machine, and not on the first GPU."""
+
+import pytest
+import torch
+
+from gmdist.families.family import Family
+from gmdist.train.engine import freeze_all_but
+from tests.standin import DEVICE, standing_in
+from tests.support import SMALL, MemorySource, small_family
+
+every_family = pytest.mark.parametrize("name", sorted(SMALL))
+
+
+@every_family
+def test_a_loss_keeps_to_the_device_and_does_not_wait_for_it(name: str) -> None:
+    with standing_in() as waits:
+        batch = MemorySource(16, 8).first(8).batch_on(DEVICE)
+        family = small_family(name).to(DEVICE)
+        family.initialize(batch)
+        for is_first in (True, False):
+            for phase in family.phases():
+                freeze_all_but(family, phase.trains)
+                waits.clear()
+                loss, metrics = phase.loss(batch, 0)
+                loss.backward()
+                assert {value.device for value in [loss, *metrics.values()]} == {DEVICE}
+                # Tables are moved once; and a search looks again at the tokens whose nearest code rounding leaves open.
+                assert is_first or set(waits) <= {"aten.nonzero.default"}
+            family.after_step(8)
+
+
+@every_family
+def test_it_draws_and_measures_there(name: str) -> None:
+    with standing_in(), torch.no_grad():
+        batch = MemorySource(16, 8).first(8).batch_on(DEVICE)
+        family = small_family(name).to(DEVICE)
+        family.initialize(batch)
+        family.eval()
+        found = [family.preview(batch), *family.evaluate(batch).values(), *family.scores(batch).values()]
+        found += family.encode(batch["image"]).values()
+        if type(family).sample is not Family.sample:
+            found.append(family.sample(batch["key"]))
+        assert {tensor.device for tensor in found} == {DEVICE}
+
+
+def test_the_stand_in_does_as_a_gpu_does() -> None:
+    with standing_in() as waits:
+        there = torch.arange(6.0, device=DEVICE).view(2, 3)
+        assert (there @ there.T).tolist() == [[5.0, 14.0], [14.0, 50.0]]
+        assert there.add_(1.0) is there
+        assert there[0, 0].item() == 1.0
+        assert there.cpu().device.type == "cpu"
+        assert waits == ["tolist", "aten._local_scalar_dense.default", "aten._to_copy.default"]
+        with pytest.raises(RuntimeError, match="on the device and on the host"):
+            there + torch.ones(2, 3)
+        with pytest.raises(RuntimeError, match="on the device and on the host"):
+            there[torch.tensor([0])]
