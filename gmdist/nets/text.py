@@ -16,8 +16,12 @@ PAD, BEGIN, END = 0, 1, 2
 _WORDS = 3  # tokens from here on are words
 _BUCKETS = 4096  # of each of the two hashes that make a word's embedding
 _MAX_LENGTH = 1 << 16
-# Where words are not set apart by spaces (from U+2E80 on: Chinese, Japanese, emoji) a character is a word.
-_WORD = re.compile("[\u2e80-\U0010ffff]|[^\\W\u2e80-\U0010ffff]+|[^\\w\\s]")
+# Where words are not set apart by spaces (Thai to Burmese, Khmer; from U+2E80 on Chinese, Japanese, emoji), a character
+# is a word.
+_ALONE = "\u0e00-\u109f\u1780-\u17ff\u2e80-\U0010ffff"
+# What stands on or between the letters of a word, and is no letter to `re`: vowels of Hindi, accents, joiners.
+_MARKS = "".join(c for c in map(chr, range(0x2E80)) if unicodedata.category(c).startswith("M")) + "\u200c\u200d"
+_WORD = re.compile(f"[{_ALONE}]|(?:[^\\W{_ALONE}]|[{_MARKS}])+|[^\\w\\s]")
 
 
 @dataclass

@@ -29,6 +29,8 @@ def test_tokens_are_words_and_signs_between_begin_and_end() -> None:
         ("sans-serif, bold", ["sans", "-", "serif", ",", "bold"]),
         ("日本語x🦊🦊", ["日", "本", "語", "x", "🦊", "🦊"]),
         ("a_b c3", ["a_b", "c3"]),
+        ("हिन्दी में लिखो", ["हिन्दी", "में", "लिखो"]),
+        ("ดีมาก x", ["ด", "ี", "ม", "า", "ก", "x"]),
         ("cafe\N{COMBINING ACUTE ACCENT} \N{FULLWIDTH LATIN CAPITAL LETTER A}", ["café", "a"]),
     ],
 )
