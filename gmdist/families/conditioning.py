@@ -48,15 +48,6 @@ class ConditioningConfig:
         problem = self.text.transformer.problem()
         return f"text.transformer.{problem}" if problem else None
 
-    def guidance_problem(self, guidance: float) -> str | None:
-        """Why a sampler's guidance cannot be, as "guidance: value; what is valid"; None if it can."""
-        if guidance == 1.0 or self.kind == "none" or self.dropout > 0.0:
-            return None
-        return (
-            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never trained "
-            "without what it is told, which guidance leads away from"
-        )
-
 
 @dataclass(frozen=True)
 class Told:
@@ -64,7 +55,9 @@ class Told:
 
     label: Tensor | None = None  # int64 [N]; num_classes: nothing
     tokens: Tensor | None = None  # int64 [N, L], which the model's own encoder reads; of the empty text: nothing
-    context: Tensor | None = None  # [N, L, D], of a frozen encoder
+    context: Tensor | None = None  # [N, L, D], of an encoder
+    context_mask: Tensor | None = None  # bool [N, L]: what of it are words; of an encoder that is trained along
+    vector: Tensor | None = None  # [N, D], of the whole text; likewise
 
 
 class Conditioner(nn.Module):
@@ -79,6 +72,14 @@ class Conditioner(nn.Module):
             raise ConfigError("family.conditioning.kind: 'class'; needs data.num_classes")
         self.num_classes = surroundings.num_classes if self.kind == "class" else 0
         self.clip = ClipText(config.text.path) if self.kind == "text" and config.text.path else None
+
+    def check_guidance(self, key: str, guidance: float) -> None:
+        """ConfigError where there is nothing that a sampler's guidance, which a key of the config sets, leads from."""
+        if guidance != 1.0 and self.kind != "none" and self._config.dropout == 0.0:
+            raise ConfigError(
+                f"{key}: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never "
+                "trained without what it is told, which guidance leads away from"
+            )
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -177,15 +178,21 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network, self.text = network, text
 
+    def read(self, told: Told) -> Told:
+        """What the encoder makes of the tokens, in their place: all that the network needs, at whatever time."""
+        if told.tokens is None:
+            return told
+        assert self.text is not None
+        context, mask = self.text(told.tokens)
+        # The mean of all words conditions the whole image, as SDXL's pooled text does: it is learned from sooner.
+        weights = mask / mask.sum(dim=1, keepdim=True)
+        return Told(context=context, context_mask=mask, vector=(context * weights[:, :, None]).sum(dim=1))
+
     def forward(self, x: Tensor, times: Tensor, told: Told) -> Tensor:
         """X [N, C, H, W], times [N] -> [N, C, H, W]."""
-        if told.tokens is not None:
-            assert self.text is not None
-            context, mask = self.text(told.tokens)
-            # The mean of all words conditions the whole image, as SDXL's pooled text does: it is learned from sooner.
-            weights = mask / mask.sum(dim=1, keepdim=True)
-            vector = (context * weights[:, :, None]).sum(dim=1)
-            return self.network(x, times, context=context, context_mask=mask, vector=vector)
+        told = self.read(told)
+        if told.vector is not None:
+            return self.network(x, times, context=told.context, context_mask=told.context_mask, vector=told.vector)
         if told.context is not None:
             return self.network(x, times, context=told.context)
         return self.network(x, times, told.label)

@@ -11,7 +11,7 @@ from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, Denoiser, Told, together
 from gmdist.families.denoising import denoising_loss, noise_level_losses, sample_denoiser
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings
-from gmdist.interchange.initial import check_initial, initial_problem, initial_state, scheduler_doubt
+from gmdist.interchange.initial import check_initial, initial_problem, initial_state, process_doubt
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import dit, text, unet
 from gmdist.nets.dit import DiTConfig
@@ -53,13 +53,11 @@ class DenoiserConfig:
             return f"unet.{problem}"
         if problem := self.diffusion.problem():
             return f"diffusion.{problem}"
-        if problem := self.conditioning.guidance_problem(self.diffusion.sampler.guidance):
-            return f"diffusion.sampler.{problem}"
         return initial_problem(self.init_from)
 
     def initial_doubt(self) -> str | None:
         """How the pipeline that gives the first weights was trained otherwise, in words; None if it was not."""
-        return None if self.init_from is None else scheduler_doubt(self.init_from, self.diffusion)
+        return None if self.init_from is None else process_doubt(self.init_from, self.diffusion)
 
     def _unet_problem(self) -> str | None:
         is_text = self.conditioning.kind == "text"
@@ -101,6 +99,7 @@ class DenoiserFamily(Family):
         self.config, self.seed, self.shape = config, surroundings.seed, shape
         self.diffusion = Diffusion(config.diffusion)
         self.conditioner = Conditioner(config.conditioning, surroundings)
+        self.conditioner.check_guidance("family.diffusion.sampler.guidance", config.diffusion.sampler.guidance)
         self.num_classes = self.conditioner.num_classes
         self.inputs = (*self.inputs, *self.conditioner.inputs)
         self.conditions = self.conditioner.conditions
@@ -152,10 +151,12 @@ class DenoiserFamily(Family):
         return noise_level_losses(predict, self.diffusion, self.clean(batch), batch["key"], self.seed)
 
     def _draw(self, keys: Tensor, told: Told) -> Tensor:
-        """Images [N, C, H, W] for keys [N]."""
+        """Images [N, C, H, W] for keys [N]. Texts are read once, for all steps."""
+        nothing = self.conditioner.nothing(len(keys), keys.device)
+        told = self.denoiser.read(told)
         x = sample_denoiser(
             self._predict(told),
-            self._predict_both(told, self.conditioner.nothing(len(keys), keys.device)),
+            self._predict_both(told, None if nothing is None else self.denoiser.read(nothing)),
             self.diffusion,
             keys,
             self.shape,

@@ -12,10 +12,12 @@ from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
 from gmdist.families.first_stage import open_first_stage
+from gmdist.interchange.initial import latent_scale_of
 from gmdist.interchange.pipelines import Network, Pipeline, dit_pipeline, stable_diffusion
 from gmdist.nets.gaussian import reparameterized
 
 _PIXELS_AT_ONCE = 1 << 20  # through the first stage, whose memory they decide: some 6 GiB in fp32 at its usual widths
+_MOST_DEVIATION = 2.0  # from a standard deviation of 1, of latents at the scale of the pipeline that they are of
 _MOST_GAIN = 100.0  # of errors in a sampler's first step; what is left of them has the size of the latents
 
 
@@ -60,14 +62,22 @@ class LatentDiffusion(DenoiserFamily):
         self.register_buffer("latent_scale", torch.ones(()))
 
     def initialize(self, batch: Batch) -> None:
-        """Measure the scale that gives latents unit variance (Rombach 2022, App. G), and read first weights."""
+        """Measure the scale that gives latents unit variance (Rombach 2022, App. G), and read first weights.
+
+        A pipeline's network learned from latents at the pipeline's scale. It stays where it is one of these latents: of
+        those of another first stage the standard deviation would be far from 1.
+        """
         super().initialize(batch)
         parts: list[Batch] = [
             {name: batch[name][i : i + self._at_once] for name in ("image", "moments", "key") if name in batch}
             for i in range(0, len(batch["key"]), self._at_once)
         ]
         latents = torch.cat([self._latents(part) for part in parts])
-        self.latent_scale.copy_(1.0 / latents.double().std())
+        std = float(latents.double().std())
+        known = None if self.config.init_from is None else latent_scale_of(self.config.init_from)
+        if known is None or not 1.0 / _MOST_DEVIATION < known * std < _MOST_DEVIATION:
+            known = 1.0 / std
+        self.latent_scale.fill_(known)
 
     def for_diffusers(self) -> Pipeline:
         """StableDiffusionPipeline of a UNet under CLIP's captions, DiTPipeline of a transformer with classes."""

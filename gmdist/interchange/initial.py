@@ -1,8 +1,9 @@
 """A network's first weights from a folder of diffusers, compared with the network that they are for."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,11 +13,13 @@ from gmdist.interchange.configs import config_json
 from gmdist.interchange.diffusers import read_folder, read_json, read_spec
 from gmdist.interchange.names import class_tables
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
-from gmdist.interchange.schedulers import PREDICTIONS
+from gmdist.interchange.schedulers import PREDICTIONS, schedule_of
 from gmdist.interchange.spec import NetworkSpec
-from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET
+from gmdist.interchange.values import AUTOENCODER, DIT, PLAIN_UNET, UNET, Values
 from gmdist.nets.dit import DiTConfig
 
+_Found = TypeVar("_Found")
+_SAME_ALPHA = 1e-3  # of the data, by which timesteps of one schedule may differ: configs round their betas
 # Keys of config.json whose values a run may choose anew: its weights fit.
 _FREE = {
     UNET: {"sample_size", "dropout"},
@@ -63,7 +66,7 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
         ConfigError: there is none, it is another network, or its tensors are not what its config says.
     """
     folder = _network_folder(path, name)
-    there, state = _naming(read_folder, folder, spec)
+    there, state = _naming(lambda: read_folder(folder, _has_block_embeddings(spec)))
     if _may_be_filled_up(there):
         num_filling = min(_num_filling(state[table]) for table in class_tables(state))
         there = replace(there, num_classes=there.num_classes - num_filling)
@@ -75,20 +78,21 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
 def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
     """Raise what `initial_state` would, as far as that is seen without reading weights."""
     folder = _network_folder(path, name)
-    there = _naming(read_spec, folder, spec)
+    there = _naming(lambda: read_spec(folder, _has_block_embeddings(spec)))
     if _may_be_filled_up(there) and spec.num_classes < DIT_CLASSES:
         initial_state(path, name, spec)  # the table of classes tells how many there are
     else:
         _compare(folder, there, spec)
 
 
-def scheduler_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
-    """How the scheduler of a pipeline differs from a run that begins with its network, in words; None if it does not.
+def process_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
+    """How a pipeline's process differs from that of a run that begins with its network, in words; None if not.
 
     It may be meant: the network learns the other process anew.
     """
-    file = Path(path) / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    pipeline = _pipeline_of(path)
+    file = None if pipeline is None else pipeline / "scheduler" / "scheduler_config.json"
+    if file is None or not file.is_file():
         return None
     try:
         theirs = read_json(file)
@@ -110,7 +114,49 @@ def scheduler_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
         for key, (own, other) in found.items()
         if own != other
     ]
+    if not differences and (difference := _schedule_difference(theirs, diffusion)) is not None:
+        differences.append(difference)
     return f"init_from: {path}; {'; '.join(differences)}" if differences else None
+
+
+def _schedule_difference(theirs: Mapping[str, Any], diffusion: DiffusionConfig) -> str | None:
+    """How much noise other timesteps have than a scheduler's, in words; None if they do not."""
+    try:
+        abar = schedule_of(theirs)
+    except ConfigError as error:
+        return str(error)
+    own = replace(diffusion, zero_terminal_snr=False).abar()
+    if len(own) != len(abar):  # of betas that it lists
+        return f"its scheduler has {len(abar)} betas, and there are {len(own)} timesteps here"
+    if (own.sqrt() - abar.sqrt()).abs().max() < _SAME_ALPHA:
+        return None
+    middle = len(own) // 2
+    named = {key: theirs[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in theirs}
+    return (
+        f"diffusion.schedule '{diffusion.schedule}' leaves {float(own[middle].sqrt()):.2f} of the data at timestep "
+        f"{middle}, and its scheduler {float(abar[middle].sqrt()):.2f} {named or ''}".rstrip()
+    )
+
+
+def latent_scale_of(path: str) -> float | None:
+    """What a pipeline multiplies its VAE's latents by for the network that is begun with; None where nothing says it.
+
+    ConfigError for what is no number above 0.
+    """
+    pipeline = _pipeline_of(path)
+    file = None if pipeline is None else pipeline / "vae" / "config.json"
+    if file is None or not file.is_file():
+        return None
+    scale = _naming(lambda: Values(AUTOENCODER, read_json(file)).number("scaling_factor", 0.18215, float))
+    if not scale > 0.0:
+        raise ConfigError(f"family.init_from: {file}: scaling_factor: {scale}; must be above 0")
+    return float(scale)
+
+
+def _pipeline_of(path: str) -> Path | None:
+    """The pipeline that a folder is, or that its folder of one network belongs to; None for a network alone."""
+    folder = Path(path).resolve()
+    return next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
 
 
 def _may_be_filled_up(spec: NetworkSpec) -> bool:
@@ -128,9 +174,10 @@ def _has_block_embeddings(spec: NetworkSpec) -> bool:
     return isinstance(spec.config, DiTConfig) and spec.config.block_embeddings
 
 
-def _naming(read: Any, folder: Path, here: NetworkSpec) -> Any:
+def _naming(read: Callable[[], _Found]) -> _Found:
+    """What is read; errors name the key of the run's config."""
     try:
-        return read(folder, _has_block_embeddings(here))
+        return read()
     except ConfigError as error:
         raise ConfigError(f"family.init_from: {error}") from error
 

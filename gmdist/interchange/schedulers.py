@@ -1,5 +1,6 @@
-"""The scheduler_config.json that lets diffusers draw as one of our samplers does."""
+"""The scheduler_config.json that lets diffusers draw as one of our samplers does; and what process another one has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from gmdist.diffusion.schedules import LINEAR_BETAS, SCALED_LINEAR_BETAS
 from gmdist.diffusion.spacings import leading_timesteps, trailing_timesteps
 from gmdist.errors import ConfigError
 
+_COSINE = "squaredcos_cap_v2"
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid", _COSINE: "cosine"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _CLASSES = {
     "ddim": "DDIMScheduler",
@@ -118,7 +121,7 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
     if config.zero_terminal_snr:
         written["rescale_betas_zero_snr"] = True
     if config.schedule == "cosine":
-        return written | {"beta_schedule": "squaredcos_cap_v2"}
+        return written | {"beta_schedule": _COSINE}
     betas = _betas(config)
     kept = (1.0 - betas.float()).cumprod(dim=0)
     least = torch.finfo(kept.dtype).tiny  # below it, numbers lose their bits
@@ -130,6 +133,29 @@ def _schedule(config: DiffusionConfig) -> dict[str, Any]:
         return written | {"trained_betas": betas.tolist()}
     first, last = config.betas or (LINEAR_BETAS if config.schedule == "linear" else SCALED_LINEAR_BETAS)
     return written | {"beta_schedule": config.schedule, "beta_start": first, "beta_end": last}
+
+
+def schedule_of(written: Mapping[str, Any]) -> Tensor:
+    """What is left of the data at each timestep of a scheduler_config.json, before `rescale_betas_zero_snr`.
+
+    Args:
+        written: its values; diffusers' defaults where keys are missing.
+
+    Returns:
+        abar, float64 [T].
+
+    Raises:
+        ConfigError: it has another kind of schedule, or values that are no numbers.
+    """
+    kind, betas = written.get("beta_schedule", "linear"), written.get("trained_betas")
+    try:
+        if betas is not None:
+            return (1.0 - torch.tensor(betas, dtype=torch.float64).flatten()).cumprod(dim=0)
+        schedule, count = DISCRETE[_SCHEDULES[kind]], int(written.get("num_train_timesteps", 1000))
+        ends = (float(written.get("beta_start", LINEAR_BETAS[0])), float(written.get("beta_end", LINEAR_BETAS[1])))
+        return schedule(count) if kind == _COSINE else schedule(count, *ends)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"a scheduler whose beta_schedule {kind!r} cannot be read") from error
 
 
 def _betas(config: DiffusionConfig) -> Tensor:

@@ -115,7 +115,8 @@ class Values:
             if key == "act_fn" and value == "swish":  # another name of it
                 value = "silu"
             fixed = (FIXED[self.kind] | _OF_OLDER.get(self.kind, {})).get(key)
-            if value != fixed and not (fixed is None and value is False):
+            is_off = value is False or (isinstance(value, list | tuple) and all(one is False for one in value))
+            if value != fixed and not (fixed is None and is_off):
                 raise ConfigError(f"{key}: {value!r}; gmdist has {self.kind} with {fixed!r} alone")
 
 

@@ -186,6 +186,7 @@ def test_published_configs(name: str) -> None:
     ("one", "other"),
     [
         (SD1, SD1 | {"act_fn": "swish"}),
+        (SD1, SD1 | {"only_cross_attention": [False] * 4}),
         (VAE, VAE | {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}),  # which its weights do not know of
         (PLAIN | {"attention_head_dim": 128}, PLAIN | {"attention_head_dim": None}),  # one head where there are any
     ],

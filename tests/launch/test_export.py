@@ -208,8 +208,18 @@ def test_a_pipeline_that_was_trained_otherwise_is_warned_of(exported: Path, star
     _, (line,) = check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
     words = "diffusion.prediction is v here, and its scheduler's is sample"
     assert line == f"family.init_from: {folder}; {words}"
+    cosine = '"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"'
     for content, words in (
-        ('{"_class_name": "PNDMScheduler", "prediction_type": "v_prediction"}', None),  # of the same process
+        (f'{{"_class_name": "PNDMScheduler", {cosine}}}', None),  # of the same process
+        (
+            '{"prediction_type": "v_prediction", "beta_start": 0.001}',
+            "diffusion.schedule 'cosine' leaves 0.70 of the data at timestep 500, and its scheduler 0.24 {'beta_start'",
+        ),
+        (
+            '{"prediction_type": "v_prediction", "trained_betas": [0.1]}',
+            "its scheduler has 1 betas, and there are 1000",
+        ),
+        ('{"prediction_type": "v_prediction", "beta_schedule": 3}', "a scheduler whose beta_schedule 3 cannot be read"),
         (
             '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
             "its scheduler is a FlowMatchEulerDiscrete",
@@ -217,8 +227,28 @@ def test_a_pipeline_that_was_trained_otherwise_is_warned_of(exported: Path, star
         ("[]", "scheduler_config.json: not a mapping of keys to values"),
     ):
         scheduler.write_text(content)
-        _, lines = check_start(load(start[0], [*start[1:], f"family.init_from={folder}"]))
-        assert [words in line for line in lines] == [True] * (words is not None)
+        for place in (folder, folder / "transformer"):
+            _, lines = check_start(load(start[0], [*start[1:], f"family.init_from={place}"]))
+            assert [str(words) in line for line in lines] == [True] * (words is not None), (content, lines)
+
+
+def test_latents_have_the_scale_of_the_pipeline_that_they_are_of(
+    exported: Path, start: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "pipeline")
+    file = tmp_path / "pipeline/vae/config.json"
+    written = json.loads(file.read_text())
+    own = written["scaling_factor"]
+    # Latents of 3 times the deviation are others; this run's are drawn with another seed.
+    for theirs, wanted, error in ((1.3 * own, 1.3 * own, 1e-6), (3.0 * own, own, 0.05)):
+        file.write_text(json.dumps(written | {"scaling_factor": theirs}))
+        run = tmp_path / f"run-{theirs}"
+        more = [f"family.init_from={tmp_path}/pipeline/transformer", f"run.dir={run}"]
+        train_worker(load(start[0], [*start[1:], *more]), torch.device("cpu"))
+        assert float(open_run(str(run))[1].latent_scale) == pytest.approx(wanted, rel=error)
+    file.write_text(json.dumps(written | {"scaling_factor": 0.0}))
+    with pytest.raises(ConfigError, match="vae/config.json: scaling_factor: 0.0; must be above 0"):
+        train_worker(load(start[0], [*start[1:], f"family.init_from={tmp_path}/pipeline"]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
