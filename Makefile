@@ -1,5 +1,14 @@
-# make demo         sets itself up, trains on the digits, samples; ends by printing where the pictures are
-# make test-local   sets itself up, runs the tests
+# make demo           sets itself up, trains on the digits, samples; ends by printing where the pictures are
+# make test-local     sets itself up, runs the tests
+# make setup          .venv, with gmdist in it; all of these begin with it
+# make test-faults    commands, workers and nodes of Ray are killed; ten minutes
+# make test-cluster   nodes of Ray on this machine that come and go, tokens, jobs, ports
+# make test-s3        a real S3 server (OpenStack Swift) in an environment of its own
+# make test-slurm     jobs on a Slurm of two nodes on this machine; seven minutes, and root
+# make test-gpu       on a machine with a GPU; needs neither Ray nor DeepSpeed, and says what it could not run
+# make parity         what diffusers, transformers, lpips, vector-quantize-pytorch and others compute, ours computes
+# make lint           ruff and mypy; make lint-oldest: mypy with the oldest torch
+# make bench          what takes minutes; make bench-NAME: beside peers, or trained and measured
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -11,7 +20,7 @@ OLDEST_TORCH := 2.11.0
 	bench bench-loader bench-diffusion bench-autoencoders bench-digits-gans bench-tokenizers bench-gan bench-sweep
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 setup: .venv/installed
 
@@ -35,15 +44,12 @@ demo: setup
 test-local: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-# Takes ten minutes: commands, workers and nodes of Ray are killed.
 test-faults: setup
 	$(BIN)/python -m pytest -m faults tests/faults
 
-# Nodes of Ray on this machine that come and go, tokens, jobs, ports.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-# A real S3 server (OpenStack Swift) in an environment of its own.
 .s3/installed: requirements-s3.txt
 	$(PYTHON) -m venv .s3
 	.s3/bin/pip install --quiet --disable-pip-version-check -r requirements-s3.txt
@@ -55,7 +61,6 @@ s3-server: .s3/installed
 test-s3: setup .s3/installed
 	GMDIST_S3_PYTHON=.s3/bin/python $(BIN)/python -m pytest -m s3 tests/s3
 
-# Jobs on a Slurm of two nodes on this machine; takes seven minutes, and root.
 test-slurm: setup
 	tests/cluster/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm -rs tests/cluster/slurm
@@ -65,7 +70,6 @@ slurm: setup
 	tests/cluster/slurm/install.sh
 	$(BIN)/python tests/cluster/slurm/nodes.py
 
-# On a machine with a GPU; needs neither Ray nor DeepSpeed, and says what it could not run.
 test-gpu:
 	GMDIST_TEST_DEVICE=cuda $(or $(wildcard $(BIN)/python),python3) -m pytest -m gpu -rs \
 		tests/test_rng.py tests/families tests/train/test_engine.py
@@ -93,7 +97,6 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/engine.py
 
-# diffusers, transformers, lpips, vector-quantize-pytorch and others from pip: what they compute, ours computes.
 .parity/installed: requirements-parity.txt .venv/installed
 	rm -rf .parity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .parity -r requirements-parity.txt

@@ -7,10 +7,13 @@ checkpoint to go on from.
 import argparse
 import io
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from gmdist import __version__, commands
@@ -37,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         piped = _Piped(sys.stdout.fileno(), "w", closefd=False)
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(piped), sys.stdout.encoding, "backslashreplace")
     try:
-        options = _parse(arguments)
-        return options.call(options)
+        with _stopped_by_sigterm():
+            options = _parse(arguments)
+            return options.call(options)
     except ConfigError as error:
         _complain(str(error))
         return EXIT_USAGE
@@ -54,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = (str(error).splitlines() or [""])[0]
         print(f"gmdist: {type(error).__name__}: {reason}; the traceback is in {file.name}", file=sys.stderr)
         return EXIT_FAILED
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let a batch system's SIGTERM be what Ctrl-C is. Signals are the main thread's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

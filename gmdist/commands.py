@@ -142,7 +142,7 @@ def _sample_shards(options: argparse.Namespace, request: "SampleRequest") -> int
     from gmdist.data.progress import Meter
     from gmdist.launch.sample_shards import sample_shards
 
-    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
+    overrides = _with_workers(options)
     with Meter(options.out, "images") as meter:
         manifest, was_there = sample_shards(options.run, request, options.out, overrides, meter.update, _say)
     what = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
@@ -229,13 +229,24 @@ def report(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _with_workers(options: argparse.Namespace) -> list[str]:
+    """The overrides, with what --workers stands for."""
+    if options.workers is None:
+        return options.overrides
+    if options.workers < 1:
+        raise ConfigError(f"--workers: {options.workers}; must be at least 1")
+    return [*options.overrides, f"cluster.num_workers={options.workers}"]
+
+
 def data_make(options: argparse.Namespace) -> int:
     """Write an embedded data set."""
     from gmdist.data.samples import make
     from gmdist.launch.classifier import ensure_classifier
 
     for split, manifest in make(options.name, options.destination).items():
-        print(f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards")
+        print(
+            f"{options.destination}/{split}: {manifest.num_samples} images in {len(manifest.shards)} shards", flush=True
+        )
     print(ensure_classifier(options.name, options.destination))
     return EXIT_DONE
 
@@ -320,7 +331,7 @@ def data_encode(options: argparse.Namespace) -> int:
     from gmdist.data.progress import Meter
     from gmdist.launch.encode import encode
 
-    overrides = options.overrides + ([] if options.workers is None else [f"cluster.num_workers={options.workers}"])
+    overrides = _with_workers(options)
     with Meter(options.destination) as meter, _alone(options.destination, meter) as on_progress:
         encoded = encode(
             options.run,

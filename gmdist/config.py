@@ -207,7 +207,7 @@ def _built(tree: dict[str, Any]) -> Config:
         if tree.get(key) is not None and not isinstance(tree[key], dict):
             raise ConfigError(f"{key}: {tree[key]!r}; must be a mapping of keys to values")
     if tree.get("family") is None:
-        raise ConfigError("family: missing")
+        raise ConfigError("family: missing; a run's config needs it, its own or from the file that `base` names")
     family_name = tree["family"].get("name")
     if not isinstance(family_name, str) or family_name not in CATALOGUE:
         raise ConfigError(f"family.name: '{family_name}'; must be one of {', '.join(CATALOGUE)}")
@@ -215,7 +215,7 @@ def _built(tree: dict[str, Any]) -> Config:
     tree = _with_preset(kind, tree)
     for key in ("name", "data", "optim", "train", "run"):
         if tree.get(key) is None:
-            raise ConfigError(f"{key}: missing")
+            raise ConfigError(f"{key}: missing; a run's config needs it, its own or from the file that `base` names")
 
     family = {key: value for key, value in tree["family"].items() if key != "name"}
     config = Config(

@@ -128,7 +128,9 @@ def read_config(run: str, overrides: Sequence[str] = ()) -> Config:
     try:
         return from_yaml(storage.read(location).decode(), location, overrides)
     except FileNotFoundError as error:
-        raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}") from error
+        names = storage.list_names(run_dir)
+        hint = "; a sweep's best.yaml names the folder of its best trial" if "best.yaml" in names else ""
+        raise ConfigError(f"{run}: not a run: it has no {CONFIG_NAME}{hint}") from error
 
 
 def open_run(

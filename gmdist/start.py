@@ -52,9 +52,9 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     """Refuse what can be refused before any worker starts.
 
     Returns:
-        How the run ended, if it is finished already; and warnings. Those of a finished run are of checkpoints that
-        cannot be used (one that goes on gives these itself). Others are of settings that differ from what the run was
-        begun with, and of settings without effect.
+        How the run ended, if it is finished already; and warnings. Those of a finished run are that it is, and of
+        checkpoints that cannot be used (one that goes on gives these itself). Others are of settings that differ from
+        what the run was begun with, and of settings without effect.
 
     Raises:
         DataError, ConfigError, CheckpointError: no data, labels out of range, a first stage that is not there, or a
@@ -82,7 +82,11 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     check_identity(found, _identity(config, data), config.train.seed)
     checkpoint.check_shapes(found.location, found.meta["shapes"], shapes_of(family))
     checkpoint.check_shapes(found.location, found.meta["worker_shapes"], worker_shapes_of(family))
-    if found.meta["step"] >= config.train.num_steps:
+    if (step := found.meta["step"]) >= config.train.num_steps:
+        warnings.append(
+            f"run.dir: {config.run.dir}; finished, at step {step}: nothing is trained. To go on set train.num_steps, "
+            "to begin anew run.overwrite=true or another run.dir"
+        )
         return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
     for one in opened:
         _check_unchanged(one, run_dir)
@@ -97,7 +101,8 @@ def _manifests(config: Config) -> dict[str, Manifest]:
             manifests[key] = Manifest.load(storage.absolute(folder))
             check_labels(config.data, manifests[key], folder)
         except DataError as error:
-            raise DataError(f"{key}: {error}") from error
+            hint = "; without held-out images set data.test=null" if key == "data.test" else ""
+            raise DataError(f"{key}: {error}{hint}") from error
     return manifests
 
 

@@ -60,7 +60,7 @@ def is_s3(location: str) -> bool:
     """Whether the location is in object storage. Raises ConfigError for any other scheme than s3://."""
     if "@" in location.partition("://")[2].partition("/")[0]:  # it is not shown
         raise ConfigError("a location with '@': must not hold credentials: boto3 finds them; use s3://bucket/prefix")
-    if location.startswith("s3://"):
+    if location.startswith("s3://") and location.strip("/") != "s3:":
         return True
     if "://" in location or location.startswith(("pipe:", "s3:")):
         raise ConfigError(f"{location}: not a location that gmdist reads; use s3://bucket/prefix or a local path")

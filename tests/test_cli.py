@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gmdist.cli import _Piped, main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
 from gmdist.data.sources import open_source
+from gmdist.errors import EXIT_STOPPED
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.launch.lease import held
 from gmdist.runs import open_run, read_config
@@ -183,8 +185,18 @@ def test_a_first_stage_that_is_none(digits: Path, trained: Path, tmp_path: Path,
 def test_a_finished_run_says_so_again(digits: Path, trained: Path, capsys) -> None:
     before = tree_bytes(trained)
     assert main(["train", *arguments(digits, trained)]) == 0
-    assert "step 4, 32 images, order digest" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "step 4, 32 images, order digest" in out
+    assert f"run.dir: {trained}; finished, at step 4: nothing is trained. To go on set train.num_steps" in out + err
     assert tree_bytes(trained) == before
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("gmdist.commands.report", lambda options: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["report", str(trained)]) == EXIT_STOPPED
+    assert capsys.readouterr().err == "gmdist: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_sample_writes_a_grid_or_a_folder(trained: Path, tmp_path: Path, capsys) -> None:
@@ -311,7 +323,7 @@ def test_an_averaged_model_is_what_is_opened(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("cluster.gpus_per_worker=1", "2 workers with 1 GPU each need 2; the cluster has 0"),
+        ("cluster.gpus_per_worker=1", "cluster.gpus_per_worker: 2 workers with 1 GPU each need 2; this machine has 0"),
         ("data.num_classes=3", "class label 9 is out of range"),
     ],
 )
@@ -403,7 +415,7 @@ def test_encoding_says_what_it_did(trained: Path, digits: Path, tmp_path: Path, 
     assert capsys.readouterr().out == f"{line}; it was encoded before\n"
     assert main(["data", "check", f"{tmp_path}/latents"]) == 0
     assert "flip False" in refused(capsys, 1, *command)
-    assert "cluster.num_workers: 0; must be" in refused(capsys, 2, *command, "--workers", "0")
+    assert "--workers: 0; must be at least 1" in refused(capsys, 2, *command, "--workers", "0")
     assert "DEST: " in refused(capsys, 2, *command[:4], f"{digits}/test")
     assert "not a run" in refused(capsys, 2, "data", "encode", str(tmp_path), *command[3:])
 

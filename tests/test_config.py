@@ -174,7 +174,7 @@ def test_missing_keys_are_named(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data\.batch_size: missing$"):
         load(str(base))
     base.write_text(BASE.replace("run: {dir: runs/x}", ""))
-    with pytest.raises(ConfigError, match="^run: missing$"):
+    with pytest.raises(ConfigError, match="^run: missing; a run's config needs it, its own or from"):
         load(str(base))
 
 

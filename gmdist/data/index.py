@@ -112,7 +112,9 @@ def check_folder(
         on_progress(done, total)
     lines = [problems[name] for name in sorted(problems)]
     if changed:
-        lines.append(f"{folder}: the manifest is older than its shards: run `gmdist data index {folder}`")
+        lines.append(
+            f"{folder}: the manifest is older than its shards: run `gmdist data index {folder}`, or restore them"
+        )
     return lines
 
 

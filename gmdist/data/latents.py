@@ -154,7 +154,7 @@ def check_latents(config: DataConfig, folders: Sequence[tuple[str, str]], first_
             other = "" if known[0].step is None else ", or train on the checkpoint of that step"
             raise DataError(
                 f"{key}: {folder} was encoded by {record.first_stage}; the run's first stage is {known[0]}: encode it "
-                f"again with `gmdist data encode {known[0].run} SRC DEST`{other}"
+                f"again with `gmdist data encode RUN SRC DEST`, RUN as family.first_stage has it{other}"
             )
 
 

@@ -236,6 +236,9 @@ def _remedy(folder: str) -> str:
         return problem
     if any(name.endswith(".tar") for name in names):
         return f"its shards have no manifest; run `gmdist data index {folder}`"
+    splits = [storage.join(folder, name) for name in ("train", "test") if name in names]
+    if splits and all(storage.exists(storage.join(split, MANIFEST_NAME)) for split in splits):
+        return f"its data sets are {' and '.join(splits)}"
     if names:
         return "there are no .tar shards in it; make them with `gmdist data pack SRC DEST`"
     return "no such data set, or it is empty; make one with `gmdist data make` or `gmdist data pack`"

@@ -85,7 +85,7 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
-        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image.
+        """Images [N, C, H, W] in [-1, 1] for int64 keys [N]: the same key gives the same image, but for rounding.
 
         ConfigError for a family that does not draw: a family that does has its own.
         """

@@ -47,6 +47,6 @@ class NetworkSpec:
             widths = sorted({norm.num_channels for norm in norms})
             raise ConfigError(
                 f"norm_groups: null; the norms of widths {widths} have {groups} groups, and diffusers has one number "
-                f"for all: train it with norm_groups: {group_norm_groups(math.gcd(*widths))}"
+                f"for all: train it with norm_groups: {group_norm_groups(math.gcd(*widths))} in the network's config"
             )
         return groups[0]

@@ -222,10 +222,9 @@ def check_resources(config: ClusterConfig) -> None:
     for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
         needed, there = least * each, int(total.get(resource, 0))
         if needed > there:
-            raise ConfigError(
-                f"cluster.num_workers: {least} workers with {each} {resource} each need {needed}; "
-                f"the cluster has {there}"
-            )
+            where = "this machine" if config.address == "local" else "the cluster"
+            keys = f"cluster.num_workers or cluster.{resource.lower()}s_per_worker"
+            raise ConfigError(f"{keys}: {least} workers with {each} {resource} each need {needed}; {where} has {there}")
 
 
 def room(config: ClusterConfig) -> int:

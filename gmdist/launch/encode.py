@@ -119,8 +119,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         key = override.partition("=")[0]
         if key.partition(".")[0] not in _OVERRIDDEN or key in _OF_THE_MODEL:
             raise ConfigError(
-                f"'{override}'; of {', '.join(_OVERRIDDEN)} all can be set but {', '.join(_OF_THE_MODEL)}, and nothing "
-                "else: the model is the run's"
+                f"'{override}'; cannot be set here, as the model is the run's: keys of {', '.join(_OVERRIDDEN)} can, "
+                f"but for {', '.join(_OF_THE_MODEL)}"
             )
 
 

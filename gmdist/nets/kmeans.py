@@ -138,7 +138,8 @@ def kmeans(vectors: Tensor, count: int, steps: int, draw: Callable[[int], Tensor
     """Centres [K, D] of vectors [N, D], by Lloyd's algorithm from a start as that of k-means++ (Arthur 2007).
 
     The start is drawn in rounds, K/64 of the centres each, with probabilities as the squared distances from those
-    that were drawn before: without replacement, by the largest of d^2 / Exp(1) (Efraimidis 2006).
+    that were drawn before: without replacement, by the largest of d^2 / Exp(1) (Efraimidis 2006). Equal vectors that
+    are drawn in one round are two equal centres, of which the second stays without vectors.
 
     Args:
         vectors: at least K; fp32.

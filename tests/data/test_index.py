@@ -205,7 +205,7 @@ def test_shards_in_a_bucket_are_read_in_pieces(bucket, monkeypatch: pytest.Monke
     storage.write(f"{folder}/shard-000001.tar", content.replace(b"1" * 400, b"8" * 400))
     assert check_folder(folder) == [
         f"{folder}/shard-000001.tar: not the shard that was indexed (its ETag differs)",
-        f"{folder}: the manifest is older than its shards: run `gmdist data index {folder}`",
+        f"{folder}: the manifest is older than its shards: run `gmdist data index {folder}`, or restore them",
     ]
     scanned.clear()
     assert index_folder(folder)[1] == []
@@ -242,7 +242,7 @@ def test_checking_finds_what_changed(tmp_path: Path) -> None:
     shard.write_bytes(sound + bytes(10240))
     assert check_folder(str(tmp_path)) == [
         f"{shard}: not the shard that was indexed (20480 bytes instead of 10240)",
-        f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`",
+        f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`, or restore them",
     ]
 
     shard.unlink()
@@ -278,7 +278,7 @@ def test_checking_lists_every_unsound_shard(tmp_path: Path) -> None:
         f"{tmp_path}`",
         f"{tmp_path}/shard-000002.tar: sample 'k002' differs from its index; restore the shard, or delete "
         f"shard-000002.index.safetensors beside it and run `gmdist data index {tmp_path}`",
-        f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`",
+        f"{tmp_path}: the manifest is older than its shards: run `gmdist data index {tmp_path}`, or restore them",
     ]
 
 

@@ -292,6 +292,11 @@ def test_no_data_set_says_what_to_do(tmp_path: Path) -> None:
     (folder / "x.png").write_bytes(b"")
     refusal(r"no \.tar shards in it.*gmdist data pack")
 
+    folder = tmp_path / "splits"
+    for split in ("train", "test"):
+        save(folder / split)
+    refusal(f"its data sets are {folder}/train and {folder}/test")
+
     folder = tmp_path / "plain"
     save(folder)
     manifest = folder / MANIFEST_NAME

@@ -185,7 +185,9 @@ def test_what_cannot_be_encoded_is_refused(stage: str, images: str, cache: str, 
     with pytest.raises(DataError, match=r"no \.tar shards here"):
         encode(stage, str(tmp_path / "missing"), new, ALONE)
     for override in ("family.kl_weight=0", "data.image_size=32"):
-        with pytest.raises(ConfigError, match=f"'{override}'; of cluster, data, train all can be set but data.image_s"):
+        with pytest.raises(
+            ConfigError, match=f"'{override}'; cannot be set here, as the model is the run's: keys of cluster, da"
+        ):
             encode(stage, images, new, [override])
     with pytest.raises(ConfigError, match=r"data.imagesize: no such key"):
         encode(stage, images, new, ["data.imagesize=8"])

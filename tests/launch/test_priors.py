@@ -23,7 +23,7 @@ from gmdist.images import png
 from gmdist.launch.encode import encode
 from gmdist.launch.sample import SampleRequest, with_sampler
 from gmdist.nets.classifier import Classifier, ClassifierSizes
-from gmdist.runs import open_run
+from gmdist.runs import build_family, open_run
 from gmdist.start import check_start, train_worker
 from tests.launch.latents import ALONE, CLASSES, CONFIGS, COUNT, CPU, DATA, SIZE, SOME_BAD, TRAIN, picture
 from tests.patch_means import PatchMeans, PatchMeansConfig
@@ -206,7 +206,7 @@ def test_guidance_of_a_run_that_was_always_told_the_class_is_refused(tokenizer: 
     config = prior("transformer_prior", tokenizer, tokens, tmp_path / "run", *CACHED, *always_told)
     assert with_sampler(config, SampleRequest(1, guidance=1.0)) is config
     with pytest.raises(ConfigError, match=r"^family.sampler.guidance: 3.0; must be 1, or family.conditioning.dropout"):
-        with_sampler(config, SampleRequest(1, guidance=3.0))
+        build_family(with_sampler(config, SampleRequest(1, guidance=3.0)))
 
 
 # Scores

@@ -496,5 +496,5 @@ def test_a_sweep_that_evaluates_nothing_is_refused(asked: Callable[..., str]) ->
 
 def test_workers_beyond_the_cluster_are_refused(ray_cluster: Any, asked: Callable[..., str]) -> None:
     path = asked(train={"num_steps": 6})
-    with pytest.raises(ConfigError, match=r"cluster.num_workers: 4 workers with 1 CPU each need 4; the cluster has 2"):
+    with pytest.raises(ConfigError, match=r"cluster.cpus_per_worker: 4 workers with 1 CPU each need 4; this"):
         launched.sweep(load_sweep(path, ["cluster.num_workers=4"]), lambda standing: None, lambda message: None)

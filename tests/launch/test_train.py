@@ -86,10 +86,10 @@ def test_a_user_error_in_a_worker_is_not_tried_again(ray_cluster, digits: Path, 
 
 def test_too_few_cpus_are_said_at_once(ray_cluster, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"cluster\.num_workers: 8 workers with 16 CPU each need 128; the cluster has"
+        ConfigError, match=r"cluster\.cpus_per_worker: 8 workers with 16 CPU each need 128; this machine has"
     ):
         watch(config_of(digits, tmp_path, "cluster.num_workers=8", "cluster.cpus_per_worker=16"))
-    with pytest.raises(ConfigError, match=r"2 workers with 1 GPU each need 2; the cluster has 0"):
+    with pytest.raises(ConfigError, match=r"2 workers with 1 GPU each need 2; this machine has 0"):
         watch(config_of(digits, tmp_path, "cluster.gpus_per_worker=1"))
     assert not (tmp_path / "checkpoints").exists()
 

@@ -167,7 +167,7 @@ def test_a_first_stage_of_other_weights_is_refused(stage: str, images: str, cach
     with pytest.raises(DataError, match=words):
         check_start(second_stage(earlier, cache, tmp_path / "run", *CACHED))
     other = train_first_stage(tmp_path / "other", images, *SOME_BAD, "train.seed=1")
-    with pytest.raises(DataError, match=f"the run's first stage is step 3 of {other}.*data encode {other} SRC DEST"):
+    with pytest.raises(DataError, match=f"the run's first stage is step 3 of {other}.*data encode RUN SRC DEST"):
         check_start(second_stage(other, cache, tmp_path / "run", *CACHED))
     test_of_other = tmp_path / "test"
     encode(earlier, images, str(test_of_other), ALONE)
