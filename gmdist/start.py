@@ -87,7 +87,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
             f"run.dir: {config.run.dir}; finished, at step {step}: nothing is trained. To go on set train.num_steps, "
             "to begin anew run.overwrite=true or another run.dir"
         )
-        return Outcome(found.meta["step"], found.meta["images"], found.meta["order_digest"], True), warnings
+        return Outcome(step, found.meta["images"], found.meta["order_digest"], True), warnings
     for one in opened:
         _check_unchanged(one, run_dir)
     return None, _changes(config) + _doubts(config, manifests)
@@ -101,7 +101,8 @@ def _manifests(config: Config) -> dict[str, Manifest]:
             manifests[key] = Manifest.load(storage.absolute(folder))
             check_labels(config.data, manifests[key], folder)
         except DataError as error:
-            hint = "; without held-out images set data.test=null" if key == "data.test" else ""
+            is_missing = key == "data.test" and not storage.list_names(storage.absolute(folder))
+            hint = "; without held-out images set data.test=null" if is_missing else ""
             raise DataError(f"{key}: {error}{hint}") from error
     return manifests
 

@@ -22,7 +22,12 @@ DEVICE = torch.device("cuda:0")
 # What a processor without CUDA has in its place: tensors of it take any operation, and autograd knows it.
 _META = torch.device("meta")
 _COPIES = (aten.copy_.default, aten._to_copy.default)
-_WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default)
+# What gives numbers to the host, or tensors whose shape only the device knows.
+_WAITS = (
+    *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default),
+    *(aten._unique2.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.bincount.default),
+)
+_INDEXES = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 class _OnDevice(Tensor):
@@ -65,6 +70,7 @@ class _Functions(TorchFunctionMode):
             self.waits.append("tolist")
             return args[0].values.tolist()
         if function is Tensor.pin_memory:
+            args[0].is_page_locked = True
             return args[0]
         if function == Tensor.data.__set__ and isinstance(args[0], _OnDevice):
             args[0].values = args[1].values
@@ -91,7 +97,8 @@ class _Operations(TorchDispatchMode):
         on_host = [tensor for tensor in tensors if not isinstance(tensor, _OnDevice)]
         if here and operation is aten._fused_sdp_choice.default:
             return 0  # what is made of plain operations
-        if here and operation not in _COPIES and any(tensor.ndim for tensor in on_host):
+        indices = [] if operation not in _INDEXES else [index for index in args[1] if index is not None]
+        if here and operation not in _COPIES and any(tensor.ndim for tensor in on_host if not _is_in(tensor, indices)):
             shapes = [(tuple(tensor.shape), tensor.device.type) for tensor in tensors]
             raise RuntimeError(f"{operation} of tensors on the device and on the host: {shapes}")
         if on_host and operation.namespace == "c10d" and any(map(_is_default, tree_leaves(args))):
@@ -101,9 +108,13 @@ class _Operations(TorchDispatchMode):
             is_here = isinstance(args[0], _OnDevice)
         else:
             is_here = bool(here) if target is None else target in (_META, DEVICE)
-        crosses = operation in _COPIES and bool(here if not is_here else on_host)
-        if (here and operation in _WAITS) or (crosses and not kwargs.get("non_blocking")):
+        shaped_by = any(_is_in(index, on_host) or index.dtype == torch.bool for index in indices)
+        if here and (operation in _WAITS or shaped_by):
             self.waits.append(str(operation))
+        elif operation in _COPIES and bool(on_host if is_here else here):
+            is_free = not is_here or getattr(on_host[0], "is_page_locked", False)
+            if not (kwargs.get("non_blocking") and is_free):
+                self.waits.append(str(operation))
         if target is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
         args, kwargs = tree_map_only(_OnDevice, lambda tensor: tensor.values, (args, kwargs))
@@ -112,6 +123,10 @@ class _Operations(TorchDispatchMode):
             return found
         known = {id(tensor.values): tensor for tensor in here}  # an operation in place gives what it was given
         return tree_map_only(Tensor, lambda one: known[id(one)] if id(one) in known else _OnDevice(one), found)
+
+
+def _is_in(tensor: Tensor, tensors: list[Tensor]) -> bool:
+    return any(tensor is one for one in tensors)
 
 
 def _known(value: object) -> object:

@@ -1,7 +1,7 @@
 """What a model is told of a sample: nothing, its class, or its caption; and how it does without, for guidance."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,18 @@ class ConditioningConfig:
         problem = self.text.transformer.problem()
         return f"text.transformer.{problem}" if problem else None
 
+    def guidance_problem(self, guidance: float) -> str | None:
+        """Why a sampler's guidance cannot be, as "guidance: value; what is valid"; None if it can, as far as is known.
+
+        Of a kind that is left to the data, `Conditioner.check_guidance` says it.
+        """
+        if guidance == 1.0 or self.kind in (None, "none") or self.dropout > 0.0:
+            return None
+        return (
+            f"guidance: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never trained "
+            "without what it is told, which guidance leads away from"
+        )
+
 
 @dataclass(frozen=True)
 class Told:
@@ -73,13 +85,10 @@ class Conditioner(nn.Module):
         self.num_classes = surroundings.num_classes if self.kind == "class" else 0
         self.clip = ClipText(config.text.path) if self.kind == "text" and config.text.path else None
 
-    def check_guidance(self, key: str, guidance: float) -> None:
-        """ConfigError where there is nothing that a sampler's guidance, which a key of the config sets, leads from."""
-        if guidance != 1.0 and self.kind != "none" and self._config.dropout == 0.0:
-            raise ConfigError(
-                f"{key}: {guidance}; must be 1, or family.conditioning.dropout above 0: at 0 the model is never "
-                "trained without what it is told, which guidance leads away from"
-            )
+    def check_guidance(self, sampler: str, guidance: float) -> None:
+        """ConfigError where a sampler's guidance leads from nothing; `sampler` is its section of the config."""
+        if problem := replace(self._config, kind=self.kind).guidance_problem(guidance):
+            raise ConfigError(f"{sampler}.{problem}")
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -53,6 +53,8 @@ class DenoiserConfig:
             return f"unet.{problem}"
         if problem := self.diffusion.problem():
             return f"diffusion.{problem}"
+        if problem := self.conditioning.guidance_problem(self.diffusion.sampler.guidance):
+            return f"diffusion.sampler.{problem}"
         return initial_problem(self.init_from)
 
     def initial_doubt(self) -> str | None:
@@ -99,7 +101,7 @@ class DenoiserFamily(Family):
         self.config, self.seed, self.shape = config, surroundings.seed, shape
         self.diffusion = Diffusion(config.diffusion)
         self.conditioner = Conditioner(config.conditioning, surroundings)
-        self.conditioner.check_guidance("family.diffusion.sampler.guidance", config.diffusion.sampler.guidance)
+        self.conditioner.check_guidance("family.diffusion.sampler", config.diffusion.sampler.guidance)
         self.num_classes = self.conditioner.num_classes
         self.inputs = (*self.inputs, *self.conditioner.inputs)
         self.conditions = self.conditioner.conditions

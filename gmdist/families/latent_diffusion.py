@@ -1,5 +1,6 @@
 """Diffusion in the latent space of a frozen autoencoder (Rombach 2022)."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -73,11 +74,16 @@ class LatentDiffusion(DenoiserFamily):
             for i in range(0, len(batch["key"]), self._at_once)
         ]
         latents = torch.cat([self._latents(part) for part in parts])
-        std = float(latents.double().std())
+        measured = 1.0 / latents.double().std()
         known = None if self.config.init_from is None else latent_scale_of(self.config.init_from)
-        if known is None or not 1.0 / _MOST_DEVIATION < known * std < _MOST_DEVIATION:
-            known = 1.0 / std
-        self.latent_scale.fill_(known)
+        is_theirs = known is not None and bool((known / measured).log().abs() < math.log(_MOST_DEVIATION))
+        self.latent_scale.copy_(torch.as_tensor(known) if is_theirs else measured)
+
+    def check_files(self) -> None:
+        """Read the pipeline's scale, too."""
+        super().check_files()
+        if self.config.init_from is not None:
+            latent_scale_of(self.config.init_from)
 
     def for_diffusers(self) -> Pipeline:
         """StableDiffusionPipeline of a UNet under CLIP's captions, DiTPipeline of a transformer with classes."""

@@ -32,7 +32,7 @@ class PriorConfig:
             return f"conditioning.text: {self.conditioning.text}; a prior reads no captions: leave it out"
         if problem := self.conditioning.problem():
             return f"conditioning.{problem}"
-        if problem := self.sampler.problem():
+        if problem := self.sampler.problem() or self.conditioning.guidance_problem(self.sampler.guidance):
             return f"sampler.{problem}"
         return None
 
@@ -54,7 +54,7 @@ class Prior(Family):
                 f"family.sampler.guidance: {config.sampler.guidance}; must be 1, or data.num_classes be set and "
                 "family.conditioning.kind be class: the model is told nothing that it could follow"
             )
-        self.conditioner.check_guidance("family.sampler.guidance", config.sampler.guidance)
+        self.conditioner.check_guidance("family.sampler", config.sampler.guidance)
         self.inputs = (*self.inputs, *self.conditioner.inputs)
         self.conditions = self.conditioner.conditions
 

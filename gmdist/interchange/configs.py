@@ -74,9 +74,6 @@ def _read_autoencoder(values: Values) -> NetworkSpec:
     if quant != values.flag("use_post_quant_conv", True):
         raise ConfigError(f"use_post_quant_conv: {not quant}; must be as use_quant_conv")
     width = math.gcd(*widths)
-    scale = values.number("scaling_factor", 0.18215, float)
-    if scale <= 0.0:
-        raise ConfigError(f"scaling_factor: {scale}; must be above 0")
     config = AutoencoderConfig(
         channels=width,
         multipliers=tuple(w // width for w in widths),
@@ -89,9 +86,17 @@ def _read_autoencoder(values: Values) -> NetworkSpec:
         config,
         channels,
         size=values.size(),
-        latent_scale=scale,
+        latent_scale=latent_scale(values),
         latent_shift=values.number("shift_factor", None, float),
     )
+
+
+def latent_scale(values: Values) -> float:
+    """What a VAE's latents are multiplied by, to have unit variance."""
+    scale: float = values.number("scaling_factor", 0.18215, float)
+    if scale <= 0.0:
+        raise ConfigError(f"scaling_factor: {scale}; must be above 0")
+    return scale
 
 
 def _write_autoencoder(spec: NetworkSpec, config: AutoencoderConfig) -> dict[str, Any]:

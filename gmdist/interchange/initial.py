@@ -1,5 +1,6 @@
 """A network's first weights from a folder of diffusers, compared with the network that they are for."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import ConfigError
-from gmdist.interchange.configs import config_json
+from gmdist.interchange.configs import config_json, latent_scale
 from gmdist.interchange.diffusers import read_folder, read_json, read_spec
 from gmdist.interchange.names import class_tables
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
@@ -114,28 +115,28 @@ def process_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
         for key, (own, other) in found.items()
         if own != other
     ]
-    if not differences and (difference := _schedule_difference(theirs, diffusion)) is not None:
-        differences.append(difference)
+    if found["num_timesteps"][0] == found["num_timesteps"][1]:
+        differences += _schedule_differences(theirs, diffusion)
     return f"init_from: {path}; {'; '.join(differences)}" if differences else None
 
 
-def _schedule_difference(theirs: Mapping[str, Any], diffusion: DiffusionConfig) -> str | None:
-    """How much noise other timesteps have than a scheduler's, in words; None if they do not."""
+def _schedule_differences(theirs: Mapping[str, Any], diffusion: DiffusionConfig) -> list[str]:
+    """How much more or less noise timesteps have than a scheduler's, in words; none if they have the same."""
     try:
         abar = schedule_of(theirs)
     except ConfigError as error:
-        return str(error)
+        return [str(error)]
     own = replace(diffusion, zero_terminal_snr=False).abar()
     if len(own) != len(abar):  # of betas that it lists
-        return f"its scheduler has {len(abar)} betas, and there are {len(own)} timesteps here"
-    if (own.sqrt() - abar.sqrt()).abs().max() < _SAME_ALPHA:
-        return None
-    middle = len(own) // 2
-    named = {key: theirs[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in theirs}
-    return (
-        f"diffusion.schedule '{diffusion.schedule}' leaves {float(own[middle].sqrt()):.2f} of the data at timestep "
-        f"{middle}, and its scheduler {float(abar[middle].sqrt()):.2f} {named or ''}".rstrip()
-    )
+        return [f"its scheduler has {len(abar)} betas, and there are {len(own)} timesteps here"]
+    apart = (own.sqrt() - abar.sqrt()).abs()
+    most = int(apart.argmax())
+    if apart[most] < _SAME_ALPHA:
+        return []
+    return [
+        f"diffusion.schedule '{diffusion.schedule}' leaves {float(own[most].sqrt()):.3f} of the data at timestep {most}"
+        f" here, and its scheduler's {theirs.get('beta_schedule', 'linear')!r} {float(abar[most].sqrt()):.3f}"
+    ]
 
 
 def latent_scale_of(path: str) -> float | None:
@@ -147,15 +148,15 @@ def latent_scale_of(path: str) -> float | None:
     file = None if pipeline is None else pipeline / "vae" / "config.json"
     if file is None or not file.is_file():
         return None
-    scale = _naming(lambda: Values(AUTOENCODER, read_json(file)).number("scaling_factor", 0.18215, float))
-    if not scale > 0.0:
-        raise ConfigError(f"family.init_from: {file}: scaling_factor: {scale}; must be above 0")
-    return float(scale)
+    try:
+        return latent_scale(Values(AUTOENCODER, read_json(file)))
+    except ConfigError as error:
+        raise ConfigError(f"family.init_from: {file}: {error}") from error
 
 
 def _pipeline_of(path: str) -> Path | None:
     """The pipeline that a folder is, or that its folder of one network belongs to; None for a network alone."""
-    folder = Path(path).resolve()
+    folder = Path(os.path.abspath(path))  # a link in a pipeline belongs to it
     return next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
 
 

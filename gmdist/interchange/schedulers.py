@@ -12,6 +12,7 @@ from gmdist.diffusion.schedules import LINEAR_BETAS, SCALED_LINEAR_BETAS
 from gmdist.diffusion.spacings import leading_timesteps, trailing_timesteps
 from gmdist.errors import ConfigError
 
+_BETAS = ("beta_start", "beta_end")
 _COSINE = "squaredcos_cap_v2"
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "sigmoid": "sigmoid", _COSINE: "cosine"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -139,23 +140,31 @@ def schedule_of(written: Mapping[str, Any]) -> Tensor:
     """What is left of the data at each timestep of a scheduler_config.json, before `rescale_betas_zero_snr`.
 
     Args:
-        written: its values; diffusers' defaults where keys are missing.
+        written: its values; where keys are missing, the defaults of most of diffusers' schedulers.
 
     Returns:
         abar, float64 [T].
 
     Raises:
-        ConfigError: it has another kind of schedule, or values that are no numbers.
+        ConfigError: it has another kind of schedule, or values that are no betas.
     """
     kind, betas = written.get("beta_schedule", "linear"), written.get("trained_betas")
     try:
         if betas is not None:
-            return (1.0 - torch.tensor(betas, dtype=torch.float64).flatten()).cumprod(dim=0)
-        schedule, count = DISCRETE[_SCHEDULES[kind]], int(written.get("num_train_timesteps", 1000))
-        ends = (float(written.get("beta_start", LINEAR_BETAS[0])), float(written.get("beta_end", LINEAR_BETAS[1])))
-        return schedule(count) if kind == _COSINE else schedule(count, *ends)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"a scheduler whose beta_schedule {kind!r} cannot be read") from error
+            abar = (1.0 - torch.tensor(betas, dtype=torch.float64).flatten()).cumprod(dim=0)
+        else:
+            schedule, count = DISCRETE[_SCHEDULES[kind]], int(written.get("num_train_timesteps", 1000))
+            ends = [float(written.get(key, end)) for key, end in zip(_BETAS, LINEAR_BETAS, strict=True)]
+            abar = schedule(count) if kind == _COSINE else schedule(count, *ends)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ConfigError(f"a scheduler whose {', '.join(_schedule_keys(written))} cannot be read") from error
+    if not bool(((abar > 0.0) & (abar <= 1.0)).all()):  # of NaN neither
+        raise ConfigError(f"a scheduler whose {', '.join(_schedule_keys(written))} are no betas from 0 to 1")
+    return abar
+
+
+def _schedule_keys(written: Mapping[str, Any]) -> list[str]:
+    return [key for key in ("trained_betas", "beta_schedule", *_BETAS) if key in written] or ["beta_schedule"]
 
 
 def _betas(config: DiffusionConfig) -> Tensor:

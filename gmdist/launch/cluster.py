@@ -57,7 +57,7 @@ def connected(config: ClusterConfig, *, may_be_small: bool = False, times: int =
             check_resources(config)
         with _requested(config, times):
             yield
-    except SystemExit as error:  # Ray's own answer to a SIGTERM, where the command has none
+    except SystemExit as error:  # Ray's own answer to a SIGTERM, where its caller has none
         raise KeyboardInterrupt from error
     finally:
         if not already:

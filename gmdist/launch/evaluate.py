@@ -85,10 +85,9 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
 def _check_held_out(config: Config, request: EvaluationRequest) -> None:
     """ConfigError where a family that draws no images is asked for them, or has no held-out ones to be measured on."""
     family = f"family '{config.family_name}' draws no images"
-    of_images = {"metrics": request.metrics, "num-images": request.num_images, "features": request.features}
-    for option, value in of_images.items():
+    for option, value in vars(request).items():
         if value is not None:
-            raise ConfigError(f"--{option}: {family} to compare with real ones: leave it out, for what data.test gives")
+            raise ConfigError(f"--{option.replace('_', '-')}: {family} to compare with real ones: leave it out")
     if config.data.test is None:
         raise ConfigError(f"data.test: null; {family}, and is measured on held-out ones alone")
 

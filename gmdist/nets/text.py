@@ -20,8 +20,8 @@ _MAX_LENGTH = 1 << 16
 # is a word.
 _ALONE = "\u0e00-\u109f\u1780-\u17ff\u2e80-\U0010ffff"
 # What stands on or between the letters of a word, and is no letter to `re`: vowels of Hindi, accents, joiners.
-_MARKS = "".join(c for c in map(chr, range(0x2E80)) if unicodedata.category(c).startswith("M")) + "\u200c\u200d"
-_WORD = re.compile(f"[{_ALONE}]|(?:[^\\W{_ALONE}]|[{_MARKS}])+|[^\\w\\s]")
+_MARKS = "".join(c for c in map(chr, range(0x2E80)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+_WORD = re.compile(f"[{_ALONE}]|[^\\W{_ALONE}](?:(?![{_ALONE}])[\\w{_MARKS}])*|[^\\w\\s]")
 
 
 @dataclass

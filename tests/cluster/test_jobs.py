@@ -83,7 +83,7 @@ def test_the_exit_code_of_the_job_is_the_commands(nodes: Nodes, digits: Path, tm
     assert "no such data set" in failed.stdout
     wrong = submitted(nodes, CONFIG, *SHORT, *data_of(digits, tmp_path / "run"), "cluster.num_workers=4")
     assert wrong.returncode == 2
-    assert "cluster.num_workers: 4 workers" in wrong.stdout
+    assert "cluster.cpus_per_worker: 4 workers" in wrong.stdout
 
 
 def test_a_sweep_is_a_job_too(nodes: Nodes, digits: Path, tmp_path: Path) -> None:

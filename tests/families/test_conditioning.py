@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmdist.diffusion.config import SamplerConfig
+from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPM
@@ -161,6 +161,14 @@ def test_a_transformer_can_take_the_place_of_the_unet() -> None:
             "conditioning.text.path: None; must be given",
         ),
         (
+            {"conditioning": ConditioningConfig("class", 0.0)},  # guidance is 2
+            "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
+        ),
+        (
+            {"conditioning": dataclasses.replace(TEXT, dropout=0.0)},
+            "diffusion.sampler.guidance: 2.0; must be 1, or family.conditioning.dropout above 0",
+        ),
+        (
             {"conditioning": ConditioningConfig(dropout=1.0)},
             "conditioning.dropout: 1.0; must be at least 0 and below 1",
         ),
@@ -211,3 +219,26 @@ def test_a_text_is_read_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         family.sample(torch.arange(2), Condition(prompts=("a cat", "a dog")))
     assert len(read) == 2  # the texts, and none for guidance
+
+
+def test_latents_are_not_predicted_by_a_division_by_almost_nothing() -> None:
+    latents, cosine = SMALL["latent_diffusion"], DiffusionConfig("cosine", sampler=SamplerConfig(guidance=2.0))
+    problem = dataclasses.replace(latents, diffusion=cosine).problem(SIZE)
+    assert problem is not None
+    assert problem.startswith("diffusion.prediction: 'eps'; the sampler's first step makes its errors 632 times as")
+    leading = dataclasses.replace(cosine.sampler, spacing="leading")
+    for better in (dataclasses.replace(cosine, prediction="v"), dataclasses.replace(cosine, sampler=leading)):
+        assert dataclasses.replace(latents, diffusion=better).problem(SIZE) is None
+    # Pixels have bounds, which hold whatever comes of it.
+    assert dataclasses.replace(SMALL["ddpm"], diffusion=cosine).problem(SIZE) is None
+
+
+def test_a_context_of_another_width_than_the_encoders_is_refused() -> None:
+    unet = dataclasses.replace(SMALL["ddpm"].unet, context_channels=4)
+    with pytest.raises(ConfigError, match=r"family.unet.context_channels: 4; the captions' encoder has 16"):
+        small_family("ddpm", conditioning=TEXT, unet=unet)
+
+
+def test_classes_need_labels() -> None:
+    with pytest.raises(ConfigError, match=r"family.conditioning.kind: 'class'; needs data.num_classes"):
+        Conditioner(ConditioningConfig("class"), surroundings(num_classes=0))

@@ -25,7 +25,7 @@ def test_a_loss_keeps_to_the_device_and_does_not_wait_for_it(name: str) -> None:
                 loss.backward()
                 assert {value.device for value in [loss, *metrics.values()]} == {DEVICE}
                 # Tables are moved once; and a search looks again at the tokens whose nearest code rounding leaves open.
-                assert is_first or set(waits) <= {"aten.nonzero.default"}
+                assert is_first or not waits or ("vq" in name and set(waits) == {"aten.nonzero.default"})
             family.after_step(8)
 
 
@@ -53,5 +53,9 @@ def test_the_stand_in_does_as_a_gpu_does() -> None:
         assert waits == ["tolist", "aten._local_scalar_dense.default", "aten._to_copy.default"]
         with pytest.raises(RuntimeError, match="on the device and on the host"):
             there + torch.ones(2, 3)
-        with pytest.raises(RuntimeError, match="on the device and on the host"):
-            there[torch.tensor([0])]
+        waits.clear()
+        assert there[torch.tensor([0])].tolist() == [[1.0, 2.0, 3.0]]
+        assert there[there > 5.0].tolist() == [6.0]
+        torch.ones(3).to(DEVICE, non_blocking=True)
+        torch.ones(3).pin_memory().to(DEVICE, non_blocking=True)
+        assert waits == ["aten.index.Tensor", "tolist"] * 2 + ["aten._to_copy.default"]

@@ -213,13 +213,15 @@ def test_a_pipeline_that_was_trained_otherwise_is_warned_of(exported: Path, star
         (f'{{"_class_name": "PNDMScheduler", {cosine}}}', None),  # of the same process
         (
             '{"prediction_type": "v_prediction", "beta_start": 0.001}',
-            "diffusion.schedule 'cosine' leaves 0.70 of the data at timestep 500, and its scheduler 0.24 {'beta_start'",
+            "diffusion.schedule 'cosine' leaves 0.677 of the data at timestep 522 here, and its scheduler's",
         ),
         (
             '{"prediction_type": "v_prediction", "trained_betas": [0.1]}',
             "its scheduler has 1 betas, and there are 1000",
         ),
-        ('{"prediction_type": "v_prediction", "beta_schedule": 3}', "a scheduler whose beta_schedule 3 cannot be read"),
+        ('{"prediction_type": "v_prediction", "beta_schedule": 3}', "a scheduler whose beta_schedule cannot be read"),
+        (f'{{"prediction_type": "v_prediction", "trained_betas": [{10**400}]}}', "whose trained_betas cannot be read"),
+        ('{"prediction_type": "v_prediction", "beta_end": 2}', "a scheduler whose beta_end are no betas from 0 to 1"),
         (
             '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
             "its scheduler is a FlowMatchEulerDiscrete",
@@ -248,7 +250,7 @@ def test_latents_have_the_scale_of_the_pipeline_that_they_are_of(
         assert float(open_run(str(run))[1].latent_scale) == pytest.approx(wanted, rel=error)
     file.write_text(json.dumps(written | {"scaling_factor": 0.0}))
     with pytest.raises(ConfigError, match="vae/config.json: scaling_factor: 0.0; must be above 0"):
-        train_worker(load(start[0], [*start[1:], f"family.init_from={tmp_path}/pipeline"]), torch.device("cpu"))
+        check_start(load(start[0], [*start[1:], f"family.init_from={tmp_path}/pipeline"]))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
