@@ -1,9 +1,9 @@
 """Linear and convolutional layers, computed on processors by what multiplies fastest there.
 
 For products in fp32 torch calls MKL, which leaves AVX-512 alone on processors that are not Intel's. oneDNN, which torch
-calls for convolutions and for bf16, uses it, and takes about half the time there. A processor without instructions for
-bf16 has them emulated; the same products in fp32, of the same rounded operands and rounded in the end, take a quarter
-of the time (docs/benchmarks.md).
+calls for most convolutions and for bf16, uses it, and takes about half the time there. A processor without instructions
+for bf16 has them emulated; the same products in fp32, of the same rounded operands and rounded in the end, take a
+quarter of the time (docs/benchmarks.md).
 """
 
 import math
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
             if not HAS_BF16 and _is_bf16(x, self.weight):
                 rows: Tensor = _LinearInFp32.apply(*_to_bf16(x.flatten(0, -2), self.weight, self.bias))
                 return rows.unflatten(0, x.shape[:-1])
-            if IS_ONEDNN_FASTER and _is_fp32(x, self.weight) and not torch.compiler.is_compiling():
+            if _is_for_onednn(x, self.weight):
                 # Not torch.nn.functional.linear: DeepSpeed puts its own there at stage 3.
                 product: Tensor = torch.ops.aten.linear(x.to_mkldnn(), self.weight, self.bias)
                 return product.to_dense()
@@ -75,6 +75,9 @@ class Conv2d(nn.Conv2d):
                 *_to_bf16(x, self.weight, self.bias), list(self.stride), list(self.padding)
             )
             return convolved
+        if self.kernel_size == (1, 1) and x.is_cpu and _is_for_onednn(x, self.weight):
+            # Of one pixel, which dilation leaves as it is. Without it torch, in one thread, multiplies by MKL.
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, dilation=2)
         return super().forward(x)
 
 
@@ -84,8 +87,9 @@ def _is_bf16(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.bfloat16
 
 
-def _is_fp32(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return IS_ONEDNN_FASTER and is_fp32 and not torch.compiler.is_compiling()
 
 
 def _to_bf16(*tensors: Tensor | None) -> list[Tensor | None]:

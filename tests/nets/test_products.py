@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmdist.nets import products
@@ -37,15 +38,47 @@ def test_values_and_derivatives_are_those_of_float64(bias: bool, by_onednn: None
 
 
 @needs_onednn
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_convolves_single_pixels_in_one_thread(bias: bool, layout: torch.memory_format, by_onednn: None) -> None:
+    torch.manual_seed(0)
+    layer = Conv2d(24, 40, 1, bias=bias)
+    x = torch.randn(3, 24, 9, 8).to(memory_format=layout).requires_grad_()
+    asked = torch.randn(3, 40, 9, 8)
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with profile() as called:
+            y = layer(x)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert "aten::mkldnn_convolution" in {event.name for event in called.events()}
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *layer.parameters())]
+    expected = F.conv2d(*exact)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], asked, create_graph=True)
+    wanted = torch.autograd.grad(expected, exact, asked.double(), create_graph=True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
+    (twice,) = torch.autograd.grad(found[0].square().sum(), layer.weight)
+    torch.testing.assert_close(
+        twice.double(), torch.autograd.grad(wanted[0].square().sum(), exact[1])[0], rtol=1e-5, atol=1e-3
+    )
+
+
+@needs_onednn
 def test_products_are_counted_as_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = Linear(24, 40), torch.randn(64, 24, requires_grad=True)
-    counts = []
-    for is_faster in (True, False):
-        monkeypatch.setattr(products, "IS_ONEDNN_FASTER", is_faster)
-        with FlopCounterMode(display=False) as counter:
-            layer(x).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts == [3 * 2 * 64 * 24 * 40] * 2
+    for layer, x in (
+        (Linear(24, 40), torch.randn(64, 24, requires_grad=True)),
+        (Conv2d(24, 40, 1), torch.randn(2, 24, 8, 4, requires_grad=True)),
+    ):
+        counts = []
+        for is_faster in (True, False):
+            monkeypatch.setattr(products, "IS_ONEDNN_FASTER", is_faster)
+            with FlopCounterMode(display=False) as counter:
+                layer(x).sum().backward()
+            counts.append(counter.get_total_flops())
+        assert counts == [3 * 2 * 64 * 24 * 40] * 2
 
 
 @needs_onednn
