@@ -38,8 +38,14 @@ _AFTERWARDS = re.compile(r"(.*\.)?(sampler\..+|truncation|iwae_samples|first_sta
 _log = logging.getLogger(__name__)
 
 
+def keep_fp32() -> None:
+    """Let GPUs compute in fp32 what is in fp32: as torch has it in products, and not in convolutions."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def device() -> torch.device:
     """Where a command computes that is not a job of several workers."""
+    keep_fp32()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

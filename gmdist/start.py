@@ -28,6 +28,7 @@ from gmdist.runs import (
     differences,
     first_stage_of,
     identify,
+    keep_fp32,
     read_config,
     split_run,
     use_storage,
@@ -232,7 +233,7 @@ def train_worker(config: Config, device: torch.device, hooks: Hooks | None = Non
     Where there are several workers, torch.distributed is initialised before, and each calls this.
     """
     use_storage(config)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: as torch has it in products, and not in convolutions
+    keep_fp32()
     gc.freeze()  # what was imported stays: looking through it for garbage would take a twentieth of the loader's time
     run_dir = storage.absolute(config.run.dir)
     data = open_training(config.data, rank(), world_size())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmdist import s3
+from gmdist import runs, s3
 from gmdist.cli import main
 from gmdist.config import load
 from gmdist.data.pack import write_shards
@@ -30,6 +30,12 @@ def write(folder: Path, seed: int) -> str:
     images = (png(random.integers(0, 256, (32, 32, 1), np.uint8)) for _ in range(8))
     write_shards(((f"{i}", {"png": image, "cls": b"1"}) for i, image in enumerate(images)), str(folder))
     return str(folder)
+
+
+def test_commands_compute_convolutions_in_fp32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    runs.device()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_evaluations_that_are_hardly_meant_are_warned_of(tmp_path: Path) -> None:

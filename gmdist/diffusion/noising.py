@@ -87,6 +87,10 @@ class FlowNoise:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
         if self.times not in FLOW_TIMES:
             return f"times: '{self.times}'; must be one of {', '.join(FLOW_TIMES)}"
+        if self.times == "uniform":
+            for key, default in (("logit_mean", 0.0), ("logit_std", 1.0)):
+                if (value := getattr(self, key)) != default:
+                    return f"{key}: {value}; belongs to times logit_normal, not to 'uniform'"
         return _range_problem(self, _FLOW_RANGES)
 
     def times_at(self, quantiles: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class FlowNoise:
         return self._shifted(torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps)
 
     def _shifted(self, times: Tensor) -> Tensor:
-        return self.shift * times / (1.0 + (self.shift - 1.0) * times)  # Esser 2024, Eq. 23
+        return self.shift * times / (self.shift * times + (1.0 - times))  # Esser 2024, Eq. 23: exactly 1 at 1
 
 
 @dataclass

@@ -35,7 +35,7 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> Classi
     convert_conv2d_weight_memory_format(classifier, torch.channels_last)  # faster on processors
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LR, total_steps=_NUM_PASSES * -(-count // _BATCH_SIZE), pct_start=_WARMUP
+        optimizer, _LR, total_steps=_NUM_PASSES * -(-(count - 1) // _BATCH_SIZE), pct_start=_WARMUP
     )
     for image, label in _batches(images, labels):
         logits = classifier.logits(classifier(image))
@@ -48,12 +48,14 @@ def train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> Classi
 
 
 def _batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled and shifted batches: float32 [N, C, H, W] in [-1, 1], and int64 [N]."""
+    """Shuffled and shifted batches: float32 [N, C, H, W] in [-1, 1], and int64 [N]; of one image, there is none."""
     most = round(images.shape[2] * _MOST_SHIFT)
     step = 0
     for number in range(_NUM_PASSES):
         order = rng.bits(number, "classifier/order", torch.arange(len(images)), 1)[:, 0].argsort()
         for chosen in order.split(_BATCH_SIZE):
+            if len(chosen) == 1:
+                continue  # batch norm has no variance of it
             shift = rng.integers(0, "classifier/shift", torch.tensor([step]), 2 * most + 1, (2,))[0]
             step += 1
             image = images[chosen].float() / 127.5 - 1.0

@@ -7,7 +7,7 @@ from gmdist.workers import all_sum, rank, world_size
 _PAIRS_AT_ONCE = 1 << 22
 
 
-def kernel_distance(one: Tensor, other: Tensor) -> float:
+def kernel_distance(one: Tensor, other: Tensor, within_other: Tensor | None = None) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy (Gretton 2012, Eq. 3), over all pairs.
 
     The kernel is (x y / D + 1)^3. Averages over subsets, as some implementations take, estimate the same with more
@@ -16,15 +16,19 @@ def kernel_distance(one: Tensor, other: Tensor) -> float:
     Args:
         one: features [N, D], the same on every worker; the workers share the pairs.
         other: [M, D].
+        within_other: `mean_within` of the other set, where it is known.
     """
-    one, other = one.double(), other.double()
-    within = [
-        (_kernel_sum(rows, rows) - _kernel(rows.square().sum(dim=1), rows.shape[1]).sum())
-        / (len(rows) * (len(rows) - 1))
-        for rows in (one, other)
-    ]
-    between = _kernel_sum(one, other) / (len(one) * len(other))
-    return float(within[0] + within[1] - 2.0 * between)
+    if within_other is None:
+        within_other = mean_within(other)
+    between = _kernel_sum(one.double(), other.double()) / (len(one) * len(other))
+    return float(mean_within(one) + within_other - 2.0 * between)
+
+
+def mean_within(features: Tensor) -> Tensor:
+    """The mean of the kernel over all pairs of two different rows of features [N, D], float64 []."""
+    rows = features.double()
+    diagonal = _kernel(rows.square().sum(dim=1), rows.shape[1]).sum()
+    return (_kernel_sum(rows, rows) - diagonal) / (len(rows) * (len(rows) - 1))
 
 
 def _kernel(products: Tensor, width: int) -> Tensor:

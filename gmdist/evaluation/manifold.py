@@ -11,7 +11,9 @@ _PAIRS_AT_ONCE = 1 << 22
 _ROUNDING = 1e-12  # of squared distances, relative to the squared lengths they are made of
 
 
-def precision_recall(generated: Tensor, real: Tensor, num_neighbors: int = 3) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, real: Tensor, num_neighbors: int = 3, real_radii: Tensor | None = None
+) -> tuple[float, float]:
     """Share of the generated that lie in the manifold of the real, and of the real in that of the generated.
 
     A set's manifold is the union of balls around its points, each as large as the distance to the point's k-th nearest
@@ -21,17 +23,29 @@ def precision_recall(generated: Tensor, real: Tensor, num_neighbors: int = 3) ->
         generated: features [N, D] with N > num_neighbors, the same on every worker; the workers share the pairs.
         real: [M, D].
         num_neighbors: k.
+        real_radii: `radii_of` the real, where they are known.
     """
-    center = real.double().mean(dim=0)  # distances do not change, and lose less to rounding
+    if real_radii is None:
+        real_radii = radii_of(real, num_neighbors)
+    center = _center(real)
     generated, real = generated.double() - center, real.double() - center
     return (
-        _share_inside(generated, real, _radii(real, num_neighbors)),
+        _share_inside(generated, real, real_radii),
         _share_inside(real, generated, _radii(generated, num_neighbors)),
     )
 
 
+def radii_of(features: Tensor, num_neighbors: int) -> Tensor:
+    """Squared distance of each row of features [N, D] to its k-th nearest neighbour, float64 [N]."""
+    return _radii(features.double() - _center(features), num_neighbors)
+
+
+def _center(features: Tensor) -> Tensor:
+    """What is subtracted: distances do not change, and lose less to rounding."""
+    return features.double().mean(dim=0)
+
+
 def _radii(points: Tensor, num_neighbors: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest neighbour, float64 [N]."""
     assert len(points) > num_neighbors, (len(points), num_neighbors)
     radii = points.new_zeros(len(points))
     # The nearest is the point itself.

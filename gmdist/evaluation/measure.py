@@ -1,5 +1,6 @@
 """Generated images and reconstructions beside real ones: each worker makes its share, all get the same numbers."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from gmdist.evaluation.config import NUM_NEIGHBORS, EvaluationConfig
 from gmdist.evaluation.features import Features
 from gmdist.evaluation.frechet import Moments, frechet_distance
 from gmdist.evaluation.gather import gathered
-from gmdist.evaluation.kernel import kernel_distance
-from gmdist.evaluation.manifold import precision_recall
+from gmdist.evaluation.kernel import kernel_distance, mean_within
+from gmdist.evaluation.manifold import precision_recall, radii_of
 from gmdist.families.family import Batch, Condition, Family
 from gmdist.workers import all_sum, in_step, rank, world_size
 
@@ -43,6 +44,18 @@ class _Described:
 
     moments: Moments
     rows: Tensor | None  # [N, D] in the order of the keys; None where nothing asks for single images
+
+    @functools.cached_property
+    def within(self) -> Tensor:
+        """The kernel's mean over pairs of them; the workers share the pairs."""
+        assert self.rows is not None
+        return mean_within(self.rows)
+
+    @functools.cached_property
+    def radii(self) -> Tensor:
+        """Of their neighbourhoods; the workers share the pairs."""
+        assert self.rows is not None
+        return radii_of(self.rows, NUM_NEIGHBORS)
 
 
 class Evaluator:
@@ -102,10 +115,10 @@ class Evaluator:
                 found |= self._of_reconstructions(family, beat)
             if generated.rows is not None and self._real.rows is not None:
                 if "kid" in metrics:
-                    found["kid"] = kernel_distance(generated.rows, self._real.rows)
+                    found["kid"] = kernel_distance(generated.rows, self._real.rows, self._real.within)
                 if "pr" in metrics:
                     found["precision"], found["recall"] = precision_recall(
-                        generated.rows, self._real.rows, NUM_NEIGHBORS
+                        generated.rows, self._real.rows, NUM_NEIGHBORS, self._real.radii
                     )
         return found
 
@@ -208,5 +221,5 @@ class Evaluator:
             beat()
             if remade is None:
                 return
-            if is_own:
-                yield batch["key"], self.features.of(remade)
+            num_own = len(batch["key"]) if is_own else 0  # with none of its own it still sums with the others
+            yield batch["key"][:num_own], self.features.of(remade)[:num_own]

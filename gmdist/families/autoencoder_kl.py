@@ -15,6 +15,7 @@ from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets import stylegan2_discriminator
 from gmdist.nets.autoencoder import Autoencoder, AutoencoderConfig
 from gmdist.nets.blocks import ResBlock, SelfAttention2d, at_least_fp32
+from gmdist.nets.finite import all_finite
 from gmdist.nets.gaussian import kl_of_dimensions, reparameterized
 from gmdist.nets.image_quality import quality
 from gmdist.nets.perceptual import PerceptualConfig
@@ -126,6 +127,11 @@ class AutoencoderKL(ReconstructionFamily):
             loss, metrics = loss + adversarial, metrics | logged
         return loss, metrics | {"loss": loss.detach()}
 
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and log-variance of q(z|x), each [N, Z, h, w]; DivergedError names a layer that is not finite."""
+        with all_finite(self.autoencoder, "posterior"):
+            return self.autoencoder.encode(image)
+
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Decode standard normal latents. A first stage is not made for this: its prior comes with the second."""
         latents = rng.normal(self.seed, "sample", keys, self.latent_shape)
@@ -137,12 +143,12 @@ class AutoencoderKL(ReconstructionFamily):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image decoded from the mean of its posterior [N, C, H, W] in [-1, 1]."""
-        mean, _ = self.autoencoder.encode(batch["image"])
+        mean, _ = self.posterior(batch["image"])
         return self.autoencoder.decode(mean).clamp(-1.0, 1.0)
 
     def latents(self, batch: Batch) -> Tensor:
         """Means of the posteriors [N, Z h w]."""
-        return self.autoencoder.encode(batch["image"])[0].flatten(1)
+        return self.posterior(batch["image"])[0].flatten(1)
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """Decoded [N, C, H, W]."""
@@ -150,12 +156,12 @@ class AutoencoderKL(ReconstructionFamily):
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The posterior: means, then log-variances [N, 2 Z, h, w]."""
-        return {"moments": torch.cat(self.autoencoder.encode(image), dim=1)}
+        return {"moments": torch.cat(self.posterior(image), dim=1)}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions from the posterior's mean against images: means over images; the KL term in nats a sample."""
         image = batch["image"]
-        mean, logvar = self.autoencoder.encode(image)
+        mean, logvar = self.posterior(image)
         reconstruction = self.autoencoder.decode(mean).clamp(-1.0, 1.0)
         metrics = {
             **quality(reconstruction, image),

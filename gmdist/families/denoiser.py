@@ -154,7 +154,8 @@ class DenoiserFamily(Family):
 
     def _draw(self, keys: Tensor, told: Told) -> Tensor:
         """Images [N, C, H, W] for keys [N]. Texts are read once, for all steps."""
-        nothing = self.conditioner.nothing(len(keys), keys.device)
+        is_guided = self.diffusion.config.sampler.guidance != 1.0
+        nothing = self.conditioner.nothing(len(keys), keys.device) if is_guided else None
         told = self.denoiser.read(told)
         x = sample_denoiser(
             self._predict(told),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmdist import rng
 from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DivergedError
 from gmdist.families.autoencoder_kl import AutoencoderKL
 from gmdist.families.denoiser import DenoiserConfig, DenoiserFamily
 from gmdist.families.family import Batch, Surroundings
@@ -74,7 +74,13 @@ class LatentDiffusion(DenoiserFamily):
             for i in range(0, len(batch["key"]), self._at_once)
         ]
         latents = torch.cat([self._latents(part) for part in parts])
-        measured = 1.0 / latents.double().std()
+        deviation = latents.double().std()
+        if not (deviation.isfinite() and deviation > 0.0):
+            raise DivergedError(
+                f"family.first_stage: '{self._first_stage_run}'; the standard deviation of its latents is "
+                f"{deviation:.3g}; it must be finite and above 0: check its reconstructions, and train it again"
+            )
+        measured = 1.0 / deviation
         known = None if self.config.init_from is None else latent_scale_of(self.config.init_from)
         is_theirs = known is not None and bool((known / measured).log().abs() < math.log(_MOST_DEVIATION))
         self.latent_scale.copy_(torch.as_tensor(known) if is_theirs else measured)

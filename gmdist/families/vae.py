@@ -113,13 +113,14 @@ class VAE(Family):
         bound in the mean as well, and nears log p(x) with more latents (Burda 2015, Eq. 8). Latents are drawn by the
         sample's number: both are the same in any batch.
         """
-        image = batch["image"]
-        mean, logvar = self.checked_posterior(image)
+        return self._bounds(batch, *self.checked_posterior(batch["image"]))
+
+    def _bounds(self, batch: Batch, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         likelihoods, weights = [], []
         for number in range(self.config.iwae_samples):
             noise = rng.normal(self.seed, f"importance {number}", batch["key"], (self.config.latent_dim,))
             latent = reparameterized(mean, logvar, noise)
-            likelihood = self.log_likelihood(image, latent)
+            likelihood = self.log_likelihood(batch["image"], latent)
             # log p(x|z) + log p(z) - log q(z|x), whose constants cancel
             ratio = 0.5 * (noise.square() + logvar - latent.square()).sum(dim=1)
             likelihoods.append(likelihood)
@@ -160,7 +161,7 @@ class VAE(Family):
         """Both bounds, the KL term of each dimension, reconstructions; means over images, whatever the batch."""
         image = batch["image"]
         mean, logvar = self.checked_posterior(image)
-        elbo, iwae = self.bounds(batch)
+        elbo, iwae = self._bounds(batch, mean, logvar)
         reconstruction = self.from_latents(mean)
         return {
             "elbo_nats": elbo.mean(),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gmdist.nets.blocks import at_least_fp32
+from gmdist.nets.sums import add_rows
 
 _MOMENTS = 6  # of sym6 that vanish
 _RADIUS = 10  # taps on each side of the filter's centre; those left out would change a pixel by less than 1e-4
@@ -131,8 +132,7 @@ def _spread(values: Tensor, corners: Iterator[tuple[Tensor, Tensor]], size: tupl
     first = places * torch.arange(count, device=values.device)[:, None]
     total = values.new_zeros(count * places, channels)
     for index, weight in corners:
-        # Unlike index_add_, it adds in the same order every time on GPUs too.
-        total.index_put_(((first + index).flatten(),), (pixels * weight[:, :, None]).flatten(0, 1), accumulate=True)
+        add_rows(total, (first + index).flatten(), (pixels * weight[:, :, None]).flatten(0, 1))
     return total.view(count, places, channels).mT.reshape(count, channels, *size)
 
 

@@ -12,6 +12,7 @@ import torch
 from gmdist.config import Config
 from gmdist.data.parallel import spread
 from gmdist.errors import ConfigError, GmdistError, RunFailedError
+from gmdist.runs import keep_fp32
 
 if TYPE_CHECKING:
     import ray  # one worker on this machine does without
@@ -59,6 +60,7 @@ def device_of(config: Config) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("cluster.gpus_per_worker: 1; there is no GPU here: set cluster.gpus_per_worker=0")
+    keep_fp32()
     return torch.device("cuda", torch.cuda.current_device())
 
 

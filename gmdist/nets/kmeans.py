@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmdist.nets.blocks import at_least_fp32
+from gmdist.nets.sums import add_rows
 
 _CHUNK_ELEMENTS = 1 << 22  # distances at once: 16 MiB in fp32
 _BLOCK = 128  # codes of which the least distance is found at first
@@ -129,8 +130,7 @@ def _two_least_plainly(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def sums_of(vectors: Tensor, tokens: Tensor, num_codes: int) -> Tensor:
     """The sums of the vectors [N, D] of each code, and their numbers: [K, D + 1], for int64 tokens [N]."""
     rows = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
-    # Unlike index_add_, it adds in the same order every time on GPUs too.
-    return rows.new_zeros(num_codes, rows.shape[1]).index_put_((tokens,), rows, accumulate=True)
+    return add_rows(rows.new_zeros(num_codes, rows.shape[1]), tokens, rows)
 
 
 @torch.no_grad()

@@ -59,7 +59,8 @@ class GradientFrequency(nn.Module):
     - the mean absolute difference of the gradients along rows and columns (Mathieu 2016, Eq. 6, alpha = 1), which a
       blurred edge raises more than it raises the error of pixels;
     - the mean absolute difference of the real and imaginary parts of the spectra (Cho 2021, Eq. 4): natural images have
-      little power in high frequencies, and in this sum each frequency counts alike.
+      little power in high frequencies, and in this sum they count as much as low ones. Half a spectrum has one of a
+      frequency and its conjugate, but both where a row is constant or alternates, so that these count twice.
 
     Both have the scale of the error of a pixel: the transform keeps sums of squares. The result is the levels' mean.
     """

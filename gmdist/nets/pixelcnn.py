@@ -62,20 +62,26 @@ class GatedLayer(nn.Module):
 
     def forward(self, vertical: Tensor, horizontal: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks' features, each [N, C, H, W], under the condition [N, C] -> the same."""
-        vertical, linked, _ = self.rows(vertical, self.no_rows(vertical), told)
-        return vertical, self.columns(horizontal, linked, told)
+        for_vertical, for_horizontal = self.shifts(told)
+        vertical, linked, _ = self.rows(vertical, self.no_rows(vertical), for_vertical)
+        return vertical, self.columns(horizontal, linked + for_horizontal)
 
     def no_rows(self, x: Tensor) -> Tensor:
         """What is above the first row of features [N, C, H, W]."""
         return x.new_zeros(len(x), x.shape[1], self.reach, x.shape[3])
 
-    def rows(self, x: Tensor, above: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shifts(self, told: Tensor) -> tuple[Tensor, Tensor]:
+        """What the condition [N, C] adds in either stack (van den Oord 2016b, Eq. 4), each [N, 2 C, 1, 1]."""
+        vertical, horizontal = self.condition(told)[:, :, None, None].chunk(2, dim=1)
+        return vertical, horizontal
+
+    def rows(self, x: Tensor, above: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The vertical stack for some rows.
 
         Args:
             x: their features [N, C, R, W].
             above: those of as many rows above them as the layer reaches, [N, C, reach, W].
-            told: the condition [N, C].
+            shift: what the condition adds, [N, 2 C, 1, 1].
 
         Returns:
             The rows' new features [N, C, R, W], what they tell the horizontal stack [N, 2 C, R, W], and `above` for the
@@ -83,19 +89,16 @@ class GatedLayer(nn.Module):
         """
         window = torch.cat([above, x], dim=2)
         features = self.vertical(F.pad(window, (self.reach, self.reach)))
-        shift, _ = self._shifts(told)
         return _gated(features + shift), self.link(features), window[:, :, x.shape[2] :]
 
-    def columns(self, x: Tensor, linked: Tensor, told: Tensor) -> Tensor:
-        """The horizontal stack: features [N, C, R, W], what is linked to them [N, 2 C, R, W] -> [N, C, R, W]."""
-        _, shift = self._shifts(told)
-        features = self.horizontal(F.pad(x, (self.reach, 0))) + linked + shift
-        return x + self.mix(self.dropout(_gated(features)))
+    def columns(self, x: Tensor, told: Tensor) -> Tensor:
+        """The horizontal stack for features [N, C, R, W], told by the vertical one and by the condition [N, 2 C, R, W].
 
-    def _shifts(self, told: Tensor) -> tuple[Tensor, Tensor]:
-        """What the condition adds in either stack (van den Oord 2016b, Eq. 4), each [N, 2 C, 1, 1]."""
-        vertical, horizontal = self.condition(told)[:, :, None, None].chunk(2, dim=1)
-        return vertical, horizontal
+        Returns:
+            [N, C, R, W].
+        """
+        features = self.horizontal(F.pad(x, (self.reach, 0))) + told
+        return x + self.mix(self.dropout(_gated(features)))
 
 
 BLOCKS = (GatedLayer,)  # what families list as `blocks`: compiled, and computed again in the backward, as one
@@ -165,27 +168,26 @@ class GatedPixelCNN(nn.Module):
         layers = cast(list[GatedLayer], list(self.layers))
         row = torch.zeros_like(self._entered(codes[:, :, :1]))  # above the first
         above = [layer.no_rows(row) for layer in layers]
+        shifts = [layer.shifts(told) for layer in layers]
         for i in range(codes.shape[2]):
             linked, x = list[tuple[GatedLayer, Tensor]](), row
-            for number, layer in enumerate(layers):
-                x, link, above[number] = layer.rows(x, above[number], told)
-                linked.append((layer, link))
+            for number, (layer, (vertical, horizontal)) in enumerate(zip(layers, shifts, strict=True)):
+                x, link, above[number] = layer.rows(x, above[number], vertical)
+                linked.append((layer, link + horizontal))
             if i >= given_rows:
-                self._draw_row(codes, i, linked, told, choose)
+                self._draw_row(codes, i, linked, choose)
             row = self._entered(codes[:, :, i : i + 1])
         return codes
 
-    def _draw_row(
-        self, codes: Tensor, i: int, linked: list[tuple[GatedLayer, Tensor]], told: Tensor, choose: Choose
-    ) -> None:
-        """Draw row i of the values, in place; what each layer's vertical stack says of it is [N, 2 width, 1, W]."""
+    def _draw_row(self, codes: Tensor, i: int, linked: list[tuple[GatedLayer, Tensor]], choose: Choose) -> None:
+        """Draw row i of the values, in place; each layer's horizontal stack is told [N, 2 width, 1, W] of it."""
         _, channels, _, width = codes.shape
         entered = torch.zeros_like(self._entered(codes[:, :, i : i + 1]))  # to the left of each column
         for j in range(width):
             seen = slice(max(0, j - self._reach), j + 1)
             x = entered[..., seen]
             for layer, link in linked:
-                x = layer.columns(x, link[..., seen], told)
+                x = layer.columns(x, link[..., seen])
             place = codes[:, :, i : i + 1, j : j + 1]
             for channel in range(channels):
                 logits = self._logits(x[..., -1:], place, channel)[:, 0, 0]

@@ -74,3 +74,16 @@ def test_a_shift_multiplies_the_ratio_of_noise_to_signal() -> None:
         torch.testing.assert_close(after / (1 - after), 3.0 * before / (1 - before))
     assert plain.sampling_times(4).tolist() == [1.0, 0.75, 0.5, 0.25]
     assert shifted.sampling_times(4)[0].item() == 1.0
+
+
+def test_a_flow_begins_with_noise_alone_by_any_shift() -> None:
+    for hundredths in range(1, 1001):
+        first = FlowNoise(shift=hundredths / 100).sampling_times(4)[0]
+        assert first == 1.0, hundredths  # no rest of the signal, and none of it below 0
+
+
+def test_settings_of_a_normal_logit_belong_to_it() -> None:
+    assert FlowNoise("uniform", shift=3.0).problem() is None
+    problem = FlowNoise("uniform", logit_std=2.0).problem()
+    assert problem == "logit_std: 2.0; belongs to times logit_normal, not to 'uniform'"
+    assert FlowNoise(logit_mean=-1.0, logit_std=2.0).problem() is None

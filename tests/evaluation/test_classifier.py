@@ -32,6 +32,11 @@ def test_learns_and_is_the_same_each_time(tmp_path: Path) -> None:
     assert features.fingerprint != load_features(_random(tmp_path)).fingerprint
 
 
+def test_an_image_that_is_left_over_alone_is_left_out() -> None:
+    images, labels = patterns(257, seed=0)  # batch norm has no variance of one
+    assert accuracy(train_classifier(images, labels, CLASSES), images, labels) > 0.9
+
+
 def _random(folder: Path) -> str:
     save_classifier(str(folder / "random"), Classifier(ClassifierSizes(16, 1, 4)), {})
     return str(folder / "random")

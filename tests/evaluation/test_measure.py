@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gmdist.errors import DataError
+from gmdist.evaluation import measure as measure_module
 from gmdist.evaluation.classifier import train_classifier
 from gmdist.evaluation.config import METRICS, EvaluationConfig
 from gmdist.evaluation.features import Features, load_features, save_classifier
@@ -49,7 +50,11 @@ def evaluator(
     return Evaluator(config, features, images(100), images(50), CLASSES, CPU)
 
 
-def test_tells_good_images_from_bad_ones(classifier: str) -> None:
+def not_again(*_: object) -> torch.Tensor:
+    raise AssertionError("the real images have been described")
+
+
+def test_tells_good_images_from_bad_ones(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = evaluator(load_features(classifier))
     beats = []
     good = measure(Painter(seed=2), lambda: beats.append(1))
@@ -76,6 +81,9 @@ def test_tells_good_images_from_bad_ones(classifier: str) -> None:
     assert noise["kid"] > 3 * abs(good["kid"])
     assert noise["precision"] == 0.0
     assert measure(Painter(seed=2)) == good  # what is kept of the real images stays right
+    monkeypatch.setattr(measure_module, "mean_within", not_again)
+    monkeypatch.setattr(measure_module, "radii_of", not_again)
+    assert measure(Painter(seed=2)) == good  # and is not computed again
 
 
 def asked_backwards(numbers: list[torch.Tensor]) -> Iterator[Condition]:
@@ -148,6 +156,22 @@ def test_workers_share_captions_some_without_any(classifier: str) -> None:
     config = EvaluationConfig(("fid",), num_images=50, batch_size=20)
     expected = Evaluator(config, load_features(classifier), real(100), None, CLASSES, CPU, asked_backwards)(Reader())
     run_workers(share_of_captions, 4, classifier, expected)
+
+
+def share_of_two(rank: int, world_size: int, classifier: str, expected: dict[str, float]) -> None:
+    config = EvaluationConfig(("fid",), num_images=50, batch_size=20)
+    images, held_out = (real(count, rank, world_size) for count in (100, 2))
+    found = Evaluator(config, load_features(classifier), images, held_out, CLASSES, CPU)(Painter(2, reconstructs=True))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_workers_without_a_held_out_image_sum_with_the_others(classifier: str) -> None:
+    config = EvaluationConfig(("fid",), num_images=50, batch_size=20)
+    expected = Evaluator(config, load_features(classifier), real(100), real(2), CLASSES, CPU)(
+        Painter(2, reconstructs=True)
+    )
+    assert "rfid" in expected
+    run_workers(share_of_two, 3, classifier, expected)
 
 
 def test_workers_make_their_shares(classifier: str) -> None:

@@ -1,6 +1,7 @@
 """The first stage's loss against its published formula in float64, and what its two networks keep from each other."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmdist import rng
-from gmdist.errors import ConfigError
+from gmdist.errors import ConfigError, DivergedError
 from gmdist.families.adversarial import DiscriminatorConfig
 from gmdist.families.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from gmdist.families.family import Batch, Family
@@ -291,6 +292,22 @@ def test_evaluates_reconstructions_from_the_mean() -> None:
     torch.testing.assert_close(metrics["perceptual"], family.perceptual(image, batch["image"]).mean())
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / 8
     torch.testing.assert_close(metrics["kl_nats"], kl)
+
+
+def test_what_is_not_finite_is_neither_cached_nor_learned_from() -> None:
+    family, batch = family_with().eval(), batch_of()
+    with torch.no_grad():
+        family.autoencoder.encoder.conv_in.weight[0] = math.nan
+        for call in (family.reconstruct, family.latents, family.evaluate, lambda batch: family.encode(batch["image"])):
+            with pytest.raises(DivergedError, match=r"no posterior: the output of encoder\.conv_in is not finite"):
+                call(batch)
+    second = small_family("latent_diffusion")
+    with torch.no_grad():
+        second.first_stage.encoder.conv_in.weight[0] = math.nan
+        with pytest.raises(
+            DivergedError, match="family.first_stage: 'first'; the standard deviation of its latents is"
+        ):
+            second.initialize(batch | {"image": batch["image"].float()})
 
 
 @pytest.mark.parametrize(
