@@ -13,10 +13,14 @@ from gmdist.nets.dit import DiTConfig
 
 # What our settings are called there.
 _THEIRS = {
+    "channels": "block_out_channels",
+    "multipliers": "block_out_channels",
     "norm_groups": "norm_num_groups",
     "num_heads": "attention_head_dim",
     "head_channels": "attention_head_dim",
+    "frequency_shift": "freq_shift",
 }
+_THEIRS_OF_DIT = {"channels": "num_attention_heads x attention_head_dim", "feed_forward_norm_eps": "norm_eps"}
 _SCALED_SIZE = 128  # from which on a Transformer2DModel scales its positions
 
 
@@ -27,7 +31,9 @@ def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
         ConfigError: it is not one of the networks that we have, or has a setting that ours does not.
     """
     kind = str(values.get("_class_name"))
-    if kind == "Transformer2DModel" and values.get("norm_type") == FIXED[DIT]["norm_type"]:
+    if kind == "Transformer2DModel":
+        if (norm_type := values.get("norm_type")) != FIXED[DIT]["norm_type"]:
+            raise ConfigError(f"norm_type: {norm_type!r}; gmdist has {kind} with '{FIXED[DIT]['norm_type']}' alone")
         kind = DIT  # its name before diffusers 0.29
         size = values.get("sample_size")
         if isinstance(size, int) and size >= _SCALED_SIZE:
@@ -41,7 +47,7 @@ def spec_of(values: Mapping[str, Any]) -> NetworkSpec:
     spec = _READERS[kind](asked)
     asked.finish()
     if problem := spec.config.problem():
-        key = _THEIRS.get(problem.partition(":")[0])
+        key = (_THEIRS_OF_DIT if kind == DIT else _THEIRS).get(problem.partition(":")[0])
         raise ConfigError(f"a network that cannot be: {problem}" + (f" ({key} in config.json)" if key else ""))
     return spec
 

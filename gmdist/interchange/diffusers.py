@@ -30,14 +30,18 @@ from gmdist.nets.dit import DiTConfig
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _VARIANTS = ("", ".fp16", ".bf16")
+_MOST_NAMED = 5  # files in an error
 
 
-def read_folder(path: str | Path, block_embeddings: bool = False) -> tuple[NetworkSpec, dict[str, Tensor]]:
+def read_folder(
+    path: str | Path, block_embeddings: bool = False, is_read: Callable[[str], bool] = lambda name: True
+) -> tuple[NetworkSpec, dict[str, Tensor]]:
     """The network that a folder of diffusers holds.
 
     Args:
         path: with config.json and diffusion_pytorch_model.safetensors, whole or in shards with their index.
         block_embeddings: of a DiT: whether it is read as one that has them even where those of all blocks are equal.
+        is_read: whether the tensor of this name, ours, is wanted; of the others, values are not looked at.
 
     Returns:
         What it is, and its state dict under our names, in fp32: `spec.build().load_state_dict(state)`.
@@ -47,13 +51,7 @@ def read_folder(path: str | Path, block_embeddings: bool = False) -> tuple[Netwo
             known, of another shape, or not finite.
     """
     with _opened(Path(path), block_embeddings) as (spec, found, read):
-        return spec, to_ours(read, found)
-
-
-def read_spec(path: str | Path, block_embeddings: bool = False) -> NetworkSpec:
-    """The network that a folder of diffusers holds; raises as `read_folder` does, for all but the tensors' values."""
-    with _opened(Path(path), block_embeddings) as (spec, _, _):
-        return spec
+        return spec, to_ours(read, [link for link in found if is_read(link.ours)])
 
 
 @contextmanager
@@ -70,8 +68,13 @@ def _opened(folder: Path, block_embeddings: bool) -> Iterator[tuple[NetworkSpec,
         files: dict[str, tuple[Any, str]] = {}
         for file in _weight_files(folder):
             opened = open_file(file, stack)
-            names = list(opened.keys())
-            files.update((modern_name(name), (opened, name)) for name in names)
+            for name in list(opened.keys()):
+                _, other = files.get(modern_name(name), (None, name))
+                if other != name:
+                    raise ConfigError(
+                        f"{folder}: {name} and {other} are one tensor under two names; must be there once"
+                    )
+                files[modern_name(name)] = opened, name
         slices = {name: opened.get_slice(key) for name, (opened, key) in files.items()}
         _check_shapes(folder, {name: s.get_shape() for name, s in slices.items()}, shapes_there(outline, found))
         check_dtypes({name: s.get_dtype() for name, s in slices.items()}, folder)
@@ -120,18 +123,23 @@ def to_diffusers(spec: NetworkSpec, state: Mapping[str, Tensor]) -> tuple[dict[s
 
 def _weight_files(folder: Path) -> list[Path]:
     for variant in _VARIANTS:
-        whole = folder / f"{_WEIGHTS}{variant}.safetensors"
-        if whole.is_file():
-            return [whole]
+        # First, as diffusers does: it leaves the whole file of earlier weights beside them.
         for index in (f"{_WEIGHTS}.safetensors.index{variant}.json", f"{_WEIGHTS}{variant}.safetensors.index.json"):
             if (folder / index).is_file():
                 return _shards(folder / index)
+        whole = folder / f"{_WEIGHTS}{variant}.safetensors"
+        if whole.is_file():
+            return [whole]
     if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
         raise ConfigError(
             f"{folder}: the weights are pickles (.bin or .ckpt), which can run any code where they are read; convert "
             f"them to {_WEIGHTS}.safetensors"
         )
-    raise ConfigError(f"{folder}: no {_WEIGHTS}.safetensors, and no index of its shards")
+    others = [file.name for file in sorted(folder.iterdir()) if file.name != _CONFIG]
+    there = ", ".join(others[:_MOST_NAMED]) + (", ..." if len(others) > _MOST_NAMED else "")
+    raise ConfigError(
+        f"{folder}: no {_WEIGHTS}.safetensors, and no index of its shards; beside {_CONFIG} is {there or 'nothing'}"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -151,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path}: no such file; give a folder of diffusers' weights") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of keys to values")

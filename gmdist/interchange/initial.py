@@ -11,8 +11,8 @@ from torch import Tensor
 from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json, latent_scale
-from gmdist.interchange.diffusers import read_folder, read_json, read_spec
-from gmdist.interchange.names import class_tables
+from gmdist.interchange.diffusers import read_folder, read_json
+from gmdist.interchange.names import is_class_table
 from gmdist.interchange.pipelines import DIT_CLASSES, INDEX
 from gmdist.interchange.schedulers import PREDICTIONS, schedule_of
 from gmdist.interchange.spec import NetworkSpec
@@ -66,24 +66,25 @@ def initial_state(path: str, name: str, spec: NetworkSpec) -> dict[str, Tensor]:
     Raises:
         ConfigError: there is none, it is another network, or its tensors are not what its config says.
     """
-    folder = _network_folder(path, name)
-    there, state = _naming(lambda: read_folder(folder, _has_block_embeddings(spec)))
-    if _may_be_filled_up(there):
-        num_filling = min(_num_filling(state[table]) for table in class_tables(state))
-        there = replace(there, num_classes=there.num_classes - num_filling)
-        state |= {table: state[table][: there.num_classes + 1].clone() for table in class_tables(state)}
-    _compare(folder, there, spec)
-    return state
+    return _state_of(path, name, spec, lambda ours: True)
 
 
 def check_initial(path: str, name: str, spec: NetworkSpec) -> None:
-    """Raise what `initial_state` would, as far as that is seen without reading weights."""
+    """Raise what `initial_state` would, but for values that are not finite: only the tables of classes are read."""
+    _state_of(path, name, spec, is_class_table)
+
+
+def _state_of(path: str, name: str, spec: NetworkSpec, is_read: Callable[[str], bool]) -> dict[str, Tensor]:
     folder = _network_folder(path, name)
-    there = _naming(lambda: read_spec(folder, _has_block_embeddings(spec)))
-    if _may_be_filled_up(there) and spec.num_classes < DIT_CLASSES:
-        initial_state(path, name, spec)  # the table of classes tells how many there are
-    else:
-        _compare(folder, there, spec)
+    there, state = _naming(lambda: read_folder(folder, _has_block_embeddings(spec), is_read))
+    if isinstance(there.config, DiTConfig) and there.num_classes == DIT_CLASSES:  # as many as `dit_pipeline` fills up
+        tables = {ours: table for ours, table in state.items() if is_class_table(ours)}
+        num_classes = DIT_CLASSES - min(_num_filling(table) for table in tables.values())
+        num_classes = num_classes or spec.num_classes  # all rows are equal, and do not tell
+        there = replace(there, num_classes=num_classes)
+        state |= {ours: table[: num_classes + 1].clone() for ours, table in tables.items()}
+    _compare(folder, there, spec)
+    return state
 
 
 def process_doubt(path: str, diffusion: DiffusionConfig) -> str | None:
@@ -160,11 +161,6 @@ def _pipeline_of(path: str) -> Path | None:
     return next((one for one in (folder, folder.parent) if (one / INDEX).is_file()), None)
 
 
-def _may_be_filled_up(spec: NetworkSpec) -> bool:
-    """Whether tables of classes are as long as `dit_pipeline` makes it."""
-    return isinstance(spec.config, DiTConfig) and spec.num_classes == DIT_CLASSES
-
-
 def _num_filling(table: Tensor) -> int:
     """By how many rows like its last `dit_pipeline` made a table [K + 1, C] of classes and "no class" longer."""
     same = (table == table[-1]).all(dim=1).flip(0).long()
@@ -200,7 +196,10 @@ def _compare(folder: Path, there: NetworkSpec, here: NetworkSpec) -> None:
         raise ConfigError(
             f"family.init_from: {folder}; this run's network is none that diffusers has: {error}"
         ) from error
-    theirs = config_json(there)
+    try:
+        theirs = config_json(there)
+    except ConfigError as error:
+        raise ConfigError(f"family.init_from: {folder}; holds a network that no run has: {error}") from error
     kind = ours["_class_name"]
     if theirs["_class_name"] != kind:
         raise ConfigError(f"family.init_from: {folder}; holds a {theirs['_class_name']}, and this run has a {kind}")

@@ -188,6 +188,6 @@ def copies_are_equal(read: Callable[[str], Tensor], found: list[Link]) -> bool:
     return all(torch.equal(read(first), read(name)) for first, *others in copies for name in others)
 
 
-def class_tables(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of a DiT's tables of classes [K + 1, C]: one, or one for each block."""
-    return [name for name in state if name == "label.weight" or name.startswith("block_labels.")]
+def is_class_table(name: str) -> bool:
+    """Whether a tensor of ours is a table of classes [K + 1, C]; a DiT has one, or one for each block."""
+    return name == "label.weight" or name.startswith("block_labels.")

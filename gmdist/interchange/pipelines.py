@@ -13,7 +13,7 @@ from gmdist.diffusion.config import DiffusionConfig
 from gmdist.errors import ConfigError
 from gmdist.interchange.configs import config_json
 from gmdist.interchange.diffusers import write_folder
-from gmdist.interchange.names import class_tables
+from gmdist.interchange.names import is_class_table
 from gmdist.interchange.schedulers import scheduler_config
 from gmdist.interchange.spec import NetworkSpec
 
@@ -84,7 +84,7 @@ def dit_pipeline(transformer: Network, first_stage: Network, diffusion: Diffusio
     if not 1 <= spec.num_classes <= DIT_CLASSES:
         raise ConfigError(f"a transformer of {spec.num_classes} classes; diffusers' DiTPipeline has 1 to {DIT_CLASSES}")
     state = dict(transformer.state)
-    for name in class_tables(state):
+    for name in filter(is_class_table, transformer.state):
         state[name] = torch.cat([state[name], state[name][-1:].expand(DIT_CLASSES - spec.num_classes, -1)])
     padded = Network(replace(spec, num_classes=DIT_CLASSES), state)
     labels = {str(number): str(number) for number in range(spec.num_classes)}

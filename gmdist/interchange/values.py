@@ -49,6 +49,10 @@ _WITHOUT_EFFECT = {
     AUTOENCODER: {"force_upcast", "latents_mean", "latents_std"},  # a second stage measures its latents itself
     DIT: {"upcast_attention", "norm_num_groups"},
 }
+# What diffusers' training scripts write into the config.json of averaged weights.
+_OF_AVERAGES = {
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+}
 _MOST = 1 << 20  # of any number; what is larger is a mistake
 MOST_LAYERS = 1 << 8  # in a row: the outline of a million would take hours
 
@@ -110,7 +114,7 @@ class Values:
     def finish(self) -> None:
         """ConfigError for a value that chooses what our network does not have."""
         for key, value in self.values.items():
-            if key in self.asked or key.startswith("_") or key in _WITHOUT_EFFECT[self.kind]:
+            if key in self.asked or key.startswith("_") or key in _WITHOUT_EFFECT[self.kind] | _OF_AVERAGES:
                 continue
             if key == "act_fn" and value == "swish":  # another name of it
                 value = "silu"

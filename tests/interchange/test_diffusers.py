@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gmdist.errors import ConfigError
-from gmdist.interchange.diffusers import read_folder, read_spec, write_folder
+from gmdist.interchange.diffusers import read_folder, write_folder
 from gmdist.interchange.names import links, shapes_there
 from gmdist.interchange.spec import NetworkSpec
 from gmdist.nets.autoencoder import AutoencoderConfig
@@ -98,6 +98,35 @@ def test_shards_in_half_precision(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def test_shards_go_before_the_whole_file_of_earlier_weights(tmp_path: Path) -> None:
+    # What diffusers leaves where it writes shards into a folder that had weights, and then reads.
+    file, tensors = changed(tmp_path, UNET)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "part.safetensors")
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")})
+    )
+    _, state = read_folder(tmp_path)
+    assert torch.equal(state["conv_in.bias"], load_file(file)["conv_in.bias"] + 1)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    file, tensors = changed(tmp_path, SPECS["autoencoder"])
+    name = "encoder.mid_block.attentions.0.to_q.bias"
+    save_file(tensors | {name.replace("to_q", "query"): tensors[name] + 1}, file)
+    with pytest.raises(ConfigError, match=r"attentions\.0\.(to_q|query)\.bias are one tensor under two names"):
+        read_folder(tmp_path)
+
+
+def test_averages_of_diffusers_scripts_are_read(tmp_path: Path) -> None:
+    changed(tmp_path, UNET)
+    config = tmp_path / "config.json"
+    of_averages = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 7, "power": 0.75}
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | of_averages | {"update_after_step": 0, "use_ema_warmup": True})
+    )
+    assert read_folder(tmp_path)[0].config == UNET.config
+
+
 def test_written_in_half_precision(tmp_path: Path) -> None:
     write_folder(tmp_path, UNET, random_state(UNET), dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.float16}
@@ -146,12 +175,12 @@ def test_embeddings_that_differ_between_blocks_are_each_blocks_own(tmp_path: Pat
     copies = [name for name in tensors if name.endswith("timestep_embedder.linear_1.weight")]
     assert len(copies) == 3
     assert torch.equal(tensors[copies[0]], tensors[copies[2]])
-    assert read_spec(tmp_path).config == SPECS["dit"].config
+    assert read_folder(tmp_path)[0].config == SPECS["dit"].config
 
     tensors["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.weight"][0, 0] += 1
     save_file(tensors, file)
     spec, state = read_folder(tmp_path)
-    assert spec.config == read_spec(tmp_path).config == SPECS["dit_block_embeddings"].config
+    assert spec.config == SPECS["dit_block_embeddings"].config
     assert spec.build().load_state_dict(state)
     assert torch.equal(state["block_times.0.0.weight"], state["time.0.weight"])
     assert (state["block_times.1.0.weight"] != state["time.0.weight"]).sum() == 1
@@ -197,7 +226,13 @@ def test_pickles_and_unsound_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the weights are pickles \(\.bin or \.ckpt\), which can run any code"):
         read_folder(tmp_path)
     (tmp_path / "diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(ConfigError, match=f"no {WEIGHTS}, and no index"):
+    with pytest.raises(ConfigError, match=f"no {WEIGHTS}, and no index .*; beside config.json is nothing"):
+        read_folder(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.non_ema.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"beside config.json is diffusion_pytorch_model\.non_ema\.safetensors"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
         read_folder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: not a mapping"):
