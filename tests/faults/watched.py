@@ -19,7 +19,7 @@ family:
   unet: {{channels: 8, multipliers: [1, 2, 2], num_res_blocks: 1, attention_levels: [2], num_heads: 2, dropout: 0.0}}
   diffusion: {{schedule: cosine, prediction: v}}
 data: {{train: {data}/train, image_size: 32, channels: 1, num_classes: 10, batch_size: 16}}
-optim: {{denoiser: {{lr: 3.0e-4, betas: [0.9, 0.99], warmup_steps: 20}}}}
+optim: {{denoiser: {{lr: 1.0e-4, betas: [0.9, 0.99], warmup_steps: 20}}}}
 train: {{num_steps: 100000, zero_stage: 1, log_every: 1, checkpoint_every: 50, sample_every: null}}
 run: {{dir: {data}/run}}
 """
@@ -84,4 +84,5 @@ def check_same_run(run: Path, train: list[str], whole: Path) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in undisturbed] == list(range(1, steps + 1))
     assert [line["order_digest"] for line in ours] == [line["order_digest"] for line in undisturbed]
     for changed, line in zip(ours, undisturbed, strict=True):
-        assert changed["denoiser/loss"] == pytest.approx(line["denoiser/loss"], rel=1e-4), line["step"]
+        # Other numbers of workers round otherwise, by 2e-7; at three times the learning rate training makes 1e-4 of it.
+        assert changed["denoiser/loss"] == pytest.approx(line["denoiser/loss"], rel=1e-5), line["step"]
