@@ -80,7 +80,7 @@ def _state_of(path: str, name: str, spec: NetworkSpec, is_read: Callable[[str], 
     if isinstance(there.config, DiTConfig) and there.num_classes == DIT_CLASSES:  # as many as `dit_pipeline` fills up
         tables = {ours: table for ours, table in state.items() if is_class_table(ours)}
         num_classes = DIT_CLASSES - min(_num_filling(table) for table in tables.values())
-        num_classes = num_classes or spec.num_classes  # all rows are equal, and do not tell
+        num_classes = num_classes or min(spec.num_classes, DIT_CLASSES)  # all rows are equal, and do not tell
         there = replace(there, num_classes=num_classes)
         state |= {ours: table[: num_classes + 1].clone() for ours, table in tables.items()}
     _compare(folder, there, spec)

@@ -51,8 +51,8 @@ _WITHOUT_EFFECT = {
 }
 # What diffusers' training scripts write into the config.json of averaged weights.
 _OF_AVERAGES = {
-    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-}
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+}  # fmt: skip
 _MOST = 1 << 20  # of any number; what is larger is a mistake
 MOST_LAYERS = 1 << 8  # in a row: the outline of a million would take hours
 

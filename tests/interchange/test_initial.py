@@ -41,7 +41,9 @@ def test_a_table_that_was_filled_up_is_cut(num_own: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("num_classes", [9, 1000])
 def test_runs_of_other_classes_are_refused_before_anything_starts(num_classes: int, tmp_path: Path) -> None:
-    path = filled_up(tmp_path, 10)
+    path = filled_up(tmp_path / "10", 10)
+    with pytest.raises(ConfigError, match=r"\(data.num_classes\) 1000 there, 2000 here"):
+        check_initial(filled_up(tmp_path / "0", 0), "transformer", replace(SPEC, num_classes=2000))
     for call in (check_initial, initial_state):
         with pytest.raises(ConfigError, match=rf"\(data.num_classes\) 10 there, {num_classes} here"):
             call(path, "transformer", replace(SPEC, num_classes=num_classes))
