@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmdist.nets import products
-from gmdist.nets.products import Conv2d, Linear
+from gmdist.nets.products import AttentionInBf16, Conv2d, Linear
 
 _MAX_WIDTH = 1 << 16
-_FEW_KEYS = 256  # with more, attention is faster in bf16 on processors that multiply it, too
+_MOST_KEYS = 1024  # whose weights attention may keep on a processor: beyond, memory matters more than time
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
@@ -73,12 +73,15 @@ def attention(
         [N, L, heads D], of the query's type.
     """
     seen = None if mask is None else mask[:, None, None, :]  # [N, 1, 1, M]
-    is_slow = key.shape[2] <= _FEW_KEYS or not products.HAS_BF16
-    if query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad and is_slow:
-        # Its backward takes up to five times as long as in fp32.
+    is_training = query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad
+    if is_training and not products.HAS_BF16:
         with torch.autocast("cpu", enabled=False):
             exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
         heads = exact.to(query.dtype)
+    elif is_training and key.shape[2] <= _MOST_KEYS:
+        if is_causal:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+        heads = AttentionInBf16.apply(query, key, value, seen)
     else:
         heads = F.scaled_dot_product_attention(query, key, value, seen, is_causal=is_causal)
     return heads.transpose(1, 2).flatten(2)
