@@ -1,5 +1,7 @@
 """What tokenizers with a codebook share: its start, its statistics over the whole job, and what is measured of it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -118,7 +120,7 @@ class CodedAutoencoder(Tokenizer):
             return found
         return found | {"perplexity": perplexity(shares).item(), "used_codes": (shares > 0).double().mean().item()}
 
-    def concerns(self, found: dict[str, float]) -> list[str]:
+    def concerns(self, found: Mapping[str, float]) -> list[str]:
         """A codebook that has collapsed: few codes stand for most of the images."""
         size, config = self.codebook_size, self.quantizer.config
         if found.get("perplexity", size) >= max(_COLLAPSED * size, _AS_GOOD_AS_ONE):

@@ -1,7 +1,7 @@
 """The contract of a family: what the trainer, the sampler and the evaluation know of a model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,8 +154,11 @@ class Family(nn.Module):
         """The numbers of an evaluation, of the means of what `evaluate` gave over all samples, on the host."""
         return {name: mean.item() for name, mean in means.items()}
 
-    def concerns(self, found: dict[str, float]) -> list[str]:
-        """What an evaluation's numbers should warn of, a line each: a posterior that collapsed, codes that died."""
+    def concerns(self, found: Mapping[str, float]) -> list[str]:
+        """What an evaluation's numbers should warn of, a line each: a posterior that collapsed, codes that died.
+
+        A run that evaluates nothing held out asks at its end, with its metrics: those are "phase/name".
+        """
         return []
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:

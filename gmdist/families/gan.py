@@ -1,6 +1,7 @@
 """What GANs share: a generator and a discriminator, their losses and penalties, and what shows how they do."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -227,7 +228,7 @@ class GAN(Family):
         distance, real = found.pop("distance"), found.pop("real_distance")
         return found | {"spread": distance / real if real > 0.0 else math.nan}  # of one image alone, or equal ones
 
-    def concerns(self, found: dict[str, float]) -> list[str]:
+    def concerns(self, found: Mapping[str, float]) -> list[str]:
         concerns = []
         right = found.get("real_sign", 0.0), -found.get("fake_sign", 0.0)
         if min(right) > 1.0 - 2.0 * _UNDECIDED:

@@ -1,6 +1,7 @@
 """The variational autoencoder: a decoder with a prior, trained on a bound of the likelihood (Kingma 2014)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -185,16 +186,20 @@ class VAE(Family):
         found["active_units"] = float(active_units(means))
         return found | {f"kl_nats_{number}": kl.item() for number, kl in enumerate(means["kl"])}
 
-    def concerns(self, found: dict[str, float]) -> list[str]:
+    def concerns(self, found: Mapping[str, float]) -> list[str]:
         """A posterior that is the prior, whatever the image; but where a capacity holds the KL term, from 0 on."""
-        active, dim = found.get("active_units", math.inf), self.config.latent_dim
+        dim, kl_nats = self.config.latent_dim, found.get("kl_nats", found.get("autoencoder/kl_nats", math.inf))
+        active = found.get("active_units", kl_nats)  # in training one that is active has a nat or more
         # A KL term of so much tells much of the images: they are few, or all alike.
-        if active >= _COLLAPSED * dim or found["kl_nats"] >= dim or self.config.beta.schedule == "capacity":
+        if active >= _COLLAPSED * dim or kl_nats >= dim or self.config.beta.schedule == "capacity":
             return []
+        of_them = f" of {dim} latent dimensions"
+        told = (
+            f"{active:.0f}{of_them} are active, and the KL term" if "active_units" in found else f"the KL term{of_them}"
+        )
         return [
-            f"the posterior has collapsed: {active:.0f} of {dim} latent dimensions are active, and the KL term is "
-            f"{found['kl_nats']:.3g} nats; a rise of family.beta (schedule: linear), a smaller family.beta.value or "
-            "family.beta.free_nats above 0 may prevent it"
+            f"the posterior has collapsed: {told} is {kl_nats:.3g} nats; a rise of family.beta (schedule: linear), a "
+            "smaller family.beta.value or family.beta.free_nats above 0 may prevent it"
         ]
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -304,6 +304,8 @@ class Trainer:
         if self._log is None:
             return
         self._log.write(line)
+        if self.step == self.config.num_steps and (self.config.evaluate_every is None or self.test_data is None):
+            self._tell_concerns(line)
         for note in self.data.notes():
             self.hooks.on_message(note)
         loss = next((value for name, value in line.items() if name.endswith("/loss")), float("nan"))
@@ -343,9 +345,7 @@ class Trainer:
                 what = "at an evaluation of generated images"
                 with explaining_memory(self.step, what, "set a smaller evaluation.batch_size"):
                     found |= self._measure(self.family, beat)
-        if rank() == 0:
-            for concern in self.family.concerns(found):
-                self.hooks.on_message(f"step {self.step}: {concern}")
+        self._tell_concerns(found)
         line = {f"test/{name}": float(value) for name, value in found.items()}  # a family may count
         best = self.config.best_metric
         if best is not None:
@@ -354,6 +354,11 @@ class Trainer:
             self._evaluated = self.step, {name: value for name, value in line.items() if math.isfinite(value)}
         if self._log is not None and line:
             self._log.write({"step": self.step, **line})
+
+    def _tell_concerns(self, found: Mapping[str, float]) -> None:
+        if rank() == 0:
+            for concern in self.family.concerns(found):
+                self.hooks.on_message(f"step {self.step}: {concern}")
 
     @torch.no_grad()
     def _check_best_metric(self) -> None:

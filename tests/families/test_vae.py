@@ -168,15 +168,27 @@ def test_an_encoder_that_is_not_finite_is_named(name: str, call: str) -> None:
         getattr(family, call)(batch["image"] if call == "encode" else batch)
 
 
-def test_a_posterior_that_collapses_is_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluate_every", [40, None])
+def test_a_posterior_that_collapses_is_warned_of(evaluate_every: int | None, tmp_path: Path) -> None:
     for value, expected in ((1000.0, 1), (0.0, 0)):
         told: list[str] = []
-        settings = {"num_steps": 40, "evaluate_every": 40, "checkpoint_every": 40, "ema_halflife_kimg": 0.005}
+        settings = {
+            "num_steps": 40,
+            "evaluate_every": evaluate_every,
+            "checkpoint_every": 40,
+            "ema_halflife_kimg": 0.005,
+        }
         family = small_family("vae", beta=BetaConfig(value=value))
         fit(family, tmp_path / str(value), hooks=Hooks(on_message=told.append), **settings)
         warnings = [line for line in told if "step 40: the posterior has collapsed" in line]
         assert len(warnings) == expected, told
+
+
+def test_concerns_of_a_posterior() -> None:
+    family = small_family("vae")
     assert "0 of 8 latent dimensions are active" in family.concerns({"active_units": 0.0, "kl_nats": 0.01})[0]
+    assert "the KL term of 8 latent dimensions is 0.01 nats" in family.concerns({"autoencoder/kl_nats": 0.01})[0]
+    assert family.concerns({"autoencoder/kl_nats": 1.0}) == []
     assert family.concerns({"active_units": 0.0, "kl_nats": 30.0}) == []  # of a single image
     assert family.concerns({"active_units": 1.0, "kl_nats": 1.0}) == family.concerns({}) == []
 
