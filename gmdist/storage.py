@@ -58,9 +58,10 @@ class Stat:
 
 def is_s3(location: str) -> bool:
     """Whether the location is in object storage. Raises ConfigError for any other scheme than s3://."""
-    if "@" in location.partition("://")[2].partition("/")[0]:  # it is not shown
+    bucket = location.partition("://")[2].partition("/")[0]
+    if "@" in bucket:  # it is not shown
         raise ConfigError("a location with '@': must not hold credentials: boto3 finds them; use s3://bucket/prefix")
-    if location.startswith("s3://") and location.strip("/") != "s3:":
+    if location.startswith("s3://") and bucket:
         return True
     if "://" in location or location.startswith(("pipe:", "s3:")):
         raise ConfigError(f"{location}: not a location that gmdist reads; use s3://bucket/prefix or a local path")
@@ -410,6 +411,8 @@ def naming(location: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; choose another folder",
             **_OTHERWISE,
         }.get(error.errno or 0, "check that the path can be read and written")
+        if error.errno == errno.ENOTDIR and (files := list(filter(Path.is_file, Path(location).parents))):
+            advice = f"{files[0]} is a file, where a folder is meant"
         kind = NotAFileError if error.errno in _OTHERWISE else StorageError
         raise kind(f"{location}: {error.strerror or error}; {advice}") from error
     except Exception as error:

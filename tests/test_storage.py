@@ -52,6 +52,19 @@ def test_credentials_in_a_location_are_refused_and_not_repeated(scheme: str) -> 
     assert not storage.is_s3("runs/ada@home")
 
 
+def test_a_bucket_has_a_name() -> None:
+    for location in ("s3://", "s3:///", "s3:///key"):
+        with pytest.raises(ConfigError, match=r"not a location that gmdist reads; use s3://bucket/prefix"):
+            storage.is_s3(location)
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    for access in (storage.read, lambda location: storage.write(location, b"")):
+        with pytest.raises(StorageError, match=rf"meta.json: Not a directory; {tmp_path}/run is a file, where a fol"):
+            access(f"{tmp_path}/run/step/meta.json")
+
+
 def test_ranges(folder: str) -> None:
     location = storage.join(folder, "x")
     content = bytes(range(200))
