@@ -95,8 +95,9 @@ def build_family(
         seed=config.train.seed,
         open_run=open_first,
     )
-    torch.manual_seed(derive(config.train.seed, "weights", 0))
-    family = kind(config.family, surroundings)
+    with torch.random.fork_rng(devices=[]):  # a family that opens another goes on with its own numbers
+        torch.manual_seed(derive(config.train.seed, "weights", 0))
+        family = kind(config.family, surroundings)
     keys = config.data.batch_keys
     for name in family.inputs:
         if name not in keys and not (name == "image" and set(keys).intersection(family.cached)):

@@ -77,7 +77,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
     if found is None:
         family.check_files()
         _check_cached(config, family, opened)
-        return None, _doubts(config, manifests) + _initial_doubts(config)
+        return None, _doubts(config, family, manifests) + _initial_doubts(config)
     _check_cached(config, family, [])  # its first stage is in its own checkpoints
     data = open_training(config.data)
     check_identity(found, _identity(config, data), config.train.seed)
@@ -91,7 +91,7 @@ def check_start(config: Config) -> tuple[Outcome | None, list[str]]:
         return Outcome(step, found.meta["images"], found.meta["order_digest"], True), warnings
     for one in opened:
         _check_unchanged(one, run_dir)
-    return None, _changes(config) + _doubts(config, manifests)
+    return None, _changes(config) + _doubts(config, family, manifests)
 
 
 def _manifests(config: Config) -> dict[str, Manifest]:
@@ -112,10 +112,16 @@ def _check_family(config: Config, family: Family) -> None:
     """Whether a family can be trained as the config says: in that precision, in such parts of a batch, and measured."""
     check_precision(family, trained_children(family, config.optim), config.train.precision)
     for num_workers in config.cluster.sizes(config.data.batch_size):
-        size = micro_batch_size(config.train, config.data.batch_size, num_workers)
+        size = micro_batch_size(config.train, config.data.batch_size, num_workers, family.compared)
         if size % family.compared:
+            is_part = config.data.batch_size // num_workers % family.compared == 0
+            key, value = (
+                ("train.micro_batch_size", config.train.micro_batch_size)
+                if is_part
+                else ("data.batch_size", config.data.batch_size)
+            )
             raise ConfigError(
-                f"data.batch_size: {config.data.batch_size}; {num_workers} workers pass {size} samples through at once,"
+                f"{key}: {value}; {num_workers} workers pass {size} samples through at once,"
                 f" and the loss takes {family.compared} of them together (minibatch_std_group,"
                 " path_length.batch_shrink), which must divide them"
             )
@@ -140,7 +146,7 @@ def _check_cached(config: Config, family: Family, opened: list[Opened]) -> None:
         )
 
 
-def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
+def _doubts(config: Config, family: Family, manifests: dict[str, Manifest]) -> list[str]:
     """Settings that are hardly meant so, and data sets, by their keys, that hardly go together."""
     found, train = [], config.train
     if config.data.num_classes is not None:
@@ -154,7 +160,8 @@ def _doubts(config: Config, manifests: dict[str, Manifest]) -> list[str]:
             "evaluation.metrics"
         )
     for num_workers in config.cluster.sizes(config.data.batch_size):
-        part, size = config.data.batch_size // num_workers, micro_batch_size(train, config.data.batch_size, num_workers)
+        part = config.data.batch_size // num_workers
+        size = micro_batch_size(train, config.data.batch_size, num_workers, family.compared)
         if 2 * size < min(train.micro_batch_size or part, part):
             found.append(
                 f"train.micro_batch_size: {train.micro_batch_size}; {num_workers} workers pass {size} samples through "

@@ -58,14 +58,15 @@ def _refuse_unknown_fields(kind: type, values: dict[str, Any], prefix: str) -> N
 
 
 def _refuse_items(kind: type, declared: Any, value: Any, key: str, prefix: str) -> None:
-    """Refuse a list with items of another type than a field's: of those, OmegaConf names neither key nor value."""
+    """Refuse what is no list, or has items of another type than a field's: OmegaConf names neither key nor value."""
     declared = next((part for part in (declared, *get_args(declared)) if get_origin(part) is tuple), None)
-    if declared is None or not isinstance(value, list):
+    if declared is None or value is None:
         return
     items = get_args(declared)
     count = "" if Ellipsis in items else f"{len(items)} "
     refusal = ConfigError(f"{prefix}.{key}: {value}; must be a list of {count}{_NOUNS[items[0]]}")
-    if any(isinstance(item, list | dict) for item in value):  # which OmegaConf lets pass
+    # OmegaConf lets items of lists and mappings pass, and refuses what is no list without a word of either.
+    if not isinstance(value, list) or any(isinstance(item, list | dict) for item in value):
         raise refusal
     try:
         OmegaConf.merge(OmegaConf.structured(kind), {key: value})

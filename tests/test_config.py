@@ -96,6 +96,8 @@ def test_base_then_file_then_overrides(base: Path) -> None:
         ("optim.autoencoder.betas=[0.9,1.5]", "optim.autoencoder.betas: (0.9, 1.5); must be at least 0 and below 1"),
         ("optim.autoencoder.betas=[0.9,x]", "optim.autoencoder.betas: [0.9, 'x']; must be a list of 2 numbers"),
         ("optim.autoencoder.betas=[0.9]", "optim.autoencoder.betas: [0.9]; must be a list of 2 numbers"),
+        ("optim.autoencoder.betas={a: 0.9}", "optim.autoencoder.betas: {'a': 0.9}; must be a list of 2 numbers"),
+        ("evaluation.metrics=fid", "evaluation.metrics: fid; must be a list of texts"),
         ("family.autoencoder.multipliers=[1.5]", "family.autoencoder.multipliers: [1.5]; must be a list of integers"),
         ("family.autoencoder.multipliers=[null]", "family.autoencoder.multipliers: [None]; must be a list of integers"),
         ("family.autoencoder.multipliers=[[1]]", "family.autoencoder.multipliers: [[1]]; must be a list of integers"),

@@ -16,7 +16,7 @@ from gmdist.data.pack import write_shards
 from gmdist.errors import ConfigError, DataError
 from gmdist.families import CATALOGUE
 from gmdist.images import png
-from gmdist.runs import read_config
+from gmdist.runs import build_family, read_config
 from gmdist.start import check_start, train_worker
 from tests import two_domains
 from tests.support import run_workers, tree_bytes
@@ -114,6 +114,21 @@ def test_a_family_of_images_needs_images(tmp_path: Path) -> None:
     settings = [f"data.train={folder}", "data.test=null", f"run.dir={tmp_path}/run"]
     with pytest.raises(ConfigError, match="family.name: 'autoencoder_kl'; it needs 'image' of each sample"):
         check_start(load(CONFIG, [*settings, "data.image=false", "data.arrays=[latent.npy]"]))
+
+
+def test_the_seed_decides_a_second_stages_first_weights_and_its_first_stages_does_not(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", 0)
+    settings = [f"data.train={folder}", "data.test=null", "train.sample_every=null"]
+    for seed in (0, 1):
+        first = [*settings, "train.num_steps=1", "data.batch_size=2", "train.zero_stage=0", f"train.seed={seed}"]
+        train_worker(load(CONFIG, [*first, f"run.dir={tmp_path}/{seed}"]), torch.device("cpu"))
+    diffusion = str(Path(CONFIG).parent / "latent_diffusion.yaml")
+    weights = {}
+    for seed, first_stage in ((0, 0), (0, 1), (1, 0)):
+        config = load(diffusion, [f"family.first_stage={tmp_path}/{first_stage}", f"train.seed={seed}"])
+        weights[seed, first_stage] = next(build_family(config).denoiser.parameters())
+    assert torch.equal(weights[0, 0], weights[0, 1])
+    assert not torch.equal(weights[0, 0], weights[1, 0])
 
 
 def test_arrays_that_would_take_the_place_of_the_images_are_refused(tmp_path: Path) -> None:

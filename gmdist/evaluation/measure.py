@@ -150,7 +150,7 @@ class Evaluator:
         """
         numbers = torch.arange(self.config.num_images, device=self.device).split(self.config.batch_size)
         is_judged = self._is_judged()
-        follows_labels = is_judged and self._follows_labels(family)
+        follows_labels = is_judged and self._is_told(family)
         agreeing = torch.zeros(2, dtype=torch.float64, device=self.device)  # how many, and of how many
         shown = torch.zeros(max(self.num_classes, 1), dtype=torch.float64, device=self.device)  # images of each class
         rounds, own = -(-len(numbers) // world_size()), numbers[rank() :: world_size()]
@@ -188,16 +188,9 @@ class Evaluator:
         sizes = getattr(self.features.network, "sizes", None)
         return self.num_classes > 1 and getattr(sizes, "num_classes", 0) == self.num_classes
 
-    def _follows_labels(self, family: Family) -> bool:
-        """Whether the same key with another label, or another caption, is another image."""
-        key = torch.zeros(1, dtype=torch.int64, device=self.device)
-        one, other = (
-            family.sample(
-                key, Condition(torch.full_like(key, label), None if self._captions is None else (str(label),))
-            )
-            for label in (0, 1)
-        )
-        return not torch.equal(one, other)
+    def _is_told(self, family: Family) -> bool:
+        """Whether what is asked for decides what a family draws."""
+        return "label" in family.conditions or (self._captions is not None and "prompt" in family.conditions)
 
     def _of_reconstructions(self, family: Family, beat: Beat) -> dict[str, float]:
         """The Frechet distance of held-out images from what the family makes of them; {} if it does not, or of one."""

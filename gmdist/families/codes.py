@@ -86,9 +86,17 @@ class CodedAutoencoder(Tokenizer):
         return self.decode(rng.integers(self.seed, "sample", keys, self.codebook_size, self.token_shape))
 
     def tokens(self, image: Tensor) -> Tensor:
-        # Codes of features that are not finite would be those of any image.
+        return self.quantizer.tokens(self.features(image))
+
+    # Codes of features that are not finite would be those of any image. A prior's loss does not look: it would wait.
+
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
         with all_finite(self.autoencoder, "codes"):
-            return self.quantizer.tokens(self.features(image))
+            return super().encode(image)
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        with all_finite(self.autoencoder, "codes"):
+            return super().reconstruct(batch)
 
     def latents(self, batch: Batch) -> Tensor:
         """The encoder's features [N, h w Z], before the nearest codes take their place."""
@@ -104,7 +112,8 @@ class CodedAutoencoder(Tokenizer):
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images: means over images; and the share of each code."""
-        tokens = self.tokens(batch["image"])
+        with all_finite(self.autoencoder, "codes"):
+            tokens = self.tokens(batch["image"])
         # Of samples of the same size: means of shares are those of all samples.
         shares = torch.bincount(tokens.flatten(), minlength=self.codebook_size) / tokens.numel()
         return {**self.compared_with(batch["image"], self.decode(tokens)), "shares": shares}

@@ -100,7 +100,8 @@ class Tokens(Coding):
 
     def of_batch(self, batch: Batch) -> Tensor:
         if "tokens" not in batch:
-            return self.of_images(batch["image"])
+            with torch.autocast(batch["image"].device.type, enabled=False), torch.no_grad():
+                return self.tokenizer.tokens(batch["image"])[:, None]
         if batch["tokens"].is_cpu:  # elsewhere only the first ones are looked at: every step would wait for the device
             self.check(batch)
         return batch["tokens"].long()[:, None]
@@ -114,6 +115,7 @@ class Tokens(Coding):
 
     def check(self, batch: Batch) -> None:
         if "tokens" not in batch:
+            self.of_images(batch["image"])  # which looks at the first stage, too
             return
         tokens = batch["tokens"]
         if tokens.shape[1:] != self.shape[1:] or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:

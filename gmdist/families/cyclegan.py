@@ -90,10 +90,7 @@ class CycleGAN(Family):
             translated = there(image)
             network = self.discriminators[direction[-1]]
             real = at_least_fp32(network(target)) if self.config.loss == "relativistic" else None
-            adversarial = generator_loss(self.config.loss, at_least_fp32(network(translated)), real)
-            if self.config.loss == "least_squares":
-                # Without the half of Mao 2017 (Zhu 2017, Sec. 4), which the weights are for.
-                adversarial = 2.0 * adversarial
+            adversarial = self._whole(generator_loss(self.config.loss, at_least_fp32(network(translated)), real))
             cycle = (back(translated) - image).abs().mean()
             loss = loss + adversarial + self.config.cycle_weight * cycle
             metrics |= {f"{direction}_adversarial": adversarial.detach(), f"{direction}_cycle": cycle.detach()}
@@ -114,7 +111,7 @@ class CycleGAN(Family):
             network = self.discriminators[direction[-1]]
             real, fake = at_least_fp32(network(target)), at_least_fp32(network(translated))
             # Half as strong, that the discriminators learn more slowly (Zhu 2017, App. 7.1).
-            loss = loss + 0.5 * discriminator_loss(self.config.loss, real, fake)
+            loss = loss + 0.5 * self._whole(discriminator_loss(self.config.loss, real, fake))
             real_sign, fake_sign = mean_signs(self.config.loss, real.detach(), fake.detach())
             metrics |= {f"{direction[-1]}_real_sign": real_sign, f"{direction[-1]}_fake_sign": fake_sign}
         return loss, {"loss": loss.detach(), **metrics}
@@ -140,6 +137,10 @@ class CycleGAN(Family):
 
     def load_worker_state(self, state: dict[str, Tensor]) -> None:
         self._pools = dict(state)
+
+    def _whole(self, loss: Tensor) -> Tensor:
+        """Without the half of least squares in Mao 2017: Zhu 2017 (Sec. 4), whose weights these are, has none."""
+        return 2.0 * loss if self.config.loss == "least_squares" else loss
 
     def _both(self, batch: Batch) -> list[tuple[str, Tensor, Tensor]]:
         """For each direction, the images that it begins with and those of the domain where it ends."""

@@ -157,7 +157,7 @@ class Family(nn.Module):
     def concerns(self, found: Mapping[str, float]) -> list[str]:
         """What an evaluation's numbers should warn of, a line each: a posterior that collapsed, codes that died.
 
-        A run that evaluates nothing held out asks at its end, with its metrics: those are "phase/name".
+        A run that evaluates nothing held out asks at its end, with its last metrics, whose names are "phase/name".
         """
         return []
 

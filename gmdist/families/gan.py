@@ -35,6 +35,8 @@ _UNDECIDED = 0.05  # a share of logits with the wrong sign that is still a conte
 _SMALL_SPREAD = 0.3  # of generated images, beside that of real ones
 _SAME = 0.05  # times as far apart as real images are: the same image, but for noise
 _MANY_REPEATED = 0.5  # of generated images
+_COVERED = 0.99  # of the classes: one of a hundred may be missing
+_NO_DISTANCE = 1e-9  # between images: what rounding leaves
 
 
 @dataclass
@@ -152,7 +154,7 @@ class GAN(Family):
         if self.objective.penalizes and self.objective.penalty_every == 1:
             penalty, found = self.d_penalty(batch, seen)
             loss, metrics = loss + penalty, metrics | found | {"penalty": penalty.detach()}
-        return loss, {"loss": loss.detach(), **metrics}
+        return loss, {**metrics, "loss": loss.detach()}
 
     def d_penalty(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """R1 at real images, R2 at generated ones (Mescheder 2018, Eq. 9 and 10)."""
@@ -203,30 +205,32 @@ class GAN(Family):
     def evaluate(self, batch: Batch) -> Metrics:
         """How the discriminator does with held-out images and generated ones, and how far apart each of them are.
 
-        Means over images: signs of logits, the mean squared difference between an image and the batch's next, and
-        whether the batch has the same generated image again.
+        Means over images: signs of logits, the images themselves and their squares, and whether the batch has the same
+        generated image again.
         """
         image, label = batch["image"], self._label(batch)
         generated = self.sample(batch["key"], None if label is None else Condition(label))
         logits = (at_least_fp32(self.discriminator(of, label)) for of in (image, generated))
         real_sign, fake_sign = mean_signs(self.objective.loss, *logits)
-        distance, real_distance = ((of - of.roll(1, 0)).square().mean() for of in (generated, image))
         apart = torch.cdist(generated.flatten(1), generated.flatten(1)).square() / generated[0].numel()
         apart.fill_diagonal_(math.inf)
-        repeated = (apart.amin(dim=1) < _SAME * real_distance).to(distance.dtype).mean()
+        repeated = apart.amin(dim=1) < _SAME * _distance(image.square().mean(), image.mean(dim=0))
         return {
             "real_sign": real_sign,
             "fake_sign": fake_sign,
-            "distance": distance,
-            "real_distance": real_distance,
-            "repeated": repeated,
+            "square": generated.double().square().mean(),
+            "mean": generated.double().mean(dim=0),
+            "real_square": image.double().square().mean(),
+            "real_mean": image.double().mean(dim=0),
+            "repeated": repeated.double().mean(),
         }
 
     def summarize(self, means: dict[str, Tensor]) -> dict[str, float]:
         """The signs; and `spread`, how far generated images are apart, beside real ones."""
-        found = super().summarize(means)
-        distance, real = found.pop("distance"), found.pop("real_distance")
-        return found | {"spread": distance / real if real > 0.0 else math.nan}  # of one image alone, or equal ones
+        signs = {name: means[name] for name in ("real_sign", "fake_sign", "repeated")}
+        distance, real = (_distance(means[f"{of}square"], means[f"{of}mean"]).item() for of in ("", "real_"))
+        spread = distance / real if real > _NO_DISTANCE else math.nan  # of one image alone, or equal ones
+        return super().summarize(signs) | {"spread": spread}
 
     def concerns(self, found: Mapping[str, float]) -> list[str]:
         concerns = []
@@ -251,10 +255,15 @@ class GAN(Family):
                 f"{found['repeated']:.0%} of generated images come more than once among few: the generator makes few "
                 "images, however different they are"
             )
-        if found.get("class_coverage", 1.0) < 1.0:
+        if found.get("class_coverage", 1.0) < _COVERED:
             concerns.append(f"generated images show {found['class_coverage']:.0%} of the classes")
         return concerns
 
     def _label(self, batch: Batch) -> Tensor | None:
         """The classes of a batch, int64 [N]; None where nothing is told of them."""
         return batch["label"] if self.num_classes else None
+
+
+def _distance(square: Tensor, mean: Tensor) -> Tensor:
+    """The mean squared difference of two images, by the means of all images' squares and of themselves [C, H, W]."""
+    return 2.0 * (square - mean.square().mean())

@@ -18,7 +18,10 @@ class Tokenizer(Family):
     token_shape: tuple[int, int]  # codes of an image: rows, columns
 
     def tokens(self, image: Tensor) -> Tensor:
-        """The codes of images [N, C, H, W] in [-1, 1]: int64 [N, h, w], each below `codebook_size`."""
+        """The codes of images [N, C, H, W] in [-1, 1]: int64 [N, h, w], each below `codebook_size`.
+
+        For a loss, too: it does not wait for the device.
+        """
         raise NotImplementedError
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ class VAE(Family):
         dim, kl_nats = self.config.latent_dim, found.get("kl_nats", found.get("autoencoder/kl_nats", math.inf))
         active = found.get("active_units", kl_nats)  # in training one that is active has a nat or more
         # A KL term of so much tells much of the images: they are few, or all alike.
-        if active >= _COLLAPSED * dim or kl_nats >= dim or self.config.beta.schedule == "capacity":
+        is_told = active >= _COLLAPSED * dim or kl_nats >= dim
+        if is_told or not math.isfinite(kl_nats) or self.config.beta.schedule == "capacity":
             return []
         of_them = f" of {dim} latent dimensions"
         told = (

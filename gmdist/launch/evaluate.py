@@ -60,7 +60,7 @@ def evaluate(run: str, request: EvaluationRequest, overrides: Sequence[str] = ()
     found = {}
     if test is not None:
         # As many at once as a worker of the run takes.
-        size = micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
+        size = micro_batch_size(config.train, config.data.batch_size, meta["world_size"], family.compared)
         found = held_out_means(family, test, size, device)
     if evaluator is not None:
         found |= evaluator(family)

@@ -65,7 +65,7 @@ def write_scores(run: str, out: str, batch_size: int | None = None, overrides: S
         raise DataError(f"{key}: {error}") from error
     device = runs.device()
     family = family.to(device)
-    size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"])
+    size = batch_size or micro_batch_size(config.train, config.data.batch_size, meta["world_size"], family.compared)
     names, rows = _score(family, loader, size, device)
     storage.write(out, _csv(names, sorted(rows)))
     unreadable = loader.num_samples - len(rows)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -100,6 +101,7 @@ class AttentionInBf16(torch.autograd.Function):
             return weights @ value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: "_Context", grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of queries, keys and values."""
         query, key, value, weights = ctx.saved_tensors

@@ -98,13 +98,15 @@ class TrainConfig:
         check_int64("train.seed", self.seed)
 
 
-def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int) -> int:
+def micro_batch_size(config: TrainConfig, batch_size: int, num_workers: int, multiple_of: int = 1) -> int:
     """Samples that a worker passes through at once: the most that divide its part of the batch, within the config's.
 
+    Where no such number is a multiple of what is asked for, as many as without that.
     ConfigError for workers that do not divide the batch.
     """
     part, rest = divmod(batch_size, num_workers)
     if rest:
         raise ConfigError(f"data.batch_size: {batch_size}; must be a multiple of the {num_workers} workers of the run")
     most = min(part, config.micro_batch_size or part)
-    return next(size for size in range(most, 0, -1) if part % size == 0)
+    sizes = [size for size in range(most, 0, -1) if part % size == 0]
+    return next((size for size in sizes if size % multiple_of == 0), sizes[0])

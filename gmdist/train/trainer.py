@@ -69,7 +69,7 @@ class Trainer:
         self.run_dir, self.data, self.test_data, self.hooks = run_dir, data, test_data, hooks or Hooks()
         self._measure = measure
         self.batch_size = identity.batch_size
-        self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size())
+        self.micro_batch_size = micro_batch_size(config, self.batch_size, world_size(), family.compared)
         self.step, self.seen, self._digest = 0, 0, 0
         self._cursor = 0  # the next sample's number; `seen` and the samples that were left out
         self._left_out: list[tuple[int, int]] = []  # numbers of samples: first, last + 1

@@ -32,6 +32,8 @@ def captioned(labels: Tensor) -> Condition:
 class Reader(Family):
     """Makes what its prompts say, and black images without any."""
 
+    conditions = ("prompt",)
+
     def sample(self, keys, condition=None):
         if condition is None or condition.prompts is None:
             return torch.full((len(keys), 1, SIZE, SIZE), -1.0)
@@ -40,6 +42,8 @@ class Reader(Family):
 
 class Painter(Family):
     """Makes them by their labels, except where it is told to make some mistakes."""
+
+    conditions = ("label",)
 
     def __init__(self, seed: int, wrong: int = 0, reconstructs: bool = False) -> None:
         super().__init__()

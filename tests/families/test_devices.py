@@ -5,6 +5,7 @@ import torch
 
 from gmdist.families.family import Family
 from gmdist.train.engine import freeze_all_but
+from tests import support
 from tests.standin import DEVICE, standing_in
 from tests.support import SMALL, MemorySource, small_family
 
@@ -27,6 +28,19 @@ def test_a_loss_keeps_to_the_device_and_does_not_wait_for_it(name: str) -> None:
                 # Tables are moved once; and a search looks again at the tokens whose nearest code rounding leaves open.
                 assert is_first or not waits or ("vq" in name and set(waits) == {"aten.nonzero.default"})
             family.after_step(8)
+
+
+def test_a_priors_loss_does_not_wait_for_its_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in() as waits:
+        batch = MemorySource(16, 8).first(8).batch_on(DEVICE)
+        monkeypatch.setattr(support, "PatchMeans", lambda config, surroundings: small_family("vq_vae"))
+        family = small_family("transformer_prior").to(DEVICE)
+        family.coding.tokenizer.initialize(batch)
+        family.initialize(batch)
+        for _ in range(2):
+            waits.clear()
+            family.phases()[0].loss(batch, 0)[0].backward()
+        assert set(waits) <= {"aten.nonzero.default"}
 
 
 @every_family

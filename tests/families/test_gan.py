@@ -85,7 +85,12 @@ def test_what_is_measured_of_held_out_images() -> None:
     found = family.summarize(means)
     assert set(found) == {"real_sign", "fake_sign", "spread", "repeated"}
     assert all(-1.0 <= found[name] <= 1.0 for name in ("real_sign", "fake_sign"))
-    assert found["spread"] == pytest.approx((means["distance"] / means["real_distance"]).item())
+    image, generated = batch()["image"], family.sample(batch()["key"]).detach()
+    distances = [torch.cdist(of.flatten(1), of.flatten(1)).square().mean() for of in (generated, image)]
+    assert found["spread"] == pytest.approx(float(distances[0] / distances[1]), rel=1e-4)
+    halves = [family.evaluate({key: t[i : i + 4] for key, t in batch().items()}) for i in (0, 4)]
+    apart = {name: (halves[0][name] + halves[1][name]) / 2 for name in means}
+    assert family.summarize(apart)["spread"] == pytest.approx(found["spread"], rel=1e-6)
     alone = family.summarize(family.evaluate({name: value[:1] for name, value in batch().items()}))
     assert alone.keys() == found.keys()  # by which train.best_metric is looked for
     assert math.isnan(alone["spread"])
@@ -117,6 +122,7 @@ def test_few_images_again_and_again_are_warned_of(monkeypatch: pytest.MonkeyPatc
         ),
         ({"spread": 0.1}, ["generated images are 0.10 times as far apart as real ones"]),
         ({"class_coverage": 0.7}, ["generated images show 70% of the classes"]),
+        ({"class_coverage": 0.999}, []),
     ],
 )
 def test_warnings(found: dict[str, float], expected: list[str]) -> None:

@@ -166,9 +166,9 @@ def test_what_is_not_finite_gets_no_code(layer: str, where: str) -> None:
     family, batch = averaged(), MemorySource(48, BATCH).first(8).batch
     with torch.no_grad():
         family.autoencoder["encoder"].get_submodule(layer).bias[0] = torch.nan
-    for refused in (lambda: family.tokens(batch["image"]), lambda: family.initialize(batch)):
+    for look in (family.initialize, family.reconstruct, family.evaluate, lambda part: family.encode(part["image"])):
         with pytest.raises(DivergedError, match=f"no codes: the output of {where} is not finite"):
-            refused()
+            look(batch)
 
 
 @pytest.mark.parametrize("part", ["project_in", "codebook"])
@@ -177,7 +177,7 @@ def test_a_quantizer_that_is_not_finite_gives_no_code(part: str) -> None:
     with torch.no_grad():
         next(family.quantizer.get_submodule(part).parameters())[0] = torch.nan
     with pytest.raises(DivergedError, match=f"no codes: the output of quantizer.{part} is not finite"):
-        family.tokens(MemorySource(48, BATCH).first(8).batch["image"])
+        family.encode(MemorySource(48, BATCH).first(8).batch["image"])
 
 
 def test_reconstructions_are_compared_in_fp32_where_weights_are_bf16() -> None:

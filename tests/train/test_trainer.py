@@ -288,6 +288,9 @@ def test_micro_batch_sizes() -> None:
     assert micro_batch_size(TrainConfig(1, micro_batch_size=2), 12, 3) == 2
     assert micro_batch_size(TrainConfig(1, micro_batch_size=3), 12, 3) == 2  # the most that divide the part
     assert micro_batch_size(TrainConfig(1, micro_batch_size=8), 12, 3) == 4
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=8), 12, 1) == 6
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=8), 12, 1, multiple_of=4) == 4
+    assert micro_batch_size(TrainConfig(1, micro_batch_size=3), 12, 1, multiple_of=4) == 3  # which is refused
 
 
 @pytest.mark.parametrize(
