@@ -28,7 +28,9 @@ class Phase:
     loss: Callable[[Batch, int], tuple[Tensor, Metrics]]  # (micro-batch, images seen) -> mean loss
     every: int = 1  # in steps; lazy regularisation: the loss is scaled by `every`
     higher_order: bool = False  # the loss differentiates a gradient
-    revisits: bool = False  # gradients go through children of other phases twice, through the blocks of its own once
+    # The loss itself differentiates, as an adaptive weight does: the backward goes a second time through children of
+    # other phases, whose blocks are then neither compiled nor computed again.
+    revisits: bool = False
     begins_at: int = 0  # images seen, from which on it runs
     changes_at: int = 0  # images seen, from which on the loss is another, that costs more
 
