@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from gmdist import storage
+from gmdist.checks import one_of
 from gmdist.data.transform import FILTERS
 from gmdist.errors import ConfigError, check_int64
 from gmdist.s3 import S3Config
@@ -144,9 +145,8 @@ class DataConfig:
             )
 
     def _validate_members(self) -> None:
-        for key, valid in (("resize", ("none", *FILTERS)), ("crop", ("center", "random"))):
-            if getattr(self, key) not in valid:
-                raise ConfigError(f"data.{key}: '{getattr(self, key)}'; must be one of {', '.join(valid)}")
+        if problem := one_of(("none", *FILTERS), resize=self.resize) or one_of(("center", "random"), crop=self.crop):
+            raise ConfigError(f"data.{problem}")
         if self.crop == "random" and self.resize == "none":
             raise ConfigError("data.crop: 'random'; must be center where data.resize is none: nothing is cut then")
         if not self.image and not self.arrays:

@@ -17,6 +17,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from gmdist.checks import at_least
 from gmdist.errors import ConfigError, DataError
 
 VERSION = 2  # raise it with any change of the order: a run refuses to go on with another one
@@ -153,10 +154,8 @@ class Tape:
             DataError: there is no sample at all.
             ConfigError: lanes or block is not positive.
         """
-        if lanes < 1:
-            raise ConfigError(f"data.lanes: {lanes}; must be at least 1")
-        if block < 1:
-            raise ConfigError(f"data.block: {block}; must be at least 1")
+        if problem := at_least(1, lanes=lanes, block=block):
+            raise ConfigError(f"data.{problem}")
         self._samples = np.asarray(samples, np.int64).reshape(-1)
         self.num_samples = int(self._samples.sum())
         if self.num_samples == 0:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from gmdist.checks import one_of
 from gmdist.diffusion import predictions, samplers, schedules, spacings
 from gmdist.diffusion.noising import EDMNoise, FlowNoise
 
@@ -78,8 +79,8 @@ class SamplerConfig:
         return self.spacing or _spacings_of(schedule)[0]
 
     def _name_problem(self, diffusion: "DiffusionConfig") -> str | None:
-        if self.name not in SAMPLERS:
-            return f"name: '{self.name}'; must be one of {', '.join(SAMPLERS)}"
+        if problem := one_of(SAMPLERS, name=self.name):
+            return problem
         if self.name == "flow_euler" and diffusion.schedule != "flow":
             return f"name: 'flow_euler'; needs the straight path of schedule 'flow', not of '{diffusion.schedule}'"
         lost = diffusion.num_without_data()
@@ -191,8 +192,8 @@ class DiffusionConfig:
         return None
 
     def _schedule_problem(self) -> str | None:
-        if self.schedule not in SCHEDULES:
-            return f"schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}"
+        if problem := one_of(SCHEDULES, schedule=self.schedule):
+            return problem
         if not 1 <= self.num_timesteps <= _MAX_TIMESTEPS:
             return f"num_timesteps: {self.num_timesteps}; must be between 1 and {_MAX_TIMESTEPS}"
         if not self.is_discrete and self.num_timesteps != _NUM_TIMESTEPS:
@@ -213,8 +214,8 @@ class DiffusionConfig:
         return None
 
     def _prediction_problem(self) -> str | None:
-        if self.prediction not in PREDICTIONS:
-            return f"prediction: '{self.prediction}'; must be one of {', '.join(PREDICTIONS)}"
+        if problem := one_of(PREDICTIONS, prediction=self.prediction):
+            return problem
         valid = _WITH_SNR if self.is_discrete else (self.schedule,)
         if self.prediction not in valid:
             reason = _PREDICTION_NEEDS[self.prediction]
@@ -228,8 +229,8 @@ class DiffusionConfig:
         return None
 
     def _weight_problem(self) -> str | None:
-        if self.weight not in WEIGHTS:
-            return f"weight: '{self.weight}'; must be one of {', '.join(WEIGHTS)}"
+        if problem := one_of(WEIGHTS, weight=self.weight):
+            return problem
         if self.weight in ("min_snr", "p2") and self.prediction not in _WITH_SNR:
             return f"weight: '{self.weight}'; is for predictions eps, x0 and v; with '{self.prediction}' use uniform"
         if self.weight == "edm" and self.prediction != "edm":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gmdist import storage
+from gmdist.checks import at_least
 from gmdist.errors import ConfigError
 
 METRICS = ("fid", "kid", "pr")
@@ -28,11 +29,9 @@ class EvaluationConfig:
         for metric in self.metrics:
             if metric not in METRICS or self.metrics.count(metric) > 1:
                 raise ConfigError(f"evaluation.metrics: '{metric}'; must be of {', '.join(METRICS)}, each once")
-        for key, least in (("num_images", NUM_NEIGHBORS + 1), ("num_reference_images", NUM_NEIGHBORS + 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"evaluation.{key}: {getattr(self, key)}; must be at least {least}")
-        if self.batch_size < 1:
-            raise ConfigError(f"evaluation.batch_size: {self.batch_size}; must be at least 1")
+        sizes = {"num_images": self.num_images, "num_reference_images": self.num_reference_images}
+        if problem := at_least(NUM_NEIGHBORS + 1, **sizes) or at_least(1, batch_size=self.batch_size):
+            raise ConfigError(f"evaluation.{problem}")
         for key in ("features", "reference"):
             location = getattr(self, key)
             if location is not None:

@@ -1,11 +1,11 @@
 """What families that reconstruct share: a perceptual distance, and a discriminator of their images."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between, nonnegative, one_of
 from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings
 from gmdist.families.gan_losses import discriminator_loss
 from gmdist.nets.blocks import at_least_fp32
@@ -36,18 +36,13 @@ class DiscriminatorConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.name not in NAMES:
-            return f"name: '{self.name}'; must be one of {', '.join(NAMES)}"
-        if problem := self._sizes_problem(image_size):
-            return problem
-        if self.loss not in LOSSES:
-            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
-        if not 0.0 <= self.weight < math.inf:
-            return f"weight: {self.weight}; must be a number of at least 0"
-        for key in ("start_images", "warmup_images"):
-            if getattr(self, key) < 0:
-                return f"{key}: {getattr(self, key)}; must be at least 0"
-        return None
+        return (
+            one_of(NAMES, name=self.name)
+            or self._sizes_problem(image_size)
+            or one_of(LOSSES, loss=self.loss)
+            or nonnegative(weight=self.weight)
+            or at_least(0, start_images=self.start_images, warmup_images=self.warmup_images)
+        )
 
     def build(self, image_size: int, image_channels: int) -> nn.Module:
         """The network: images [N, C, H, W] -> logits [N, ...]."""
@@ -64,8 +59,8 @@ class DiscriminatorConfig:
         if self.name == "stylegan2":
             problem = self.stylegan2.problem(image_size)
             return problem and f"stylegan2.{problem}"
-        if not 1 <= self.channels <= _MAX_CHANNELS:
-            return f"channels: {self.channels}; must be from 1 to {_MAX_CHANNELS}"
+        if problem := between(1, _MAX_CHANNELS, channels=self.channels):
+            return problem
         if not 1 <= self.num_layers <= 16 or image_size < smallest_side(self.num_layers):
             return (
                 f"num_layers: {self.num_layers}; must be at least 1, and image sides at least 3 * 2^num_layers pixels: "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, one_of
 from gmdist.families import ada, diffaugment
 from gmdist.families.family import Metrics
 from gmdist.workers import all_sum
@@ -31,8 +32,8 @@ class AugmentConfig:
 
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.kind not in KINDS:
-            return f"kind: '{self.kind}'; must be one of {', '.join(KINDS)}"
+        if problem := one_of(KINDS, kind=self.kind):
+            return problem
         known = set(self.policies) <= set(diffaugment.POLICIES)
         if not self.policies or not known or len(set(self.policies)) < len(self.policies):
             return (
@@ -44,9 +45,7 @@ class AugmentConfig:
             return f"target: {self.target}; must be above -1 and below 1, as a mean of signs is"
         if not 0.0 < self.speed_kimg < math.inf:
             return f"speed_kimg: {self.speed_kimg}; must be a number above 0"
-        if self.interval < 1:
-            return f"interval: {self.interval}; must be at least 1"
-        return None
+        return at_least(1, interval=self.interval)
 
 
 class Augmentation(nn.Module):

@@ -1,12 +1,12 @@
 """The KL-regularised autoencoder: the first stage of latent diffusion (Rombach 2022, Sec. 3.1)."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gmdist import rng
+from gmdist.checks import nonnegative
 from gmdist.families.adversarial import DiscriminatorConfig, ReconstructionFamily
 from gmdist.families.family import Batch, Condition, Metrics, Surroundings
 from gmdist.interchange.initial import check_initial, initial_problem, initial_state
@@ -40,8 +40,8 @@ class AutoencoderKLConfig:
         """Why these settings cannot be; None if they can."""
         if problem := self.autoencoder.problem():
             return f"autoencoder.{problem}"
-        if not 0.0 <= self.kl_weight < math.inf:
-            return f"kl_weight: {self.kl_weight}; must be a number of at least 0"
+        if problem := nonnegative(kl_weight=self.kl_weight):
+            return problem
         factor = self.autoencoder.downsampling
         if image_size % factor:
             return f"autoencoder.multipliers: image sides must be divisible by {factor}, not {image_size}"

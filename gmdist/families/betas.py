@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gmdist.checks import at_least, nonnegative, one_of
+
 SCHEDULES = ("constant", "linear", "cosine", "sigmoid", "cyclical", "capacity")
 _STEEPNESS = 12.0  # of the sigmoid, from end to end
 
@@ -24,15 +26,14 @@ class BetaConfig:
 
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.schedule not in SCHEDULES:
-            return f"schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}"
-        for key in ("value", "start", "capacity_nats", "free_nats"):
-            if not 0.0 <= getattr(self, key) < math.inf:
-                return f"{key}: {getattr(self, key)}; must be a number of at least 0"
+        if problem := one_of(SCHEDULES, schedule=self.schedule) or nonnegative(value=self.value, start=self.start):
+            return problem
+        if problem := nonnegative(capacity_nats=self.capacity_nats, free_nats=self.free_nats):
+            return problem
         if self.num_images < 0:
             return f"num_images: {self.num_images}; must be at least 0: a schedule cannot end before its first image"
-        if self.num_cycles < 1:
-            return f"num_cycles: {self.num_cycles}; must be at least 1"
+        if problem := at_least(1, num_cycles=self.num_cycles):
+            return problem
         if not 0.0 < self.rise <= 1.0:
             return f"rise: {self.rise}; must be above 0 and at most 1"
         if self.schedule == "capacity" and self.free_nats > 0.0:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmdist.checks import one_of
 from gmdist.errors import ConfigError
 from gmdist.families.dcgan import DCGANConfig
 from gmdist.families.family import Condition, Surroundings, conditioned_labels
@@ -22,9 +23,7 @@ class ConditionalGANConfig(DCGANConfig):
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
-        if self.conditioning not in CONDITIONINGS:
-            return f"conditioning: '{self.conditioning}'; must be one of {', '.join(CONDITIONINGS)}"
-        return super().problem(image_size)
+        return one_of(CONDITIONINGS, conditioning=self.conditioning) or super().problem(image_size)
 
 
 class ConditionalGAN(GAN):

@@ -1,12 +1,12 @@
 """CycleGAN: images of two domains into each other, without pairs (Zhu 2017)."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from gmdist import rng
+from gmdist.checks import between, nonnegative, one_of
 from gmdist.families.family import DIRECTIONS, Batch, Family, Metrics, Phase, Surroundings
 from gmdist.families.gan_losses import LOSSES, discriminator_loss, generator_loss, mean_signs
 from gmdist.nets import cyclegan
@@ -40,14 +40,11 @@ class CycleGANConfig:
                 f"discriminator_layers: {self.discriminator_layers}; must be at least 1, and image sides at least "
                 f"3 * 2^layers pixels: data.image_size is {image_size}"
             )
-        if self.loss not in LOSSES:
-            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
-        for key in ("cycle_weight", "identity_weight"):
-            if not 0.0 <= getattr(self, key) < math.inf:
-                return f"{key}: {getattr(self, key)}; must be a number of at least 0"
-        if not 0 <= self.pool_size <= 1 << 16:
-            return f"pool_size: {self.pool_size}; must be from 0 to {1 << 16}"
-        return None
+        return (
+            one_of(LOSSES, loss=self.loss)
+            or nonnegative(cycle_weight=self.cycle_weight, identity_weight=self.identity_weight)
+            or between(0, 1 << 16, pool_size=self.pool_size)
+        )
 
 
 class CycleGAN(Family):

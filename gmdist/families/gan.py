@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gmdist import rng
+from gmdist.checks import at_least, nonnegative, one_of
 from gmdist.families.augmentation import Augmentation, AugmentConfig
 from gmdist.families.family import (
     Batch,
@@ -56,14 +57,12 @@ class ObjectiveConfig:
 
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.loss not in LOSSES:
-            return f"loss: '{self.loss}'; must be one of {', '.join(LOSSES)}"
-        for key in ("r1_gamma", "r2_gamma", "interpolation_weight"):
-            if not 0.0 <= getattr(self, key) < math.inf:
-                return f"{key}: {getattr(self, key)}; must be a number of at least 0"
-        if self.penalty_every < 1:
-            return f"penalty_every: {self.penalty_every}; must be at least 1"
-        return None
+        return (
+            one_of(LOSSES, loss=self.loss)
+            or nonnegative(r1_gamma=self.r1_gamma, r2_gamma=self.r2_gamma)
+            or nonnegative(interpolation_weight=self.interpolation_weight)
+            or at_least(1, penalty_every=self.penalty_every)
+        )
 
 
 @dataclass

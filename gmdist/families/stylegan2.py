@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmdist import rng
+from gmdist.checks import at_least, between, nonnegative
 from gmdist.errors import ConfigError
 from gmdist.families.family import Batch, Condition, Metrics, Phase, Surroundings, conditioned_labels
 from gmdist.families.gan import GAN, GANConfig, ObjectiveConfig
@@ -33,11 +34,8 @@ class PathLengthConfig:
 
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if not 0.0 <= self.weight < math.inf:
-            return f"weight: {self.weight}; must be a number of at least 0"
-        for key in ("every", "batch_shrink"):
-            if getattr(self, key) < 1:
-                return f"{key}: {getattr(self, key)}; must be at least 1"
+        if problem := nonnegative(weight=self.weight) or at_least(1, every=self.every, batch_shrink=self.batch_shrink):
+            return problem
         if not 0.0 < self.decay <= 1.0:
             return f"decay: {self.decay}; must be above 0 and at most 1"
         return None
@@ -69,10 +67,11 @@ class StyleGAN2Config(GANConfig):
                 return f"{key}.{problem}"
         if problem := self.path_length.problem():
             return f"path_length.{problem}"
-        for key in ("style_mixing", "truncation"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                return f"{key}: {getattr(self, key)}; must be from 0 to 1"
-        return super().problem(image_size) or initial_problem(self.init_from)
+        return (
+            between(0, 1, style_mixing=self.style_mixing, truncation=self.truncation)
+            or super().problem(image_size)
+            or initial_problem(self.init_from)
+        )
 
 
 class StyleGAN2(GAN):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmdist import rng
+from gmdist.checks import at_least
 from gmdist.families.betas import BetaConfig, beta, capacity_nats, kl_loss
 from gmdist.families.family import Batch, Condition, Family, Metrics, Phase, Surroundings, between_gaussians
 from gmdist.families.likelihoods import LikelihoodConfig, bits_per_dim, expected_image, log_likelihood
@@ -42,9 +43,7 @@ class VAEConfig:
             return f"likelihood.{problem}"
         if problem := self.beta.problem():
             return f"beta.{problem}"
-        if self.iwae_samples < 1:
-            return f"iwae_samples: {self.iwae_samples}; must be at least 1"
-        return None
+        return at_least(1, iwae_samples=self.iwae_samples)
 
 
 class VAE(Family):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gmdist.checks import between
 from gmdist.families.family import Surroundings
 from gmdist.families.gan import GAN, GANConfig, ObjectiveConfig
 
@@ -19,10 +20,9 @@ class VanillaGANConfig(GANConfig):
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be; None if they can."""
-        for key in ("latent_channels", "hidden_channels", "depth"):
-            if not 1 <= getattr(self, key) <= 1 << 16:
-                return f"{key}: {getattr(self, key)}; must be from 1 to {1 << 16}"
-        return super().problem(image_size)
+        return between(
+            1, 1 << 16, latent_channels=self.latent_channels, hidden_channels=self.hidden_channels, depth=self.depth
+        ) or super().problem(image_size)
 
 
 class VanillaGAN(GAN):

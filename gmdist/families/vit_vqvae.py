@@ -1,11 +1,11 @@
 """ViT-VQGAN: a tokenizer whose halves are vision transformers (Yu 2022, "Vector-quantized image modeling")."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import nonnegative
 from gmdist.families.adversarial import DiscriminatorConfig, ReconstructionFamily
 from gmdist.families.codes import CodedAutoencoder, start_problem
 from gmdist.families.family import Batch, Metrics, Surroundings
@@ -42,9 +42,8 @@ class ViTVQVAEConfig:
                 return f"{key}.{problem}"
         if problem := start_problem(self.quantizer, (image_size // self.patch_size) ** 2):
             return f"quantizer.{problem}"
-        for key in ("logit_laplace_weight", "l2_weight"):
-            if not 0.0 <= getattr(self, key) < math.inf:
-                return f"{key}: {getattr(self, key)}; must be a number of at least 0"
+        if problem := nonnegative(logit_laplace_weight=self.logit_laplace_weight, l2_weight=self.l2_weight):
+            return problem
         if problem := self.perceptual.problem(image_size):
             return f"perceptual.{problem}"
         perceptual_weight = 0.0 if self.perceptual.name == "none" else self.perceptual.weight

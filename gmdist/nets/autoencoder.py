@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least
 from gmdist.nets.blocks import (
     Downsample,
     ResBlock,
@@ -46,11 +47,11 @@ class AutoencoderConfig:
 
     def problem(self) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        if self.latent_channels < 1:
-            return f"latent_channels: {self.latent_channels}; must be at least 1"
-        if problem := widths_problem(self.channels, self.multipliers, self.num_res_blocks):
-            return problem
-        return norm_groups_problem(self.norm_groups, sorted({self.channels * m for m in self.multipliers}))
+        return (
+            at_least(1, latent_channels=self.latent_channels)
+            or widths_problem(self.channels, self.multipliers, self.num_res_blocks)
+            or norm_groups_problem(self.norm_groups, sorted({self.channels * m for m in self.multipliers}))
+        )
 
 
 class Middle(nn.Module):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least
 from gmdist.nets import products
 from gmdist.nets.products import AttentionInBf16, Conv2d, Linear
 
@@ -32,9 +33,7 @@ def widths_problem(channels: int, multipliers: tuple[int, ...], num_res_blocks: 
         return f"channels: {channels}; must be even, from 2 to {_MAX_WIDTH}"
     if not multipliers or not all(1 <= multiplier <= _MAX_WIDTH // channels for multiplier in multipliers):
         return f"multipliers: {list(multipliers)}; must be one or more numbers from 1 to {_MAX_WIDTH // channels}"
-    if num_res_blocks < 1:
-        return f"num_res_blocks: {num_res_blocks}; must be at least 1"
-    return None
+    return at_least(1, num_res_blocks=num_res_blocks)
 
 
 def norm_groups_problem(norm_groups: int | None, widths: list[int]) -> str | None:

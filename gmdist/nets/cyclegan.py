@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between
+
 _MIN_SIDE = 8  # pixels: reflected borders take some of them
 
 
@@ -16,10 +18,8 @@ class TranslatorConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        if not 1 <= self.channels <= 1 << 12:
-            return f"channels: {self.channels}; must be from 1 to {1 << 12}"
-        if self.num_blocks < 1:
-            return f"num_blocks: {self.num_blocks}; must be at least 1"
+        if problem := between(1, 1 << 12, channels=self.channels) or at_least(1, num_blocks=self.num_blocks):
+            return problem
         if image_size % 4 or image_size < _MIN_SIDE:
             return f"channels: image sides must be multiples of 4 from {_MIN_SIDE} on, not {image_size}"
         return None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least
 from gmdist.nets.blocks import at_least_fp32, timestep_embedding
 from gmdist.nets.products import Conv2d, Linear
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
@@ -35,12 +36,10 @@ class DiTConfig:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
         if not 4 <= self.channels <= _MAX_WIDTH or self.channels % 4:
             return f"channels: {self.channels}; must be a multiple of 4, from 4 to {_MAX_WIDTH}"
-        if self.depth < 1:
-            return f"depth: {self.depth}; must be at least 1"
-        if problem := heads_problem(self.channels, self.num_heads):
+        if problem := at_least(1, depth=self.depth) or heads_problem(self.channels, self.num_heads):
             return problem
-        if self.patch_size < 1:
-            return f"patch_size: {self.patch_size}; must be at least 1"
+        if problem := at_least(1, patch_size=self.patch_size):
+            return problem
         if self.frequency_shift not in (0, 1):
             return f"frequency_shift: {self.frequency_shift}; must be 0 or 1"
         if not 0.0 < self.feed_forward_norm_eps < 1.0:

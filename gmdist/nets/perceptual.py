@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import nonnegative, one_of
 from gmdist.errors import ConfigError
 from gmdist.nets.blocks import at_least_fp32
 
@@ -38,10 +39,8 @@ class PerceptualConfig:
 
     def problem(self, image_size: int) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if self.name not in NAMES:
-            return f"name: '{self.name}'; must be one of {', '.join(NAMES)}"
-        if not 0.0 <= self.weight < float("inf"):
-            return f"weight: {self.weight}; must be a number of at least 0"
+        if problem := one_of(NAMES, name=self.name) or nonnegative(weight=self.weight):
+            return problem
         if self.name == "lpips" and self.path is None:
             return f"path: missing; must be a folder or a file for lpips: {_HOW_TO_GET}"
         if self.name != "lpips" and self.path is not None:

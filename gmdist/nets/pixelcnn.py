@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.causal_transformer import Choose
 from gmdist.nets.products import Conv2d
@@ -26,10 +27,8 @@ class GatedPixelCNNConfig:
 
     def problem(self) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        if not 1 <= self.channels <= _MAX_WIDTH:
-            return f"channels: {self.channels}; must be from 1 to {_MAX_WIDTH}"
-        if self.depth < 1:
-            return f"depth: {self.depth}; must be at least 1"
+        if problem := between(1, _MAX_WIDTH, channels=self.channels) or at_least(1, depth=self.depth):
+            return problem
         if not 3 <= self.kernel_size <= _MAX_KERNEL or self.kernel_size % 2 == 0:
             return f"kernel_size: {self.kernel_size}; must be odd, from 3 to {_MAX_KERNEL}"
         if not 0.0 <= self.dropout < 1.0:

@@ -1,6 +1,5 @@
 """Vector quantization: features to the nearest of a codebook's codes, and what the codebook learns from that."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gmdist.checks import at_least, between, nonnegative, one_of
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.kmeans import kmeans, nearest, sums_of
 from gmdist.nets.products import Linear
@@ -41,22 +41,20 @@ class QuantizerConfig:
 
     def problem(self) -> str | None:
         """Why these settings cannot be, as "key: value; what is valid"; None if they can."""
-        if not 2 <= self.codebook_size <= _MAX_CODES:
-            return f"codebook_size: {self.codebook_size}; must be from 2 to {_MAX_CODES}"
+        if problem := between(2, _MAX_CODES, codebook_size=self.codebook_size):
+            return problem
         if self.code_channels is not None and not 1 <= self.code_channels <= _MAX_CHANNELS:
             return f"code_channels: {self.code_channels}; must be from 1 to {_MAX_CHANNELS}, or null for no projection"
         if self.code_channels == 1 and self.normalize and self.codebook_size > 2:
             return f"code_channels: 1; must be at least 2 for {self.codebook_size} codes of length 1: only 1 and -1 are"
-        if self.learned_by not in LEARNED_BY:
-            return f"learned_by: '{self.learned_by}'; must be one of {', '.join(LEARNED_BY)}"
-        if self.estimator not in ESTIMATORS:
-            return f"estimator: '{self.estimator}'; must be one of {', '.join(ESTIMATORS)}"
+        if problem := one_of(LEARNED_BY, learned_by=self.learned_by) or one_of(ESTIMATORS, estimator=self.estimator):
+            return problem
         if not 0.0 < self.decay < 1.0:
             return f"decay: {self.decay}; must be above 0 and below 1"
-        if not 0.0 <= self.commitment_weight < math.inf:
-            return f"commitment_weight: {self.commitment_weight}; must be a number of at least 0"
-        if self.kmeans_steps < 0:
-            return f"kmeans_steps: {self.kmeans_steps}; must be at least 0"
+        if problem := nonnegative(commitment_weight=self.commitment_weight):
+            return problem
+        if problem := at_least(0, kmeans_steps=self.kmeans_steps):
+            return problem
         if not 0.0 <= self.dead_below < 1.0:
             return f"dead_below: {self.dead_below}; must be at least 0 and below 1"
         if self.revive and self.learned_by == "gradient":

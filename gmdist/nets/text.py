@@ -9,6 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.transformer import FeedForward, SelfAttention, heads_problem
 
@@ -35,13 +36,11 @@ class TextConfig:
 
     def problem(self) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        if problem := heads_problem(self.channels, self.num_heads):
-            return problem
-        if self.depth < 1:
-            return f"depth: {self.depth}; must be at least 1"
-        if not 2 <= self.max_length <= _MAX_LENGTH:
-            return f"max_length: {self.max_length}; must be from 2 to {_MAX_LENGTH}"
-        return None
+        return (
+            heads_problem(self.channels, self.num_heads)
+            or at_least(1, depth=self.depth)
+            or between(2, _MAX_LENGTH, max_length=self.max_length)
+        )
 
 
 def tokenize(texts: list[str], max_length: int) -> tuple[Tensor, list[bool]]:

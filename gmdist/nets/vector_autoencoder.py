@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import between
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.convolutional import ConvolutionalConfig, ConvolutionalDecoder, ConvolutionalEncoder
 
@@ -70,6 +71,4 @@ class VectorAutoencoder(nn.Module):
 
 def latent_dim_problem(latent_dim: int) -> str | None:
     """Why a vector of this size cannot be, as "key: value; what is valid"; None if it can."""
-    if not 1 <= latent_dim <= _MAX_LATENT_DIM:
-        return f"latent_dim: {latent_dim}; must be from 1 to {_MAX_LATENT_DIM}"
-    return None
+    return between(1, _MAX_LATENT_DIM, latent_dim=latent_dim)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between
 from gmdist.nets.blocks import attention, split_heads, timestep_embedding
 from gmdist.nets.products import Conv2d, Linear
 from gmdist.nets.transformer import heads_problem
@@ -32,17 +33,13 @@ class ViTConfig:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
         if not 4 <= self.channels <= _MAX_WIDTH or self.channels % 4:
             return f"channels: {self.channels}; must be divisible by 4, from 4 to {_MAX_WIDTH}"
-        if self.num_heads < 1:
-            return f"num_heads: {self.num_heads}; must be at least 1"
+        if problem := at_least(1, num_heads=self.num_heads):
+            return problem
         if self.head_channels is not None and self.head_channels < 1:
             return f"head_channels: {self.head_channels}; must be at least 1, or null for channels / num_heads"
         if self.head_channels is None and (problem := heads_problem(self.channels, self.num_heads)):
             return problem
-        if self.depth < 1:
-            return f"depth: {self.depth}; must be at least 1"
-        if not 1 <= self.hidden_channels <= 4 * _MAX_WIDTH:
-            return f"hidden_channels: {self.hidden_channels}; must be from 1 to {4 * _MAX_WIDTH}"
-        return None
+        return at_least(1, depth=self.depth) or between(1, 4 * _MAX_WIDTH, hidden_channels=self.hidden_channels)
 
 
 class Norm(nn.LayerNorm):

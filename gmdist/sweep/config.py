@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from gmdist.checks import one_of
 from gmdist.errors import ConfigError, check_int64
 from gmdist.sweep.space import Domain, parse_space
 
@@ -71,13 +72,10 @@ class SweepConfig:
 
     def validate(self, num_steps: int, evaluate_every: int | None) -> None:
         """ConfigError for settings that cannot be, with trials of so many steps that are evaluated so often."""
-        for key, value, known in (
-            ("mode", self.mode, ("min", "max")),
-            ("search", self.search, SEARCHES),
-            ("scheduler.name", self.scheduler.name, SCHEDULERS),
-        ):
-            if value not in known:
-                raise ConfigError(f"sweep.{key}: '{value}'; must be one of {', '.join(known)}")
+        if problem := one_of(("min", "max"), mode=self.mode) or one_of(SEARCHES, search=self.search):
+            raise ConfigError(f"sweep.{problem}")
+        if problem := one_of(SCHEDULERS, name=self.scheduler.name):
+            raise ConfigError(f"sweep.scheduler.{problem}")
         if not self.metric.startswith("test/"):
             raise ConfigError(f"sweep.metric: '{self.metric}'; must be one of the evaluation, as test/fid")
         check_int64("sweep.seed", self.seed)

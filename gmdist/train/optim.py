@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gmdist.checks import nonnegative, one_of
 from gmdist.errors import ConfigError
 from gmdist.families.family import Family, Phase
 
@@ -35,17 +36,16 @@ class OptimConfig:
 
     def validate(self, key: str) -> None:
         """Raise ConfigError, its keys prefixed with `key`, for values that cannot be."""
-        if self.name not in OPTIMIZERS:
-            raise ConfigError(f"{key}.name: '{self.name}'; must be one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"{key}.schedule: '{self.schedule}'; must be one of {', '.join(SCHEDULES)}")
+        if problem := one_of(OPTIMIZERS, name=self.name) or one_of(SCHEDULES, schedule=self.schedule):
+            raise ConfigError(f"{key}.{problem}")
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"{key}.lr: {self.lr}; must be a number above 0")
         if not 0.0 < self.eps < math.inf:  # moments begin as zeros, and are divided by each other
             raise ConfigError(f"{key}.eps: {self.eps}; must be a number above 0")
-        for name in ("weight_decay", "final_lr", "warmup_steps"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{key}.{name}: {getattr(self, name)}; must be a number of at least 0")
+        if problem := nonnegative(
+            weight_decay=self.weight_decay, final_lr=self.final_lr, warmup_steps=self.warmup_steps
+        ):
+            raise ConfigError(f"{key}.{problem}")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
             if not 0.0 <= value < 1.0:
                 raise ConfigError(f"{key}.{name}: {getattr(self, name)}; must be at least 0 and below 1")
