@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gmdist import rng
@@ -60,10 +59,6 @@ class PlainAutoencoder(Family):
         These are not samples of a model of the data; for those there is the `vae`.
         """
         return self.from_latents(rng.normal(self.seed, "sample", keys, (self.latent_dim,)))
-
-    def preview(self, batch: Batch) -> Tensor:
-        """Originals beside their reconstructions [N, C, H, 2 W]."""
-        return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its vector [N, C, H, W] in [-1, 1]."""

@@ -137,10 +137,6 @@ class AutoencoderKL(ReconstructionFamily):
         latents = rng.normal(self.seed, "sample", keys, self.latent_shape)
         return self.autoencoder.decode(latents).clamp(-1.0, 1.0)
 
-    def preview(self, batch: Batch) -> Tensor:
-        """Originals beside their reconstructions [N, C, H, 2 W]."""
-        return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
-
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image decoded from the mean of its posterior [N, C, H, W] in [-1, 1]."""
         mean, _ = self.posterior(batch["image"])

@@ -108,8 +108,14 @@ class Family(nn.Module):
         raise ConfigError("the run's family knows one domain, and translates no images")
 
     def preview(self, batch: Batch) -> Tensor:
-        """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training."""
-        return self.sample(batch["key"])
+        """One picture [N, C, H, W'] in [-1, 1] for each sample of the batch, for the grids made during training.
+
+        Images beside their reconstructions, or samples of a family that does not reconstruct.
+        """
+        reconstruction = self.reconstruct(batch)
+        if reconstruction is None:
+            return self.sample(batch["key"])
+        return torch.cat([batch["image"], reconstruction], dim=3)
 
     def reconstruct(self, batch: Batch) -> Tensor | None:
         """The batch's images through the model's bottleneck [N, C, H, W] in [-1, 1]; None for a family without one."""

@@ -36,7 +36,3 @@ class Tokenizer(Family):
     def reconstruct(self, batch: Batch) -> Tensor:
         """Each image by way of its codes [N, C, H, W] in [-1, 1]."""
         return self.decode(self.tokens(batch["image"]))
-
-    def preview(self, batch: Batch) -> Tensor:
-        """Originals beside their reconstructions [N, C, H, 2 W]."""
-        return torch.cat([batch["image"], self.reconstruct(batch)], dim=3)
