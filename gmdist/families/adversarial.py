@@ -5,18 +5,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gmdist.checks import at_least, between, nonnegative, one_of
+from gmdist.checks import at_least, nonnegative, one_of
 from gmdist.families.family import Batch, Family, Metrics, Phase, Surroundings
 from gmdist.families.gan_losses import discriminator_loss
 from gmdist.nets.blocks import at_least_fp32
-from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
+from gmdist.nets.discriminator import PatchDiscriminator, sizes_problem
 from gmdist.nets.perceptual import LPIPS, PerceptualConfig, make_perceptual
 from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig
 from gmdist.workers import all_mean
 
 NAMES = ("patch", "stylegan2")
 LOSSES = {"hinge": "hinge", "vanilla": "non_saturating"}  # what VQGAN calls them: what GANs do
-_MAX_CHANNELS = 1 << 12
 _MAX_WEIGHT = 1e4
 
 
@@ -59,14 +58,7 @@ class DiscriminatorConfig:
         if self.name == "stylegan2":
             problem = self.stylegan2.problem(image_size)
             return problem and f"stylegan2.{problem}"
-        if problem := between(1, _MAX_CHANNELS, channels=self.channels):
-            return problem
-        if not 1 <= self.num_layers <= 16 or image_size < smallest_side(self.num_layers):
-            return (
-                f"num_layers: {self.num_layers}; must be at least 1, and image sides at least 3 * 2^num_layers pixels: "
-                f"data.image_size is {image_size}"
-            )
-        return None
+        return sizes_problem(self.channels, self.num_layers, image_size)
 
 
 class ReconstructionFamily(Family):

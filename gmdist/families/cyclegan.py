@@ -12,7 +12,7 @@ from gmdist.families.gan_losses import LOSSES, discriminator_loss, generator_los
 from gmdist.nets import cyclegan
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.cyclegan import Translator, TranslatorConfig
-from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
+from gmdist.nets.discriminator import PatchDiscriminator, sizes_problem
 
 _DOMAINS = ("a", "b")
 
@@ -33,13 +33,8 @@ class CycleGANConfig:
         """Why these settings cannot be; None if they can."""
         if problem := self.translator.problem(image_size):
             return f"translator.{problem}"
-        if self.discriminator_channels < 1:
-            return f"discriminator_channels: {self.discriminator_channels}; must be at least 1"
-        if not 1 <= self.discriminator_layers <= 16 or image_size < smallest_side(self.discriminator_layers):
-            return (
-                f"discriminator_layers: {self.discriminator_layers}; must be at least 1, and image sides at least "
-                f"3 * 2^layers pixels: data.image_size is {image_size}"
-            )
+        if problem := sizes_problem(self.discriminator_channels, self.discriminator_layers, image_size, "layers"):
+            return f"discriminator_{problem}"
         return (
             one_of(LOSSES, loss=self.loss)
             or nonnegative(cycle_weight=self.cycle_weight, identity_weight=self.identity_weight)

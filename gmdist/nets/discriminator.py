@@ -2,9 +2,11 @@
 
 from torch import Tensor, nn
 
+from gmdist.checks import between
 from gmdist.nets.blocks import group_norm
 from gmdist.nets.products import Conv2d
 
+_MAX_CHANNELS = 1 << 12
 _MAX_MULTIPLIER = 8
 
 
@@ -37,6 +39,21 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Image [N, C, H, W] in [-1, 1] -> logits [N, 1, h, w], above zero for "real"."""
         return self.layers(image)
+
+
+def sizes_problem(channels: int, num_layers: int, image_size: int, layers: str = "num_layers") -> str | None:
+    """Why a network of these sizes cannot judge such images, as "key: value; what is valid"; None if it can.
+
+    `layers` is the key that names `num_layers`.
+    """
+    if problem := between(1, _MAX_CHANNELS, channels=channels):
+        return problem
+    if not 1 <= num_layers <= 16 or image_size < smallest_side(num_layers):
+        return (
+            f"{layers}: {num_layers}; must be at least 1, and image sides at least 3 * 2^{layers} pixels: "
+            f"data.image_size is {image_size}"
+        )
+    return None
 
 
 def smallest_side(num_layers: int) -> int:

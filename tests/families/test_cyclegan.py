@@ -98,7 +98,15 @@ def test_the_pool_is_in_checkpoints(tmp_path: Path) -> None:
     ("config", "image_size", "problem"),
     [
         (CycleGANConfig(), 66, "translator.channels: image sides must be multiples of 4 from 8 on, not 66"),
-        (CycleGANConfig(), 16, "discriminator_layers: 3; must be at least 1, and image sides at least"),
+        (
+            CycleGANConfig(),
+            16,
+            "discriminator_layers: 3; must be at least 1, and image sides at least 3 * 2^layers pixels: "
+            "data.image_size is 16",
+        ),
+        (CycleGANConfig(discriminator_channels=0), 64, "discriminator_channels: 0; must be from 1 to 4096"),
+        (CycleGANConfig(discriminator_channels=10**6), 64, "discriminator_channels: 1000000; must be from 1 to 4096"),
+        (CycleGANConfig(discriminator_layers=17), 64, "discriminator_layers: 17"),
         (CycleGANConfig(loss="l2"), 64, "loss: 'l2'; must be one of minimax"),
         (CycleGANConfig(pool_size=-1), 64, "pool_size: -1"),
         (CycleGANConfig(cycle_weight=-1.0), 64, "cycle_weight: -1.0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gmdist.nets.discriminator import PatchDiscriminator, smallest_side
+from gmdist.nets.discriminator import PatchDiscriminator, sizes_problem, smallest_side
 
 
 def test_has_the_published_size() -> None:
@@ -35,6 +35,8 @@ def test_the_smallest_side_gives_one_logit(num_layers: int) -> None:
     assert net(torch.randn(1, 1, side, side)).shape == (1, 1, 1, 1)
     with pytest.raises(RuntimeError):
         net(torch.randn(1, 1, side - 1, side - 1))
+    assert sizes_problem(8, num_layers, side) is None
+    assert (sizes_problem(8, num_layers, side - 1) or "").startswith(f"num_layers: {num_layers}; must be at least 1, ")
 
 
 def test_a_sample_is_judged_alone() -> None:
