@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between, one_of
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.equalized import EqualizedConv2d, EqualizedLinear, whole_precision
 from gmdist.nets.resample import downsample
 from gmdist.nets.stylegan2_mapping import MappingNetwork
+from gmdist.nets.stylegan2_sizes import ARCHITECTURES, MAX_CHANNELS, ChannelsBySide
 
-ARCHITECTURES = ("orig", "skip", "resnet")
 LAST_SIDE = 4  # of features at most, before they are one vector; of images whose sides are powers of 2 always
-_MAX_WIDTH = 1 << 14
 
 
 @dataclass
-class StyleGAN2DiscriminatorConfig:
+class StyleGAN2DiscriminatorConfig(ChannelsBySide):
     """Sizes."""
 
     channel_base: int = 16384  # width times side of the image, at every resolution; 32768 in the largest models
@@ -30,21 +30,16 @@ class StyleGAN2DiscriminatorConfig:
     mapping_layers: int = 8  # of the network that reads classes
     num_bf16_sides: int = 4  # largest sides whose blocks autocast reaches; the others stay in fp32
 
-    def width(self, side: int) -> int:
-        """Of features of this side."""
-        return max(min(self.channel_base // side, self.channel_max), 1)
-
     def problem(self, image_size: int) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        for key in ("channel_base", "channel_max"):
-            value = getattr(self, key)
-            if not 1 <= value <= _MAX_WIDTH * LAST_SIDE:
-                return f"{key}: {value}; must be from 1 to {_MAX_WIDTH * LAST_SIDE}"
-        for key in ("minibatch_std_group", "num_bf16_sides", "mapping_layers"):
-            if getattr(self, key) < 0:
-                return f"{key}: {getattr(self, key)}; must be at least 0"
-        if self.architecture not in ARCHITECTURES:
-            return f"architecture: '{self.architecture}'; must be one of {', '.join(ARCHITECTURES)}"
+        problem = (
+            between(1, MAX_CHANNELS, channel_base=self.channel_base, channel_max=self.channel_max)
+            or at_least(0, minibatch_std_group=self.minibatch_std_group, num_bf16_sides=self.num_bf16_sides)
+            or at_least(0, mapping_layers=self.mapping_layers)
+            or one_of(ARCHITECTURES, architecture=self.architecture)
+        )
+        if problem:
+            return problem
         if image_size < 2 * LAST_SIDE:
             return f"channel_base: judges images whose sides are at least {2 * LAST_SIDE} pixels, not {image_size}"
         return None

@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmdist.checks import at_least, between, one_of
 from gmdist.nets.blocks import at_least_fp32
 from gmdist.nets.equalized import ACTIVATION_GAIN, EqualizedConv2d, EqualizedLinear, activate, whole_precision
 from gmdist.nets.resample import low_pass, upsample
 from gmdist.nets.stylegan2_mapping import MappingNetwork
+from gmdist.nets.stylegan2_sizes import ARCHITECTURES, MAX_CHANNELS, ChannelsBySide
 
-ARCHITECTURES = ("orig", "skip", "resnet")
 FIRST_SIDE = 4
-_MAX_WIDTH = 1 << 14
 
 
 @dataclass
-class StyleGAN2GeneratorConfig:
+class StyleGAN2GeneratorConfig(ChannelsBySide):
     """Sizes."""
 
     latent_channels: int = 512  # standard normal numbers that an image is made from
@@ -31,22 +31,17 @@ class StyleGAN2GeneratorConfig:
     architecture: str = "skip"
     num_bf16_sides: int = 4  # largest sides whose blocks autocast reaches; the others stay in fp32
 
-    def width(self, side: int) -> int:
-        """Of features of this side."""
-        return max(min(self.channel_base // side, self.channel_max), 1)
-
     def problem(self, image_size: int) -> str | None:
         """Why these sizes cannot be, as "key: value; what is valid"; None if they can."""
-        for key in ("latent_channels", "style_channels", "channel_base", "channel_max"):
-            value = getattr(self, key)
-            if not 1 <= value <= _MAX_WIDTH * FIRST_SIDE:
-                return f"{key}: {value}; must be from 1 to {_MAX_WIDTH * FIRST_SIDE}"
-        if self.mapping_layers < 1:
-            return f"mapping_layers: {self.mapping_layers}; must be at least 1"
-        if self.num_bf16_sides < 0:
-            return f"num_bf16_sides: {self.num_bf16_sides}; must be at least 0"
-        if self.architecture not in ARCHITECTURES:
-            return f"architecture: '{self.architecture}'; must be one of {', '.join(ARCHITECTURES)}"
+        problem = (
+            between(1, MAX_CHANNELS, latent_channels=self.latent_channels, style_channels=self.style_channels)
+            or between(1, MAX_CHANNELS, channel_base=self.channel_base, channel_max=self.channel_max)
+            or at_least(1, mapping_layers=self.mapping_layers)
+            or at_least(0, num_bf16_sides=self.num_bf16_sides)
+            or one_of(ARCHITECTURES, architecture=self.architecture)
+        )
+        if problem:
+            return problem
         if image_size < 2 * FIRST_SIDE or image_size & (image_size - 1):
             return f"channel_base: makes images whose sides are powers of 2 from 8 on, not {image_size}"
         return None

@@ -16,8 +16,9 @@ from gmdist.errors import ConfigError
 from gmdist.families.family import Condition, Surroundings
 from gmdist.families.stylegan2 import StyleGAN2, StyleGAN2Config
 from gmdist.interchange.stylegan2 import shapes_there, their_names
-from gmdist.nets.stylegan2_discriminator import ARCHITECTURES, StyleGAN2DiscriminatorConfig
+from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
 from gmdist.nets.stylegan2_generator import StyleGAN2GeneratorConfig
+from gmdist.nets.stylegan2_sizes import ARCHITECTURES
 from tests.interchange import stylegan2_ada as book
 from tests.interchange.stylegan2_ada import Sizes, State, discriminator_shapes, generator_shapes, random_state
 

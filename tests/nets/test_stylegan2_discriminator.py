@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from gmdist.nets.stylegan2_discriminator import (
-    ARCHITECTURES,
-    StyleGAN2Discriminator,
-    StyleGAN2DiscriminatorConfig,
-    minibatch_std,
-)
+from gmdist.nets.stylegan2_discriminator import StyleGAN2Discriminator, StyleGAN2DiscriminatorConfig, minibatch_std
+from gmdist.nets.stylegan2_sizes import ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -88,6 +84,7 @@ def test_the_variance_of_features_stays() -> None:
         (StyleGAN2DiscriminatorConfig(), 7, "channel_base: judges images whose sides are at least 8 pixels, not 7"),
         (StyleGAN2DiscriminatorConfig(0), 32, "channel_base: 0"),
         (StyleGAN2DiscriminatorConfig(channel_max=0), 32, "channel_max: 0"),
+        (StyleGAN2DiscriminatorConfig(channel_max=65537), 32, "channel_max: 65537; must be from 1 to 65536"),
         (StyleGAN2DiscriminatorConfig(minibatch_std_group=-1), 32, "minibatch_std_group: -1"),
     ],
 )

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gmdist.nets.resample import low_pass
 from gmdist.nets.stylegan2_generator import (
-    ARCHITECTURES,
     StyledConv2d,
     StyleGAN2Generator,
     StyleGAN2GeneratorConfig,
@@ -17,6 +16,7 @@ from gmdist.nets.stylegan2_generator import (
     demodulation,
 )
 from gmdist.nets.stylegan2_mapping import MappingNetwork
+from gmdist.nets.stylegan2_sizes import ARCHITECTURES
 
 SMALL = StyleGAN2GeneratorConfig(16, 16, 2, 256, 32)
 
@@ -128,6 +128,7 @@ def test_small_sides_stay_in_fp32_under_autocast() -> None:
     [
         (StyleGAN2GeneratorConfig(), 48, "channel_base: makes images whose sides are powers of 2 from 8 on, not 48"),
         (StyleGAN2GeneratorConfig(latent_channels=0), 32, "latent_channels: 0"),
+        (StyleGAN2GeneratorConfig(channel_base=65537), 32, "channel_base: 65537; must be from 1 to 65536"),
         (StyleGAN2GeneratorConfig(mapping_layers=0), 32, "mapping_layers: 0"),
         (
             StyleGAN2GeneratorConfig(architecture="dense"),
