@@ -77,6 +77,8 @@ class GANConfig:
         for key in ("objective", "augmentation"):
             if problem := getattr(self, key).problem():
                 return f"{key}.{problem}"
+        if self.augmentation.kind == "ada" and image_size < 2:
+            return f"augmentation.kind: 'ada'; moves images of 2 pixels and more, and data.image_size is {image_size}"
         if self.augmentation.adapts and self.objective.loss in COMPARING:
             return (
                 f"augmentation.p: null; with objective.loss '{self.objective.loss}' the logits of real images alone "

@@ -147,3 +147,5 @@ def test_warnings(found: dict[str, float], expected: list[str]) -> None:
 def test_settings_that_cannot_be(config: VanillaGANConfig, problem: str) -> None:
     assert (config.problem(32) or "").startswith(problem)
     assert VanillaGANConfig().problem(32) is None
+    of_a_pixel = VanillaGANConfig(augmentation=AugmentConfig("ada", p=0.5)).problem(1)
+    assert of_a_pixel == "augmentation.kind: 'ada'; moves images of 2 pixels and more, and data.image_size is 1"
