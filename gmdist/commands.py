@@ -92,6 +92,7 @@ def _say(line: str) -> None:
 
 def sample(options: argparse.Namespace) -> int:
     """Draw images from a run."""
+    from gmdist.data.progress import Meter
     from gmdist.launch.sample import SampleRequest, check_out, draw, is_grid, save
     from gmdist.storage import is_s3
 
@@ -118,7 +119,7 @@ def sample(options: argparse.Namespace) -> int:
 
         _refuse_beside(options, "show", _OF_DRAWN_IMAGES)
         rows = show(options.run, options.show, options.num_images, options.overrides)
-        print(save(rows, options.out, None if options.show == "reconstructions" else 1))
+        print(save(rows, len(rows), options.out, None if options.show == "reconstructions" else 1))
         return EXIT_DONE
     request = SampleRequest(
         options.num_images,
@@ -134,7 +135,10 @@ def sample(options: argparse.Namespace) -> int:
         return _walk(options, request)
     if as_shards:
         return _sample_shards(options, request)
-    print(save(draw(options.run, request, options.overrides), options.out))
+    with Meter(options.out, "images") as meter:
+        drawn = draw(options.run, request, options.overrides, meter.update)
+        written = save(drawn, request.num_images, options.out)
+    print(written)
     return EXIT_DONE
 
 
@@ -159,11 +163,12 @@ def _walk(options: argparse.Namespace, request: "SampleRequest") -> int:
     if options.interpolate is not None and options.mix_styles:
         raise ConfigError("--mix-styles: does not go with --interpolate")
     if options.mix_styles:
-        print(save(mix(options.run, request, options.overrides), options.out, request.num_images + 1))
+        table = mix(options.run, request, options.overrides)
+        print(save(table, len(table), options.out, request.num_images + 1))
         return EXIT_DONE
-    frames = interpolate(options.run, request, options.interpolate, options.overrides)
+    frames = interpolate(options.run, request, options.interpolate, options.overrides).flatten(0, 1)
     columns = options.interpolate if is_grid(options.out) else None
-    print(save(frames.flatten(0, 1), options.out, columns))
+    print(save(frames, len(frames), options.out, columns))
     return EXIT_DONE
 
 

@@ -215,6 +215,26 @@ def test_sample_writes_a_grid_or_a_folder(trained: Path, tmp_path: Path, capsys)
     assert tree_bytes(other) != tree_bytes(folder)
 
 
+def test_images_of_a_folder_are_written_as_they_are_drawn(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    request = ["sample", str(trained), "--num-images", "5", "--out"]
+    monkeypatch.setattr("gmdist.launch.sample._MOST_AT_ONCE", 2)
+    before, real = [], AutoencoderKL.sample
+
+    def sample(family, keys, condition=None):
+        before.append([path.name for path in sorted((tmp_path / "images").glob("*"))])
+        return real(family, keys, condition)
+
+    monkeypatch.setattr(AutoencoderKL, "sample", sample)
+    assert main([*request, str(tmp_path / "images")]) == 0
+    names = [f"0000{i}.png" for i in range(5)]
+    assert before == [names[:0], names[:2], names[:4]]
+    assert main([*request, str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        for i, name in enumerate(names[:2]):
+            with Image.open(tmp_path / "images" / name) as image:
+                assert image.tobytes() == grid.crop((34 * i, 0, 34 * i + 32, 32)).tobytes()
+
+
 def test_settings_may_come_after_options(trained: Path, tmp_path: Path, capsys) -> None:
     images = ["sample", str(trained), "--num-images", "1", "--out", str(tmp_path / "images")]
     assert "data.colour: no such key" in refused(capsys, 2, *images, "data.colour=1")

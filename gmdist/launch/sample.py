@@ -1,6 +1,6 @@
 """Images from a run: a grid, or one PNG each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,13 +93,24 @@ class Drawer:
             return images.drawn_uint8(_completed(self.family, self.request, rows, keys, condition))
 
 
-def draw(run: str, request: SampleRequest, overrides: Sequence[str] = ()) -> Tensor:
-    """Images uint8 [N, H, W, C] of a run's averaged weights, with `key=value` of its config changed.
+def draw(
+    run: str,
+    request: SampleRequest,
+    overrides: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Tensor]:
+    """Images uint8 [H, W, C] of a run's averaged weights, with `key=value` of its config changed.
 
-    The same request gives the same images.
+    They are drawn as they are asked for, some together: one who saves them holds no more than those. The same request
+    gives the same images. `on_progress` is called with (images drawn, images in all).
     """
     drawer = Drawer(run, request, overrides).to(runs.device())
-    return torch.cat([drawer.pixels(part, drawer.condition(part)) for part in drawer.parts(0, request.num_images)])
+    done = 0
+    for part in drawer.parts(0, request.num_images):
+        pixels = drawer.pixels(part, drawer.condition(part))
+        done += len(pixels)
+        on_progress(done, request.num_images)
+        yield from pixels
 
 
 def draw_compared(run: str, num_images: int) -> Tensor:
@@ -193,17 +204,18 @@ def _names(num_images: int) -> list[str]:
     return [f"{number:0{width}d}.png" for number in range(num_images)]
 
 
-def save(pictures: Tensor, out: str, columns: int | None = None) -> str:
-    """Write images uint8 [N, H, W, C] as a grid (a name that ends in .png) or one PNG each (any other: a folder).
+def save(pictures: Iterable[Tensor], num_images: int, out: str, columns: int | None = None) -> str:
+    """Write so many images uint8 [H, W, C] as a grid (a name that ends in .png) or one PNG each (any other: a folder).
 
-    A grid has so many columns; None: as many as look well.
+    Those of a folder are written as they come, and held no longer. A grid has so many columns; None: as many as look
+    well.
 
     Returns:
         A line that says what was written.
     """
     if is_grid(out):
-        storage.write(out, images.png(images.grid(pictures, columns)))
-        return f"{out}: {len(pictures)} images"
-    for name, picture in zip(_names(len(pictures)), pictures, strict=True):
+        storage.write(out, images.png(images.grid(torch.stack(list(pictures)), columns)))
+        return f"{out}: {num_images} images"
+    for name, picture in zip(_names(num_images), pictures, strict=True):
         storage.write(storage.join(out, name), images.png(picture))
-    return f"{out}/: {len(pictures)} images"
+    return f"{out}/: {num_images} images"

@@ -58,7 +58,7 @@ def translate(run: str, direction: str, source: str, num_images: int, out: str, 
     with torch.inference_mode():
         parts = [family.translate(as_floats(part.to(device)), direction) for part in real.split(images_at_once(config))]
     made = torch.cat([images.drawn_uint8(part) for part in parts])
-    written = save(torch.cat([real, made], dim=2) if is_grid(out) else made, out)
+    written = save(torch.cat([real, made], dim=2) if is_grid(out) else made, len(made), out)
     return written + (f", {len(left_out)} that cannot be decoded left out ({left_out[0]})" if left_out else "")
 
 

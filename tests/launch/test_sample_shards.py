@@ -39,7 +39,7 @@ def test_the_shards_hold_what_a_grid_would_show(run: str, tmp_path: Path) -> Non
     assert (manifest.num_samples, len(manifest.shards), was_there) == (23, 5, False)
     raws = list(open_source(str(tmp_path / "out")).by_name())
     assert [raw.key for raw in raws] == [f"{number:08d}" for number in range(23)]
-    drawn = draw(run, REQUEST, ALONE)
+    drawn = list(draw(run, REQUEST, ALONE))
     for number, members in enumerate(raw.read() for raw in raws):
         assert int(members["cls"]) == number % 4
         picture = decode_image(members["png"], 3)
@@ -160,5 +160,5 @@ def test_a_bucket_gets_shards(run: str, bucket: Any) -> None:
 
 
 def test_what_the_weights_were_not_trained_with_is_warned_of(run: str, caplog: pytest.LogCaptureFixture) -> None:
-    draw(run, SampleRequest(1), ["family.diffusion.prediction=x0", "family.diffusion.sampler.num_steps=1"])
+    list(draw(run, SampleRequest(1), ["family.diffusion.prediction=x0", "family.diffusion.sampler.num_steps=1"]))
     assert caplog.messages == ["family.diffusion.prediction: 'x0'; the run was trained with 'v'"]

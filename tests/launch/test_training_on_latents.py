@@ -118,7 +118,7 @@ def test_a_run_on_latents_trains_as_one_on_images(stage: str, images: str, cache
         )
     assert (tmp_path / "cached/samples/step-00000004.png").exists()
     assert check_start(cached)[0].finished
-    assert draw(cached.run.dir, SampleRequest(2)).shape == (2, SIZE, SIZE, 1)
+    assert [image.shape for image in draw(cached.run.dir, SampleRequest(2))] == [(SIZE, SIZE, 1)] * 2
     assert "<svg" in Path(write_report([cached.run.dir], torch.zeros(0))).read_text()
 
 
@@ -204,12 +204,12 @@ def test_a_run_draws_the_same_whatever_becomes_of_its_first_stage(images: str, t
     config = second_stage(stage, images, tmp_path / "run", "train.num_steps=2")
     check_start(config)
     train_worker(config, CPU)
-    before = draw(config.run.dir, SampleRequest(3))
+    before = torch.stack(list(draw(config.run.dir, SampleRequest(3))))
     shutil.rmtree(stage)
-    assert torch.equal(draw(config.run.dir, SampleRequest(3)), before)
+    assert torch.equal(torch.stack(list(draw(config.run.dir, SampleRequest(3)))), before)
     # Weights of the same shapes, which compute otherwise.
     train_first_stage(tmp_path / "stage", images, *SOME_BAD, "family.autoencoder.norm_groups=2")
-    assert torch.equal(draw(config.run.dir, SampleRequest(3)), before)
+    assert torch.equal(torch.stack(list(draw(config.run.dir, SampleRequest(3)))), before)
     config.train.num_steps = 3
     words = (
         r"family.first_stage: .*stage; its family.autoencoder.norm_groups is 2 now, and was None when .*run was begun"
