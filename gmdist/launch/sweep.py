@@ -270,7 +270,9 @@ class _Watch:
             self.stopper.ask()
 
     def has_come_to(self, step: int) -> bool:
-        """Whether the run has a checkpoint of that step, or a later one."""
+        """Whether the run has a sound checkpoint of that step, or a later one."""
+        if checkpoint.newest_step(self._run_dir) < step:  # most have not, and to see that no shard need be read
+            return False
         found, _ = checkpoint.find_newest(self._run_dir)
         return found is not None and found.meta["step"] >= step
 

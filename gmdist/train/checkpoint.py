@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def find_newest(
         CheckpointError: there are complete checkpoints, and all are damaged.
     """
     folder = storage.join(run_dir, "checkpoints")
-    steps = sorted((step for name in storage.list_names(folder) if (step := step_of(name)) is not None), reverse=True)
+    steps = _steps_in(folder)
     warnings: list[str] = []
     for step in steps:
         location = storage.join(folder, folder_name(step))
@@ -111,6 +111,25 @@ def find_newest(
             "or set run.overwrite=true to start anew"
         )
     return None, warnings
+
+
+def newest_step(run_dir: str) -> int:
+    """The step of a run's newest complete checkpoint, 0 without one, as its meta.json says: no shard is read.
+
+    It tells how far a run has come, and not where it can go on: `find_newest` skips a checkpoint whose shards are
+    damaged.
+    """
+    folder = storage.join(run_dir, "checkpoints")
+    for step in _steps_in(folder):
+        with suppress(CheckpointError):
+            read_meta(storage.join(folder, folder_name(step)))
+            return step
+    return 0
+
+
+def _steps_in(folder: str) -> list[int]:
+    """The steps of what has a checkpoint's name in a folder, the newest first."""
+    return sorted((step for name in storage.list_names(folder) if (step := step_of(name)) is not None), reverse=True)
 
 
 def find_together(

@@ -31,6 +31,7 @@ from gmdist.launch.sweep_progress import SweepDisplay
 from gmdist.runs import read_config
 from gmdist.start import train_worker
 from gmdist.sweep.load import load_sweep
+from gmdist.train import checkpoint
 from gmdist.train.hooks import Hooks, Outcome
 from gmdist.train.metrics import read_lines
 from tests.support import tree_bytes
@@ -327,6 +328,20 @@ def test_a_damaged_donor_is_the_failure_of_who_goes_on_from_it(
     assert states.count("failed") in (1, 2)
     assert states[found["best"]] == "done"
     assert "its crc32 differs" in next(trial["error"] for trial in found["trials"] if trial["state"] == "failed")
+
+
+def test_a_trial_that_has_not_come_so_far_is_not_read_to_see_it(
+    without_ray: list[Config], asked: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(asked(num_trials=1))
+    trial = tmp_path / "sweep/trials/000"
+    watch = launched._Watch(METRIC, str(trial))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "verify", None)
+        assert not watch.has_come_to(8)
+    assert watch.has_come_to(6)
+    next((trial / "checkpoints/step-00000006").glob("*.safetensors")).unlink()
+    assert not watch.has_come_to(6)  # it is trained again from the one before, so that others can go on from it
 
 
 def test_a_trial_without_the_metrics_of_its_checkpoint_says_what_to_delete(

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from gmdist import storage
 from gmdist.checksum import crc32
 from gmdist.errors import CheckpointError, ConfigError, SaveError, StorageError
-from gmdist.train.checkpoint import Reader, find_newest, read_meta, tensor_key, verify
+from gmdist.train.checkpoint import Reader, find_newest, newest_step, read_meta, tensor_key, verify
 from gmdist.train.metrics import MetricsLog
 from gmdist.train.optim import OptimConfig
 from gmdist.train.saver import Saver
@@ -73,6 +73,17 @@ def test_an_unsound_checkpoint_is_skipped_with_a_warning(run: Path, how: str) ->
     # Training goes on from the older one, and ends where it would have.
     fit(Linear(), run)
     assert tree_bytes(run / "checkpoints") == whole
+
+
+def test_how_far_a_run_has_come_is_told_without_reading_its_shards(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "checksum", None)
+    assert newest_step(str(run)) == 6
+    damage(run, "half a meta")  # it is incomplete, or nobody knows what it is
+    assert newest_step(str(run)) == 3
+    damage(run, "no meta")
+    assert newest_step(str(run)) == 3
+    (run / "checkpoints/step-00000003/meta.json").unlink()
+    assert newest_step(str(run)) == newest_step(str(run / "nothing")) == 0
 
 
 @pytest.mark.parametrize("key", ["step", "images", "updates", "order_digest", "shapes", "shards"])
