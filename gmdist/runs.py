@@ -1,6 +1,7 @@
 """A run's folder: its config, its family built from that, and opened with the weights of a checkpoint."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ _ONE_DOMAIN = "data.image, data.num_classes, data.caption or data.arrays"
 _OPEN_ATTEMPTS = 3
 # Settings of a family that say how to draw or measure, and where files are: they may be others than in training.
 _AFTERWARDS = re.compile(r"(.*\.)?(sampler\..+|truncation|iwae_samples|first_stage|init_from|path)")
+
+_SHAPING = ("image_size", "channels", "num_classes")  # settings of data that a family is built by
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +172,7 @@ def open_run(
             raise ConfigError(f"{run}: no such checkpoint; those of {run_dir} are in its folder checkpoints")
         meta = checkpoint.read_meta(location)
         checkpoint.verify(location, meta)
-        return meta, _load_family(config, location, meta, reads)
+        return meta, _load_family(config, trained, location, meta, reads)
     for attempt in range(_OPEN_ATTEMPTS):
         found, warnings = checkpoint.find_newest(run_dir)
         if found is None:
@@ -177,17 +180,20 @@ def open_run(
         for warning in warnings:
             _log.warning("%s", warning)
         try:
-            return found.meta, _load_family(config, found.location, found.meta, reads)
+            return found.meta, _load_family(config, trained, found.location, found.meta, reads)
         except CheckpointError:  # a run that is still training deletes its oldest checkpoint now and then
             if attempt + 1 == _OPEN_ATTEMPTS or storage.exists(storage.join(found.location, checkpoint.META_NAME)):
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]) -> Family:
+def _load_family(
+    config: Config, as_trained: Config, location: str, meta: dict[str, Any], reads: Sequence[tuple[str, str]]
+) -> Family:
+    """The family of a config, which may differ from the run's own, with the weights of a checkpoint."""
     opened: list[Opened] = []
     family = build_family(config, opened.append, first_stage_of(split_run(location)[0]))
-    checkpoint.check_shapes(location, meta["shapes"], shapes_of(family))
+    checkpoint.check_shapes(location, meta["shapes"], shapes_of(family), _remedy(config, as_trained))
     trained = trained_children(family, config.optim)
     with Reader(location, meta) as reader, torch.no_grad():
         for name, parameter in family.named_parameters():
@@ -200,6 +206,19 @@ def _load_family(config: Config, location: str, meta: dict[str, Any], reads: Seq
         own = [] if config.data.image else [identify(one.run, one.family, None, one.config) for one in opened]
         check_latents(replace(config.data, flip=False), reads, own)
     return _frozen(family, config)
+
+
+def _remedy(config: Config, own: Config) -> str:
+    """What helps where a run's tensors are not those of a config: to leave out what that changes of the run's own."""
+    changed = {f"family.{key}": now for key, now, _ in differences(config, own) if not _AFTERWARDS.fullmatch(key)}
+    for key in _SHAPING:
+        if (now := getattr(config.data, key)) != getattr(own.data, key):
+            changed[f"data.{key}"] = now
+    if not changed:
+        return "use the run's own config"
+    given = [f"{key}={now if isinstance(now, str) else json.dumps(now)}" for key, now in changed.items()]
+    does, them = ("changes", "it") if len(given) == 1 else ("change", "them")
+    return f"{' and '.join(given)} {does} the model: leave {them} out"
 
 
 def _frozen(family: Family, config: Config) -> Family:

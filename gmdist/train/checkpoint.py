@@ -336,11 +336,16 @@ def _fill(values: Tensor, file: int, offset: int) -> None:
         values.copy_(on_host)
 
 
-def check_shapes(location: str, saved: dict[str, list[int]], shapes: dict[str, list[int]]) -> None:
-    """CheckpointError if tensors that are saved there are not those of the model."""
+def check_shapes(
+    location: str,
+    saved: dict[str, list[int]],
+    shapes: dict[str, list[int]],
+    remedy: str = "use the run's own config, or another run.dir",
+) -> None:
+    """CheckpointError, which ends with a remedy, if tensors that are saved there are not those of the model."""
     for name in sorted(set(saved) | set(shapes)):
         if saved.get(name) != shapes.get(name):
             raise CheckpointError(
                 f"{location}: does not fit this config: {name} is {saved.get(name, 'absent')} in the checkpoint and "
-                f"{shapes.get(name, 'absent')} in the model; use the run's own config, or another run.dir"
+                f"{shapes.get(name, 'absent')} in the model; {remedy}"
             )

@@ -1,5 +1,6 @@
 """Generated images as shards: the same bytes whoever draws them, and whatever happens to the command."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gmdist.cli import main
 from gmdist.data.decode import decode_image
 from gmdist.data.manifest import Manifest
 from gmdist.data.sources import open_source
-from gmdist.errors import ConfigError, DataError
+from gmdist.errors import CheckpointError, ConfigError, DataError
 from gmdist.launch import sample_shards as shards
 from gmdist.launch.sample import SampleRequest, draw
 from gmdist.launch.sample_shards import sample_shards
@@ -157,6 +158,24 @@ def test_the_command_says_what_it_drew(
 def test_a_bucket_gets_shards(run: str, bucket: Any) -> None:
     assert main(["sample", run, "--num-images", "6", "--out", "s3://pictures/drawn", *ALONE]) == 0
     assert Manifest.load("s3://pictures/drawn").num_samples == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.num_classes=null", "family.diffusion.sampler.guidance=1", "data.seed=1"],
+            "[5, 64] in the checkpoint and absent in the model; data.num_classes=null changes the model: leave it out",
+        ),
+        (
+            ["data.num_classes=7", "family.unet.norm_groups=2"],
+            "[8, 64] in the model; family.unet.norm_groups=2 and data.num_classes=7 change the model: leave them out",
+        ),
+    ],
+)
+def test_what_makes_another_model_is_named(run: str, overrides: list[str], words: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        next(draw(run, SampleRequest(1), overrides))
 
 
 def test_what_the_weights_were_not_trained_with_is_warned_of(run: str, caplog: pytest.LogCaptureFixture) -> None:
