@@ -12,7 +12,7 @@ from gmdist.diffusion.config import DiffusionConfig, SamplerConfig
 from gmdist.errors import ConfigError
 from gmdist.families.conditioning import Conditioner, ConditioningConfig, EncoderConfig
 from gmdist.families.ddpm import DDPM
-from gmdist.families.family import Batch, Condition, Surroundings
+from gmdist.families.family import Batch, Condition, Family, Surroundings
 from gmdist.nets.dit import DiTConfig
 from gmdist.nets.text import TextConfig
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, small_family
@@ -38,13 +38,25 @@ def batch_of(texts: tuple[str, ...]) -> Batch:
     return {"image": image.clone(), "label": keys % CLASSES, "key": keys, "caption": captions_of(texts)}
 
 
-def text_family(**changes: object) -> DDPM:
-    family = small_family("ddpm", conditioning=TEXT, **changes)
-    assert isinstance(family, DDPM)
+def move_off_zero(family: Family) -> None:
+    """Leave no branch at zero, where it would compute nothing."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in family.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
+
+
+def guide(family: DDPM, guidance: float) -> None:
+    """Set the strength of the guidance: of this family alone, for SMALL's configs are those of all tests."""
+    config = family.diffusion.config
+    sampler = dataclasses.replace(config.sampler, guidance=guidance)
+    family.diffusion.config = dataclasses.replace(config, sampler=sampler)
+
+
+def text_family(**changes: object) -> DDPM:
+    family = small_family("ddpm", conditioning=TEXT, **changes)
+    assert isinstance(family, DDPM)
+    move_off_zero(family)
     return family.eval()
 
 
@@ -77,10 +89,9 @@ def test_without_guidance_nothing_else_is_computed_and_guidance_of_zero_forgets_
     keys = torch.arange(3)
     prompts = Condition(prompts=("cat", "dog", "cow"))
     with torch.inference_mode():
-        sampler = family.config.diffusion.sampler
-        family.diffusion.config.sampler = dataclasses.replace(sampler, guidance=0.0)
+        guide(family, 0.0)
         free = family.sample(keys, prompts)
-        family.diffusion.config.sampler = dataclasses.replace(sampler, guidance=1.0)
+        guide(family, 1.0)
         torch.testing.assert_close(family.sample(keys), free, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(family.sample(keys, prompts), free)
 
@@ -88,7 +99,7 @@ def test_without_guidance_nothing_else_is_computed_and_guidance_of_zero_forgets_
 @pytest.mark.parametrize(("guidance", "size"), [(1.0, 3), (2.0, 6)])
 def test_guidance_takes_one_pass_of_both(guidance: float, size: int) -> None:
     family = text_family()
-    family.diffusion.config.sampler = dataclasses.replace(family.config.diffusion.sampler, guidance=guidance)
+    guide(family, guidance)
     sizes: list[int] = []
     family.denoiser.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     with torch.inference_mode():
@@ -138,8 +149,13 @@ def test_a_transformer_can_take_the_place_of_the_unet() -> None:
     dit = DiTConfig(channels=16, depth=2, num_heads=2, patch_size=4, qk_norm=True)
     for name in ("ddpm", "latent_diffusion"):
         family = small_family(name, network="dit", dit=dit).eval()
+        move_off_zero(family)
         loss, _ = family.loss(batch_of(WORDS), 0)
         loss.backward()
+        for key, parameter in family.denoiser.named_parameters():
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+            assert parameter.grad.any(), key
         with torch.inference_mode():
             assert family.sample(torch.arange(2)).shape == (2, CHANNELS, SIZE, SIZE)
 
@@ -205,7 +221,12 @@ def test_models_that_are_always_told_their_condition_are_not_guided(conditioning
 @pytest.mark.parametrize("kind", ["none", None])
 def test_guidance_of_a_model_that_is_told_nothing_has_no_effect(kind: str | None) -> None:
     config = dataclasses.replace(SMALL["ddpm"], conditioning=ConditioningConfig(kind, 0.0))
-    assert DDPM(config, surroundings(num_classes=0)).sample(torch.arange(1)).isfinite().all()
+    family = DDPM(config, surroundings(num_classes=0)).eval()
+    move_off_zero(family)
+    with torch.inference_mode():
+        guided = family.sample(torch.arange(3))
+        guide(family, 1.0)
+        assert torch.equal(family.sample(torch.arange(3)), guided)
 
 
 def test_a_text_is_read_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
