@@ -48,6 +48,7 @@ from gmdist.nets.autoencoder import AutoencoderConfig
 from gmdist.nets.causal_transformer import CausalTransformerConfig
 from gmdist.nets.convolutional import ConvolutionalConfig
 from gmdist.nets.cyclegan import TranslatorConfig
+from gmdist.nets.dit import DiTConfig
 from gmdist.nets.pixelcnn import GatedPixelCNNConfig
 from gmdist.nets.quantizer import QuantizerConfig
 from gmdist.nets.stylegan2_discriminator import StyleGAN2DiscriminatorConfig
@@ -66,6 +67,7 @@ SIZE, CHANNELS, CLASSES = 16, 1, 4
 ADAM = OptimConfig(lr=2e-3, betas=(0.9, 0.99))
 
 _UNET = UNetConfig(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, dropout=0.1)
+_DIT = DiTConfig(channels=32, depth=2, num_heads=2, patch_size=2, qk_norm=True)
 _DIFFUSION = DiffusionConfig(schedule="cosine", prediction="v", sampler=SamplerConfig(num_steps=4, guidance=2.0))
 
 _TEXT = ConditioningConfig("text", text=EncoderConfig(transformer=TextConfig(16, 1, 2, max_length=8)))
@@ -75,6 +77,8 @@ _VIT = ViTConfig(16, 1, 2, 32, 8)
 _FACTORIZED = QuantizerConfig(32, 4, normalize=True, learned_by="gradient", kmeans_steps=0)
 _CONVOLUTIONAL = ConvolutionalConfig((16, 32), 1)
 
+# Unless the discriminator takes all real images for generated ones, p grows by a third every two steps.
+_ADAPTING = AugmentConfig("ada", target=-0.99, speed_kimg=0.05, interval=2)
 _DCGAN = dcgan.DCGANConfig(8, 16, 16, 32)
 _STYLEGAN2 = StyleGAN2Config(
     objective=ObjectiveConfig(r1_gamma=1.0, penalty_every=2),
@@ -96,17 +100,24 @@ SMALL: dict[str, Any] = {
     ),
     "cyclegan": CycleGANConfig(TranslatorConfig(8, 1), 8, 1, pool_size=0),
     "dcgan": DCGANConfig(ObjectiveConfig("least_squares"), AugmentConfig("diffaugment"), _DCGAN),
+    "dcgan/ada": DCGANConfig(augmentation=_ADAPTING, networks=_DCGAN),
     "ddpm": DDPMConfig(unet=_UNET, diffusion=_DIFFUSION),
     "gan": VanillaGANConfig(ObjectiveConfig("relativistic", 0.1, 0.1), latent_channels=8, hidden_channels=32),
     "gan/wasserstein": VanillaGANConfig(ObjectiveConfig("wasserstein", interpolation_weight=10.0), hidden_channels=32),
     "latent_diffusion": LatentDiffusionConfig(first_stage="first", unet=_UNET, diffusion=_DIFFUSION),
+    "latent_diffusion/dit": LatentDiffusionConfig(first_stage="first", network="dit", dit=_DIT, diffusion=_DIFFUSION),
     "vae": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig(scale=0.1), iwae_samples=2),
     "vae/logistic": VAEConfig(_CONVOLUTIONAL, 8, LikelihoodConfig("discretized_logistic", 0.02), iwae_samples=2),
     "pixelcnn": PixelCNNConfig(network=GatedPixelCNNConfig(32, 2, 3, dropout=0.1), sampler=_CODES),
     "pixelcnn/tokens": PixelCNNConfig(first_stage="tokens", network=GatedPixelCNNConfig(16, 2, 3), sampler=_CODES),
     "stylegan2": _STYLEGAN2,
     "stylegan2/ada": dataclasses.replace(
-        _STYLEGAN2, augmentation=AugmentConfig("ada", interval=2), conditional=False, truncation=0.7
+        _STYLEGAN2,
+        augmentation=AugmentConfig("ada", p=0.5),
+        discriminator=dataclasses.replace(_STYLEGAN2.discriminator, minibatch_std_group=2),
+        path_length=PathLengthConfig(every=2, batch_shrink=2),
+        conditional=False,
+        truncation=0.7,
     ),
     "transformer_prior": TransformerPriorConfig(
         first_stage="tokens", transformer=CausalTransformerConfig(32, 2, 4), sampler=_CODES

@@ -25,9 +25,10 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["denoiser/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["ddpm", "latent_diffusion/dit"])
+def test_recomputed_activations_change_no_bit(family: str, tmp_path: Path) -> None:
     for name, recomputed in (("plain", False), ("again", True)):
-        fit(small_family("ddpm"), tmp_path / name, log_every=1, activation_checkpointing=recomputed)
+        fit(small_family(family), tmp_path / name, log_every=1, activation_checkpointing=recomputed)
     assert tree_bytes(tmp_path / "plain/checkpoints") == tree_bytes(tmp_path / "again/checkpoints")
 
 
@@ -146,6 +147,14 @@ def test_an_autoencoder_that_is_judged_is_compiled(graphs: Graphs, tmp_path: Pat
     fit(judged(), tmp_path, num_steps=2, compile=True)
     # Blocks of the encoder, of the decoder, and two of the discriminator, in its phase alone.
     assert len(graphs) == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_blocks_of_a_transformer_are_compiled(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
+    family = small_family("latent_diffusion/dit")
+    fit(family, tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
+    assert len(graphs) == 1  # its blocks are of one kind; what encodes for it is not trained
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

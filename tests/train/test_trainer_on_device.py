@@ -22,7 +22,7 @@ def train(rank: int, world_size: int, name: str, folder: Path) -> None:
             fit(small_family(name), folder / "device", device=DEVICE, **(settings | {"num_steps": num_steps}), **place)
 
 
-@pytest.mark.parametrize("name", ["vq_vae", "stylegan2/ada"])
+@pytest.mark.parametrize("name", ["vq_vae", "stylegan2/ada", "dcgan/ada"])
 def test_two_workers_train_there_as_on_the_host(name: str, tmp_path: Path) -> None:
     run_workers(train, 2, name, tmp_path)
     checkpoints = {where: saved(tmp_path / where / f"checkpoints/step-{STEPS:08d}") for where in ("host", "device")}
