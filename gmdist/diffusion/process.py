@@ -27,9 +27,8 @@ PredictBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the outputs w
 
 
 class Noised(NamedTuple):
-    """Data after noise was added, and what that makes of the network's task."""
+    """What noise that is added to data makes of the network's task."""
 
-    x: Tensor  # x_t [N, ...]
     seen: Tensor  # the network's input, x_t scaled [N, ...]
     told: Tensor  # what the network is told of the time [N]
     target: Tensor  # what the network learns to give [N, ...]
@@ -59,7 +58,6 @@ class Diffusion:
         of_x0, of_eps = prediction.target
         x = _each(alpha, x0) * x0 + _each(sigma, x0) * eps
         return Noised(
-            x=x,
             seen=_each(prediction.scale, x0) * x,
             told=self.noising.conditioning(times),
             target=_each(of_x0, x0) * x0 + _each(of_eps, x0) * eps,

@@ -89,16 +89,13 @@ def _opened(folder: Path, block_embeddings: bool) -> Iterator[tuple[NetworkSpec,
         yield spec, found, read
 
 
-def write_folder(
-    path: str | Path, spec: NetworkSpec, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> None:
-    """Write a network as diffusers' `from_pretrained` loads it: the weights, then config.json.
+def write_folder(path: str | Path, spec: NetworkSpec, state: Mapping[str, Tensor]) -> None:
+    """Write a network as diffusers' `from_pretrained` loads it: the weights in fp32, then config.json.
 
     Args:
         path: a local folder, which is made.
         spec: what the network is.
         state: its state dict.
-        dtype: of the weights that are written.
 
     Raises:
         ConfigError: diffusers has no such network, or the state dict is another network's.
@@ -106,7 +103,7 @@ def write_folder(
     config, tensors = to_diffusers(spec, state)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
