@@ -217,8 +217,8 @@ def _remedy(config: Config, own: Config) -> str:
     if not changed:
         return "use the run's own config"
     given = [f"{key}={now if isinstance(now, str) else json.dumps(now)}" for key, now in changed.items()]
-    does, them = ("changes", "it") if len(given) == 1 else ("change", "them")
-    return f"{' and '.join(given)} {does} the model: leave {them} out"
+    are, them = ("is", "it") if len(given) == 1 else ("are", "them")
+    return f"{' and '.join(given)} {are} not what the run was trained with: leave {them} out"
 
 
 def _frozen(family: Family, config: Config) -> Family:

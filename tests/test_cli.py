@@ -234,6 +234,17 @@ def test_images_of_a_folder_are_written_as_they_are_drawn(trained: Path, tmp_pat
             with Image.open(tmp_path / "images" / name) as image:
                 assert image.tobytes() == grid.crop((34 * i, 0, 34 * i + 32, 32)).tobytes()
 
+    def stopped(family, keys, condition=None):
+        if keys[0] >= 2:
+            raise KeyboardInterrupt
+        return real(family, keys, condition)
+
+    assert main([*request, str(tmp_path / "images"), "--prompt", "a digit"]) == 2
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == names
+    monkeypatch.setattr(AutoencoderKL, "sample", stopped)
+    assert main([*request, str(tmp_path / "images")]) == 130
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == names[:2]  # and none of before
+
 
 def test_settings_may_come_after_options(trained: Path, tmp_path: Path, capsys) -> None:
     images = ["sample", str(trained), "--num-images", "1", "--out", str(tmp_path / "images")]

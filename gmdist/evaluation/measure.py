@@ -99,7 +99,7 @@ class Evaluator:
         """Measure a family, in eval mode; every worker calls it. {} where the config asks for nothing.
 
         fid, kid, precision, recall of generated images; where a classifier knows the labels, class_coverage, and
-        label_agreement if images follow them; rfid of reconstructions where the family makes any.
+        label_agreement if the family is told them; rfid of reconstructions where the family makes any.
         """
         metrics = self.config.metrics
         if not metrics:
@@ -189,7 +189,7 @@ class Evaluator:
         return self.num_classes > 1 and getattr(sizes, "num_classes", 0) == self.num_classes
 
     def _is_told(self, family: Family) -> bool:
-        """Whether what is asked for decides what a family draws."""
+        """Whether a family can be asked for what is asked here; it need not follow."""
         return "label" in family.conditions or (self._captions is not None and "prompt" in family.conditions)
 
     def _of_reconstructions(self, family: Family, beat: Beat) -> dict[str, float]:

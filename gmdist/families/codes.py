@@ -94,9 +94,13 @@ class CodedAutoencoder(Tokenizer):
         with all_finite(self.autoencoder, "codes"):
             return super().encode(image)
 
-    def reconstruct(self, batch: Batch) -> Tensor:
+    def checked_tokens(self, image: Tensor) -> Tensor:
+        """`tokens`; DivergedError names the first layer that gives what is not finite."""
         with all_finite(self.autoencoder, "codes"):
-            return super().reconstruct(batch)
+            return self.tokens(image)
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        return self.decode(self.checked_tokens(batch["image"]))
 
     def latents(self, batch: Batch) -> Tensor:
         """The encoder's features [N, h w Z], before the nearest codes take their place."""
@@ -112,8 +116,7 @@ class CodedAutoencoder(Tokenizer):
 
     def evaluate(self, batch: Batch) -> Metrics:
         """Reconstructions against images: means over images; and the share of each code."""
-        with all_finite(self.autoencoder, "codes"):
-            tokens = self.tokens(batch["image"])
+        tokens = self.checked_tokens(batch["image"])
         # Of samples of the same size: means of shares are those of all samples.
         shares = torch.bincount(tokens.flatten(), minlength=self.codebook_size) / tokens.numel()
         return {**self.compared_with(batch["image"], self.decode(tokens)), "shares": shares}

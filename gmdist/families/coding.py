@@ -23,8 +23,12 @@ class Coding(nn.Module):
         self.image_size = surroundings.image_size
 
     def of_batch(self, batch: Batch) -> Tensor:
-        """The codes of a batch, int64 [N, *shape]."""
+        """The codes of a batch, int64 [N, *shape]; for a loss: it does not wait for the device."""
         raise NotImplementedError
+
+    def checked(self, batch: Batch) -> Tensor:
+        """The same; DivergedError where what makes codes of images is not finite."""
+        return self.of_batch(batch)
 
     def of_images(self, images: Tensor) -> Tensor:
         """The codes of images [N, C, H, W] in [-1, 1], int64 [N, *shape]."""
@@ -105,6 +109,9 @@ class Tokens(Coding):
         if batch["tokens"].is_cpu:  # elsewhere only the first ones are looked at: every step would wait for the device
             self.check(batch)
         return batch["tokens"].long()[:, None]
+
+    def checked(self, batch: Batch) -> Tensor:
+        return self.of_batch(batch) if "tokens" in batch else self.of_images(batch["image"])
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:

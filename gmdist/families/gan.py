@@ -215,7 +215,9 @@ class GAN(Family):
         real_sign, fake_sign = mean_signs(self.objective.loss, *logits)
         apart = torch.cdist(generated.flatten(1), generated.flatten(1)).square() / generated[0].numel()
         apart.fill_diagonal_(math.inf)
-        repeated = apart.amin(dim=1) < _SAME * _distance(image.square().mean(), image.mean(dim=0))
+        # Of pairs of two images: the means count each with itself, too.
+        real_distance = _distance(image.square().mean(), image.mean(dim=0)) * len(image) / max(len(image) - 1, 1)
+        repeated = apart.amin(dim=1) < _SAME * real_distance
         return {
             "real_sign": real_sign,
             "fake_sign": fake_sign,

@@ -68,16 +68,17 @@ class Prior(Family):
 
     def loss(self, batch: Batch, seen: int) -> tuple[Tensor, Metrics]:
         """The cross-entropy of a code, in nats."""
-        loss = self._nats(batch, self.conditioner.of_training(batch)).mean()
+        loss = self._nats(self.coding.of_batch(batch), self.conditioner.of_training(batch)).mean()
         return loss, {"loss": loss.detach()}
 
     def evaluate(self, batch: Batch) -> Metrics:
         """The same with every class given."""
-        return {"loss": self._nats(batch, self.conditioner.of_batch(batch)).mean()}
+        return {"loss": self._nats(self.coding.checked(batch), self.conditioner.of_batch(batch)).mean()}
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """The log-likelihood of each sample's codes, in nats."""
-        return {"log_likelihood": -self._nats(batch, self.conditioner.of_batch(batch)).sum(dim=1)}
+        nats = self._nats(self.coding.checked(batch), self.conditioner.of_batch(batch))
+        return {"log_likelihood": -nats.sum(dim=1)}
 
     def sample(self, keys: Tensor, condition: Condition | None = None) -> Tensor:
         """Images [N, C, H, W] for keys [N]."""
@@ -87,9 +88,8 @@ class Prior(Family):
         """Images [N, C, H, W] for keys [N], whose first rows of pixels are given [N, C, R, W]."""
         return self._draw(*self.coding.begun(rows), keys, condition)
 
-    def _nats(self, batch: Batch, told: Told) -> Tensor:
-        """The cross-entropy of each code [N, L]."""
-        codes = self.coding.of_batch(batch)
+    def _nats(self, codes: Tensor, told: Told) -> Tensor:
+        """The cross-entropy of each code [N, L], of int64 [N, *shape]."""
         logits = self.prior(codes, told.label)  # [N, *shape, K]
         return F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(len(codes), -1)
 

@@ -21,6 +21,7 @@ from gmdist.nets.image_quality import quality
 from gmdist.nets.vector_autoencoder import VectorAutoencoder, latent_dim_problem
 
 _COLLAPSED = 0.1  # of the latent dimensions: fewer than that are active
+_NOTHING_TOLD = 0.02  # nats a dimension, below which none can be active that is worth the name
 
 
 @dataclass
@@ -188,7 +189,7 @@ class VAE(Family):
     def concerns(self, found: Mapping[str, float]) -> list[str]:
         """A posterior that is the prior, whatever the image; but where a capacity holds the KL term, from 0 on."""
         dim, kl_nats = self.config.latent_dim, found.get("kl_nats", found.get("autoencoder/kl_nats", math.inf))
-        active = found.get("active_units", kl_nats)  # in training one that is active has a nat or more
+        active = found.get("active_units", dim if kl_nats >= _NOTHING_TOLD * dim else 0.0)
         # A KL term of so much tells much of the images: they are few, or all alike.
         is_told = active >= _COLLAPSED * dim or kl_nats >= dim
         if is_told or not math.isfinite(kl_nats) or self.config.beta.schedule == "capacity":

@@ -102,15 +102,14 @@ def draw(
     """Images uint8 [H, W, C] of a run's averaged weights, with `key=value` of its config changed.
 
     They are drawn as they are asked for, some together: one who saves them holds no more than those. The same request
-    gives the same images. `on_progress` is called with (images drawn, images in all).
+    gives the same images. `on_progress` is called with (images taken, images in all).
     """
     drawer = Drawer(run, request, overrides).to(runs.device())
     done = 0
     for part in drawer.parts(0, request.num_images):
-        pixels = drawer.pixels(part, drawer.condition(part))
-        done += len(pixels)
+        yield from drawer.pixels(part, drawer.condition(part))
+        done += len(part)
         on_progress(done, request.num_images)
-        yield from pixels
 
 
 def draw_compared(run: str, num_images: int) -> Tensor:
@@ -216,6 +215,10 @@ def save(pictures: Iterable[Tensor], num_images: int, out: str, columns: int | N
     if is_grid(out):
         storage.write(out, images.png(images.grid(torch.stack(list(pictures)), columns)))
         return f"{out}: {num_images} images"
-    for name, picture in zip(_names(num_images), pictures, strict=True):
-        storage.write(storage.join(out, name), images.png(picture))
+    locations = [storage.join(out, name) for name in _names(num_images)]
+    for location, picture in zip(locations, pictures, strict=True):
+        if location == locations[0]:
+            for earlier in locations:  # of another command: if this one is stopped, none is among its own
+                storage.delete(earlier)
+        storage.write(location, images.png(picture))
     return f"{out}/: {num_images} images"

@@ -8,7 +8,7 @@ from functools import partial
 
 from gmdist import start, storage
 from gmdist.config import Config
-from gmdist.errors import ConfigError, RunFailedError, StorageError
+from gmdist.errors import CheckpointError, ConfigError, RunFailedError, StorageError
 from gmdist.launch.cluster import connected
 from gmdist.launch.lease import held
 from gmdist.launch.mailbox import Failure, WorkersFailedError
@@ -127,11 +127,12 @@ def _with_restarts(
 
 
 def _saved_step(config: Config) -> int:
-    """Of the newest checkpoint, sound or not: it was saved. What is wrong with the storage, the workers say."""
+    """Of the newest checkpoint; 0 without one. What is wrong with it, or with the storage, the workers say."""
     try:
-        return checkpoint.newest_step(config.run.dir)
-    except StorageError:
+        found, _ = checkpoint.find_newest(config.run.dir)
+    except (CheckpointError, StorageError):
         return 0
+    return 0 if found is None else found.meta["step"]
 
 
 def _write_trace(config: Config, failure: Failure) -> None:

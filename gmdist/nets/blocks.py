@@ -12,7 +12,7 @@ from gmdist.nets import products
 from gmdist.nets.products import AttentionInBf16, Conv2d, Linear
 
 _MAX_WIDTH = 1 << 16
-_MOST_KEYS = 1024  # whose weights attention may keep on a processor: beyond, memory matters more than time
+_MOST_WEIGHTS = 1 << 25  # that attention may keep on a processor, 64 MiB: beyond, memory matters more than time
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 
@@ -72,12 +72,13 @@ def attention(
         [N, L, heads D], of the query's type.
     """
     seen = None if mask is None else mask[:, None, None, :]  # [N, 1, 1, M]
-    is_training = query.is_cpu and query.dtype == torch.bfloat16 and query.requires_grad
+    is_bf16 = query.dtype == key.dtype == value.dtype == torch.bfloat16
+    is_training = query.is_cpu and is_bf16 and query.requires_grad
     if is_training and not products.HAS_BF16:
         with torch.autocast("cpu", enabled=False):
             exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), seen, is_causal=is_causal)
         heads = exact.to(query.dtype)
-    elif is_training and key.shape[2] <= _MOST_KEYS:
+    elif is_training and query[..., 0].numel() * key.shape[2] <= _MOST_WEIGHTS:
         if is_causal:
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
         heads = AttentionInBf16.apply(query, key, value, seen)

@@ -85,8 +85,8 @@ class Conv2d(nn.Conv2d):
 class AttentionInBf16(torch.autograd.Function):
     """softmax(Q K^T / sqrt(D)) V of bf16 [N, heads, L or M, D], where bool [1 or N, 1, 1 or L, M] says what is seen.
 
-    As accurate as torch's kernel in bf16, whose backward takes two to five times as long on a processor: scores are
-    fp32 until their softmax, all other products bf16. It keeps the weights, bf16 [N, heads, L, M].
+    In about half of the time that torch's kernel takes on a processor, with errors of at most 1.5 times that kernel's:
+    scores are fp32 until their softmax, all other products bf16. It keeps the weights, bf16 [N, heads, L, M].
     """
 
     @staticmethod
@@ -107,8 +107,15 @@ class AttentionInBf16(torch.autograd.Function):
         query, key, value, weights = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             for_scores = torch._softmax_backward_data(grad @ value.transpose(2, 3), weights, 3, torch.bfloat16)
-            for_scores.mul_(query.shape[3] ** -0.5)
-            return for_scores @ key, for_scores.transpose(2, 3) @ query, weights.transpose(2, 3) @ grad, None
+            for_query, for_key = _scaled(for_scores, key), _scaled(for_scores.transpose(2, 3), query)
+            return for_query, for_key, weights.transpose(2, 3) @ grad, None
+
+
+def _scaled(one: Tensor, other: Tensor) -> Tensor:
+    """The product of [N, heads, L, M] and [N, heads, M, D] by sqrt(D), which is rounded once."""
+    nothing = other.new_empty(()).expand(1, 1, 1)
+    product = torch.baddbmm(nothing, one.flatten(0, 1), other.flatten(0, 1), beta=0, alpha=other.shape[3] ** -0.5)
+    return product.unflatten(0, one.shape[:2])
 
 
 def _is_bf16(x: Tensor, weight: Tensor) -> bool:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmdist.errors import ConfigError, DataError
+from gmdist.errors import ConfigError, DataError, DivergedError
 from gmdist.families.code_sampler import CodeSamplerConfig
 from gmdist.families.conditioning import ConditioningConfig, EncoderConfig
 from gmdist.families.family import Batch, Condition
 from gmdist.families.prior import Prior
+from tests import support
 from tests.support import CHANNELS, CLASSES, SIZE, SMALL, MemorySource, small_family
 
 WITH_TOKENS = ["pixelcnn/tokens", "transformer_prior"]
@@ -242,3 +243,13 @@ def test_guidance_by_what_was_never_trained_is_refused(name: str) -> None:
     small_family(name, conditioning=always_told, sampler=PLAIN)
     with pytest.raises(ConfigError, match=r"family.sampler.guidance: 3.0; must be 1, or data.num_classes be set"):
         small_family(name, conditioning=ConditioningConfig("none"), sampler=CodeSamplerConfig(guidance=3.0))
+
+
+def test_a_tokenizer_that_is_not_finite_gives_no_likelihoods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "PatchMeans", lambda config, surroundings: small_family("vq_vae"))
+    family, batch = small_family("transformer_prior").eval(), MemorySource(16, 8).first(8).batch
+    with torch.no_grad():
+        family.coding.tokenizer.autoencoder["encoder"][0].bias[0] = torch.nan
+    for look in (family.initialize, family.evaluate, family.scores):
+        with pytest.raises(DivergedError, match=r"no codes: the output of encoder\.0 is not finite"):
+            look(batch)

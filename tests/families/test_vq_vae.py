@@ -171,6 +171,14 @@ def test_what_is_not_finite_gets_no_code(layer: str, where: str) -> None:
             look(batch)
 
 
+def test_a_decoder_that_is_not_finite_says_nothing_of_the_codes() -> None:
+    family, batch = averaged(), MemorySource(48, BATCH).first(8).batch
+    with torch.no_grad():
+        next(family.autoencoder["decoder"].parameters())[0] = torch.nan
+        assert family.reconstruct(batch).isnan().any()
+    assert family.encode(batch["image"])["tokens"].shape == (8, *family.token_shape)
+
+
 @pytest.mark.parametrize("part", ["project_in", "codebook"])
 def test_a_quantizer_that_is_not_finite_gives_no_code(part: str) -> None:
     family = made("gradient")

@@ -165,11 +165,13 @@ def test_a_bucket_gets_shards(run: str, bucket: Any) -> None:
     [
         (
             ["data.num_classes=null", "family.diffusion.sampler.guidance=1", "data.seed=1"],
-            "[5, 64] in the checkpoint and absent in the model; data.num_classes=null changes the model: leave it out",
+            "[5, 64] in the checkpoint and absent in the model; data.num_classes=null is not what the "
+            "run was trained with: leave it out",
         ),
         (
             ["data.num_classes=7", "family.unet.norm_groups=2"],
-            "[8, 64] in the model; family.unet.norm_groups=2 and data.num_classes=7 change the model: leave them out",
+            "[8, 64] in the model; family.unet.norm_groups=2 and data.num_classes=7 are not what the "
+            "run was trained with: leave them out",
         ),
     ],
 )

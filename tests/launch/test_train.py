@@ -6,33 +6,22 @@ import resource
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import ControllerError
 
-from gmdist import storage
 from gmdist.config import Config, load
-from gmdist.errors import (
-    ConfigError,
-    DataError,
-    FolderLostError,
-    MemoryExceededError,
-    RunFailedError,
-    StorageError,
-)
+from gmdist.errors import ConfigError, DataError, FolderLostError, MemoryExceededError, RunFailedError
 from gmdist.launch import attempt, lease
 from gmdist.launch.mailbox import Failure, WorkersFailedError
-from gmdist.launch.train import _saved_step, _with_restarts, train
+from gmdist.launch.train import _with_restarts, train
 from gmdist.launch.watch import Stopper
 from gmdist.launch.worker import work
 from gmdist.start import train_worker
-from gmdist.train import checkpoint
 from gmdist.train.hooks import Outcome, Progress
 from gmdist.train.trainer import Trainer
-from tests.support import Linear, fit
 
 pytestmark = pytest.mark.ray
 
@@ -179,15 +168,6 @@ def test_what_is_saved_is_progress(
     with pytest.raises((RunFailedError, StopIteration)):
         _with_restarts(config, messages.append, messages.append, None, Stopper(messages.append))
     assert len(messages) == restarts
-
-
-def test_what_was_saved_is_told_without_reading_it_whole(digits: Path, tmp_path: Path) -> None:
-    fit(Linear(), tmp_path, num_steps=4)
-    config = config_of(digits, tmp_path)
-    with mock.patch.object(checkpoint, "verify", side_effect=AssertionError):
-        assert _saved_step(config) == 4
-        with mock.patch.object(storage, "list_names", side_effect=StorageError("no answer")):
-            assert _saved_step(config) == 0  # the workers ask again, and say so
 
 
 def work_with_little_memory(settings: dict[str, Any]) -> Any:

@@ -28,9 +28,12 @@ def test_attention_and_its_gradients(masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sharpness", [1.0, 8.0])  # 8: scores up to 30, of which bf16 keeps a tenth
-@pytest.mark.parametrize("num_keys", [7, 300, 1100])
-def test_attention_in_bf16_is_as_accurate_as_torchs(num_keys: int, sharpness: float, masked: bool) -> None:
-    parts, mask = drawn(num_keys, torch.bfloat16, masked)
+@pytest.mark.parametrize(("num_keys", "width"), [(7, 8), (300, 8), (300, 32)])
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_in_bf16_is_nearly_as_accurate_as_torchs(
+    seed: int, num_keys: int, width: int, sharpness: float, masked: bool
+) -> None:
+    parts, mask = drawn(num_keys, torch.bfloat16, masked, width, seed)
     parts[0] *= sharpness
     seen = None if mask is None else mask[:, None, None]
     kernels = errors_of(
@@ -39,13 +42,15 @@ def test_attention_in_bf16_is_as_accurate_as_torchs(num_keys: int, sharpness: fl
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             errors = errors_of(lambda *found: attention(*found, mask), parts, mask)
-        assert all(error < 1.4 * kernel for error, kernel in zip(errors, kernels, strict=True)), (errors, kernels)
+        assert all(error < 1.6 * kernel for error, kernel in zip(errors, kernels, strict=True)), (errors, kernels)
 
 
-def drawn(num_keys: int, dtype: torch.dtype, masked: bool) -> tuple[list[Tensor], Tensor | None]:
+def drawn(
+    num_keys: int, dtype: torch.dtype, masked: bool, width: int = 8, seed: int = 0
+) -> tuple[list[Tensor], Tensor | None]:
     """Queries, keys and values, and a mask of keys."""
-    torch.manual_seed(0)
-    parts = [torch.randn(2, 3, length, 8, dtype=dtype) for length in (50, num_keys, num_keys)]
+    torch.manual_seed(seed)
+    parts = [torch.randn(2, 3, length, width, dtype=dtype) for length in (50, num_keys, num_keys)]
     return parts, torch.arange(num_keys) < torch.tensor([[num_keys // 2], [num_keys]]) if masked else None
 
 

@@ -18,6 +18,7 @@ from gmdist.train.cost import FlopCount
 from tests.support import SIZE, SMALL, Linear, fit, make_trainer, small_family, tree_bytes
 
 Graphs = list[list[Any]]  # the inputs of each
+PRECISIONS = ("fp32", "autocast", "bf16")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile's C++")
 
 
@@ -25,10 +26,13 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["denoiser/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", ["ddpm", "latent_diffusion/dit"])
-def test_recomputed_activations_change_no_bit(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision"), [("ddpm", "fp32"), *(("latent_diffusion/dit", one) for one in PRECISIONS)]
+)
+def test_recomputed_activations_change_no_bit(family: str, precision: str, tmp_path: Path) -> None:
     for name, recomputed in (("plain", False), ("again", True)):
-        fit(small_family(family), tmp_path / name, log_every=1, activation_checkpointing=recomputed)
+        settings = {"activation_checkpointing": recomputed, "precision": precision}
+        fit(small_family(family), tmp_path / name, log_every=1, **settings)
     assert tree_bytes(tmp_path / "plain/checkpoints") == tree_bytes(tmp_path / "again/checkpoints")
 
 
@@ -150,10 +154,13 @@ def test_an_autoencoder_that_is_judged_is_compiled(graphs: Graphs, tmp_path: Pat
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_the_blocks_of_a_transformer_are_compiled(recomputed: bool, graphs: Graphs, tmp_path: Path) -> None:
-    family = small_family("latent_diffusion/dit")
-    fit(family, tmp_path, num_steps=2, compile=True, activation_checkpointing=recomputed, sample_every=1)
+def test_the_blocks_of_a_transformer_are_compiled(
+    recomputed: bool, precision: str, graphs: Graphs, tmp_path: Path
+) -> None:
+    settings = {"compile": True, "activation_checkpointing": recomputed, "precision": precision}
+    fit(small_family("latent_diffusion/dit"), tmp_path, num_steps=2, sample_every=1, **settings)
     assert len(graphs) == 1  # its blocks are of one kind; what encodes for it is not trained
     assert not torch._dynamo.utils.counters["graph_break"]
 
