@@ -69,7 +69,8 @@ def main() -> int:
     features = open_features(runs.read_config(options.run))
 
     count = len(train) // 2
-    generated = draw(options.run, SampleRequest(count, seed=options.seed, guidance=options.guidance))
+    request = SampleRequest(count, seed=options.seed, guidance=options.guidance)
+    generated = torch.stack(list(draw(options.run, request)))
     asked = np.arange(count) % 10
     rows = described(features, generated)
     classes = features.classes(rows)
