@@ -114,14 +114,11 @@ def _check_family(config: Config, family: Family) -> None:
     for num_workers in config.cluster.sizes(config.data.batch_size):
         size = micro_batch_size(config.train, config.data.batch_size, num_workers, family.compared)
         if size % family.compared:
-            is_part = config.data.batch_size // num_workers % family.compared == 0
-            key, value = (
-                ("train.micro_batch_size", config.train.micro_batch_size)
-                if is_part
-                else ("data.batch_size", config.data.batch_size)
-            )
+            wrong = f"data.batch_size: {config.data.batch_size}"
+            if config.data.batch_size // num_workers % family.compared == 0:  # a larger part of it would do
+                wrong = f"train.micro_batch_size: {config.train.micro_batch_size}"
             raise ConfigError(
-                f"{key}: {value}; {num_workers} workers pass {size} samples through at once,"
+                f"{wrong}; {num_workers} workers pass {size} samples through at once,"
                 f" and the loss takes {family.compared} of them together (minibatch_std_group,"
                 " path_length.batch_shrink), which must divide them"
             )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -63,6 +64,21 @@ def test_micro_batches_that_come_out_small_are_warned_of(tmp_path: Path) -> None
         more = [f"data.batch_size={batch}", f"train.micro_batch_size={micro}"]
         warnings = check_start(load(CONFIG, [*settings, *more]))[1]
         assert [warning.partition(": take a divisor of the 37 ")[0] for warning in warnings] == words
+
+
+def test_samples_that_a_loss_compares_are_passed_through_together(tmp_path: Path) -> None:
+    settings = [f"data.train={write(tmp_path / 'data', 0)}", "data.test=null", f"run.dir={tmp_path}/run"]
+    settings += ["cluster.num_workers=1", "family.discriminator.minibatch_std_group=4", "evaluation.metrics=[]"]
+    settings += ["family.path_length.batch_shrink=1", "train.evaluate_every=null", "train.best_metric=null"]
+    for batch, micro, wrong in (
+        (12, 8, None),  # fours, though six would be more
+        (12, 3, "train.micro_batch_size: 3; 1 workers pass 3 samples through at once, and the loss takes 4 of them"),
+        (10, 8, "data.batch_size: 10; 1 workers pass 5 samples through at once, and the loss takes 4 of them"),
+    ):
+        sizes = [f"data.batch_size={batch}", f"train.micro_batch_size={micro}"]
+        config = load(str(Path(CONFIG).parent / "stylegan2.yaml"), [*settings, *sizes])
+        with nullcontext() if wrong is None else pytest.raises(ConfigError, match=wrong):
+            check_start(config)
 
 
 def test_a_schedule_that_ends_short_of_noise_is_warned_of(tmp_path: Path) -> None:

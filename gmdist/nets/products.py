@@ -112,7 +112,7 @@ class AttentionInBf16(torch.autograd.Function):
 
 
 def _scaled(one: Tensor, other: Tensor) -> Tensor:
-    """The product of [N, heads, L, M] and [N, heads, M, D] by sqrt(D), which is rounded once."""
+    """The product of [N, heads, L, M] and [N, heads, M, D], divided by sqrt(D) before it is rounded."""
     nothing = other.new_empty(()).expand(1, 1, 1)
     product = torch.baddbmm(nothing, one.flatten(0, 1), other.flatten(0, 1), beta=0, alpha=other.shape[3] ** -0.5)
     return product.unflatten(0, one.shape[:2])
